@@ -1,0 +1,1 @@
+"""Representation alignment: which layers, what weights, which loss, when."""

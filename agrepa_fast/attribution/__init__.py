@@ -1,0 +1,1 @@
+"""Which layers drive the predicted velocity: FoG-A by batched layer ablation."""

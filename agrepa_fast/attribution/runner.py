@@ -1,0 +1,211 @@
+"""Run a plan on a `DiT`: velocities of the baseline and of every ablation, in one batched pass.
+
+Streams are stacked stream-major: [S * B, T, D], sequence s * B + b is stream s of sample b.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.dit import EPS, DiT
+from .plan import AblationPlan
+from .scores import LayerScores, normalised_change
+
+ENGINES = ("auto", "prefix", "stacked", "loop")
+
+
+def attribute_layers(
+    model: DiT,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    blocks: Sequence[int] | None = None,
+    metric: str = "rms",
+    domains: Sequence[str] | None = None,
+    branches: Sequence[str] | None = None,
+    engine: str = "auto",
+    max_samples: int | None = None,
+) -> LayerScores:
+    """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
+
+    The baseline and all ablations share x_t, t, condition and one batch, run without gradient in eval mode
+    (dropout off), and leave the model's flags and the random state as they were, also after an exception.
+
+    Args:
+        model: a `DiT`.
+        inputs: what the model's forward takes, by name or in order: x_t [N, T, M], t [N], cond, mask.
+            Take x_t from the path (`agrepa_fast.models.flow.probe_inputs` folds a grid of t into N).
+        blocks: 0-based layers to score; None = all.
+        metric: "rms" or "squared"; see `scores.normalised_change`.
+        domains: the domain's name of each of the N samples, kept for per-domain statistics.
+        branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
+        engine: "prefix" (the staircase: shared prefixes, one batch), "stacked" (all streams from the start) or
+            "loop" (one forward per ablation); "auto" is the staircase. All give the same scores.
+        max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
+
+    Returns:
+        LayerScores with by_sample [U, N].
+
+    Raises:
+        TypeError: model is not a DiT, or the inputs do not fit its forward.
+        ValueError: on shapes, layers or names that do not fit, or a velocity that is not finite.
+    """
+    if not isinstance(model, DiT):
+        raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    named = _by_name(inputs)
+    samples = named["x_t"].shape[0]
+    if samples == 0:
+        raise ValueError("x_t: expected at least one sample, got a batch of 0")
+    if domains is not None and len(domains) != samples:
+        raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
+    plan = AblationPlan.build(model.depth, blocks, branches)
+    run = {"auto": _prefix, "prefix": _prefix, "stacked": _stacked, "loop": _loop}[engine]
+    changes, energies = [], []
+    with _probing(model):
+        for start in range(0, samples, max_samples or samples):
+            part = {name: value[start : start + (max_samples or samples)] for name, value in named.items()}
+            velocity = run(model, plan, part)
+            change, energy = ops.velocity_delta(velocity, part.get("mask"))
+            changes.append(change)
+            energies.append(energy)
+    # The probe's one copy to the host.
+    result = torch.cat([torch.cat(changes, dim=1), torch.cat(energies).unsqueeze(0)]).double().cpu()
+    change, energy = result[:-1], result[-1]
+    _check_finite(plan, change, energy)
+    if not energy.any():
+        warnings.warn(
+            "the velocity is identically zero (a network as adaLN-zero initialises it): every score is 0/0 "
+            "and set to 0; train before probing",
+            stacklevel=2,
+        )
+    floor = normalised_change(torch.zeros_like(energy), energy, metric).mean().item()
+    return LayerScores(
+        layers=tuple(unit.layer for unit in plan.units),
+        by_sample=normalised_change(change, energy, metric),
+        metric=metric,
+        branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
+        floor=floor,
+        t=named["t"].detach().float().cpu(),
+        domains=None if domains is None else tuple(domains),
+        block_evaluations=plan.block_evaluations if engine in ("auto", "prefix") else None,
+    )
+
+
+def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+    names = ("x_t", "t", "cond", "mask")
+    if not isinstance(inputs, Mapping):
+        if not isinstance(inputs, tuple | list) or len(inputs) > len(names):
+            raise TypeError(f"inputs: expected a mapping or a tuple of {names}, got {type(inputs).__name__}")
+        inputs = dict(zip(names, inputs))
+    unknown = set(inputs) - set(names)
+    if unknown or not {"x_t", "t"} <= set(inputs):
+        raise TypeError(f"inputs: expected x_t, t and perhaps cond, mask; got {sorted(inputs)}")
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient; training flags and random state are put back on every exit."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _prefix(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
+    """The staircase -> velocity [S, B, T, M]."""
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    batch = x.shape[0]
+    key_mask = model.key_mask(inputs.get("mask"), x)
+    # Of the baseline, the state before each unit that has started and not yet joined.
+    before: dict[int, Tensor] = {}
+    h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
+    rows = _sample_index(1, batch, x)
+    masks = key_mask
+    for i, branch in enumerate(model.branches):
+        if any(unit.start == i for unit in plan.units):
+            before[i] = x[:batch]
+        out = branch(h, masks)
+        joining = [unit for unit in plan.units if unit.stop == i + 1]
+        if joining:
+            # The new streams skip the branch: they enter the op as sequences without branch rows.
+            x = torch.cat([x, *(before[unit.start] for unit in joining)])
+            streams = x.shape[0] // batch
+            rows = _sample_index(streams, batch, x)
+            masks = None if key_mask is None else key_mask.repeat(streams, 1, 1, 1)
+        x, h = _between(modulation, i, x, out, rows)
+    return model.close(x).unflatten(0, (-1, batch))
+
+
+def _stacked(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
+    """All streams from the first branch on, switched by stream_scale -> velocity [S, B, T, M]."""
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    batch = x.shape[0]
+    rows = _sample_index(plan.streams, batch, x)
+    x = x.repeat(plan.streams, 1, 1)
+    key_mask = model.key_mask(inputs.get("mask"), x[:batch])
+    masks = None if key_mask is None else key_mask.repeat(plan.streams, 1, 1, 1)
+    opening = modulation[0]
+    h = ops.layer_norm_modulate(x, opening.shift, opening.scale, sample_index=rows, eps=EPS)
+    for i, branch in enumerate(model.branches):
+        kept = [1.0] + [float(not unit.start <= i < unit.stop) for unit in plan.units]
+        scale = torch.tensor(kept, device=x.device, dtype=x.dtype).repeat_interleave(batch)
+        x, h = _between(modulation, i, x, branch(h, masks), rows, scale)
+    return model.close(x).unflatten(0, (-1, batch))
+
+
+def _loop(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
+    """One forward for the baseline and one per unit -> velocity [S, B, T, M]."""
+    velocities = []
+    for unit in (None, *plan.units):
+        x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+        key_mask = model.key_mask(inputs.get("mask"), x)
+        rows = _sample_index(1, x.shape[0], x)
+        h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
+        for i, branch in enumerate(model.branches):
+            skipped = unit is not None and unit.start <= i < unit.stop
+            x, h = _between(modulation, i, x, x[:0] if skipped else branch(h, key_mask), rows)
+        velocities.append(model.close(x))
+    return torch.stack(velocities)
+
+
+def _between(
+    modulation: list[Any], i: int, x: Tensor, out: Tensor, rows: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Close branch i and open branch i + 1, or just close the last one."""
+    gate = modulation[i].gate
+    if i + 1 == len(modulation):
+        x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows)
+        return x, x
+    opening = modulation[i + 1]
+    return ops.gated_residual_norm(
+        x, out, gate, opening.shift, opening.scale, stream_scale=scale, sample_index=rows, eps=EPS
+    )
+
+
+def _sample_index(streams: int, batch: int, like: Tensor) -> Tensor:
+    return torch.arange(batch, device=like.device).repeat(streams)
+
+
+def _check_finite(plan: AblationPlan, change: Tensor, energy: Tensor) -> None:
+    bad = (~energy.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"the baseline velocity of sample {bad[0]} is not finite: check the weights and x_t")
+    rows = (~change.isfinite()).nonzero().tolist()
+    if rows:
+        unit, sample = rows[0]
+        raise ValueError(f"the velocity of sample {sample} without layer {plan.units[unit].name} is not finite")

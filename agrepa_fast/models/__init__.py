@@ -1,0 +1,1 @@
+"""The diffusion transformer, its condition and flow matching."""

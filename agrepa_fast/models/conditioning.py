@@ -1,0 +1,136 @@
+"""Token condition: tokens [B, S, K] -> embedding [B, T, C] on the mel's time axis, then beside the reference mel.
+
+Topologies: one token stream ("single", K = 1) or two in step ("dual", K = 2: each primary token followed by a
+secondary one, embedded apart, concatenated, projected). Samples may use different primary vocabularies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RELEASED_VOCABULARIES = ("s3", "as")
+
+
+class TokenConditioner(nn.Module):
+    """Embed tokens, project, interpolate in time and L2-normalise per frame (arXiv 2603.01006).
+
+    Args:
+        vocabularies: {name: size} of the primary streams, one table and one projection each.
+        width: channels of a token embedding and of the output.
+        secondary: size of the second stream's vocabulary ("dual"), or 0 for "single".
+    """
+
+    offsets: Tensor
+
+    def __init__(self, vocabularies: Mapping[str, int], width: int, secondary: int = 0) -> None:
+        super().__init__()
+        if not vocabularies or min(vocabularies.values()) < 1:
+            raise ValueError(f"vocabularies: expected at least one non-empty one, got {dict(vocabularies)}")
+        self.vocabularies = dict(vocabularies)
+        self.width = width
+        self.secondary = nn.Embedding(secondary, width) if secondary else None
+        self.tables = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in vocabularies.items()})
+        streams = 2 if secondary else 1
+        self.projections = nn.ModuleDict({name: nn.Linear(streams * width, width, bias=False) for name in vocabularies})
+        starts = torch.tensor([0, *vocabularies.values()]).cumsum(0)[:-1]
+        self.register_buffer("offsets", starts, persistent=False)
+
+    @property
+    def topology(self) -> str:
+        return "single" if self.secondary is None else "dual"
+
+    def embed(self, tokens: Tensor, vocabulary: Tensor) -> Tensor:
+        """tokens [B, S, K], vocabulary [B] (index into `vocabularies`) -> [B, S, C].
+
+        The projections act on the tables, not on the tokens: the same numbers, and the samples of all
+        vocabularies are one gather (no boolean indexing, so fixed shapes and no host sync)."""
+        names = list(self.vocabularies)
+        weights = [self.projections.get_parameter(f"{name}.weight") for name in names]
+        tables = [self.tables.get_parameter(f"{name}.weight") for name in names]
+        rows = tokens[:, :, 0] + self.offsets[vocabulary].unsqueeze(1)
+        primary = torch.cat([table @ w[:, : self.width].T for table, w in zip(tables, weights)])
+        embedded = F.embedding(rows, primary)
+        if self.secondary is not None:
+            second = torch.cat([self.secondary.weight @ w[:, self.width :].T for w in weights])
+            offset = vocabulary * self.secondary.num_embeddings
+            embedded = embedded + F.embedding(tokens[:, :, 1] + offset.unsqueeze(1), second)
+        return embedded
+
+    def forward(self, tokens: Tensor, token_lengths: Tensor, vocabulary: Tensor, mask: Tensor) -> Tensor:
+        """Token embedding per mel frame.
+
+        Args:
+            tokens: [B, S, K] int64, padded; token_lengths: [B] (0 = no tokens: the null embedding, zeros).
+            vocabulary: [B] index into `vocabularies`.
+            mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.
+
+        Returns:
+            [B, T, C], unit L2 norm per valid frame, zeros elsewhere.
+        """
+        streams = 1 if self.secondary is None else 2
+        if tokens.dim() != 3 or tokens.shape[2] != streams:
+            raise ValueError(f"tokens: expected [batch, tokens, {streams}] ({self.topology}), got {list(tokens.shape)}")
+        stretched = interpolate_time(self.embed(tokens, vocabulary), token_lengths, mask.sum(1), mask.shape[1])
+        kept = (mask & (token_lengths > 0).unsqueeze(1)).unsqueeze(-1)
+        return torch.where(kept, F.normalize(stretched, dim=-1), 0)
+
+    @classmethod
+    def from_released(cls, state_dict: Mapping[str, Tensor]) -> TokenConditioner:
+        """Tables and projections of a checkpoint in the layout of AG-REPA's released code (single topology)."""
+        found = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
+        if not found:
+            raise ValueError("released checkpoint: no 'token_embedding_s3.weight' or 'token_embedding_as.weight'")
+        tables = {n: state_dict[f"token_embedding_{n}.weight"] for n in found}
+        conditioner = cls({n: table.shape[0] for n, table in tables.items()}, tables[found[0]].shape[1])
+        own = {}
+        for name in found:
+            if f"P_{name}.weight" not in state_dict:
+                raise ValueError(f"released checkpoint: no 'P_{name}.weight'")
+            own[f"tables.{name}.weight"] = tables[name]
+            own[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
+        conditioner.load_state_dict(own)
+        return conditioner
+
+
+def interpolate_time(x: Tensor, lengths: Tensor, frame_lengths: Tensor, frames: int) -> Tensor:
+    """Stretch x[b, :lengths[b]] linearly over frame_lengths[b] frames: [B, S, C] -> [B, frames, C].
+
+    The convention of `F.interpolate(mode="linear", align_corners=False)`, sample by sample, without a loop.
+    """
+    position = torch.arange(frames, device=x.device, dtype=torch.float32) + 0.5
+    ratio = lengths.float() / frame_lengths.clamp_min(1).float()
+    last = (lengths - 1).clamp_min(0).unsqueeze(1)
+    source = (position * ratio.unsqueeze(1) - 0.5).clamp_min(0).minimum(last.float())
+    left = source.floor().long()
+    right = (left + 1).minimum(last)
+    fraction = (source - left).unsqueeze(-1).to(x.dtype)
+    gather = lambda index: x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))  # noqa: E731
+    return torch.lerp(gather(left), gather(right), fraction)
+
+
+def assemble_condition(
+    embedding: Tensor,
+    mel: Tensor,
+    prompt: Tensor,
+    keep_tokens: Tensor | None = None,
+    keep_prompt: Tensor | None = None,
+) -> Tensor:
+    """The network's condition: token embedding beside reference mel.
+
+    Args:
+        embedding: [B, T, C]; mel: [B, T, M] clean mel; prompt: [B, T] bool, the frames shown as reference.
+        keep_tokens, keep_prompt: [B] bool, False drops that part of the condition for the sample; None keeps.
+
+    Returns:
+        [B, T, C + M]. The null branch of guidance is keep_tokens all False (the reference stays).
+    """
+    if keep_tokens is not None:
+        embedding = torch.where(keep_tokens[:, None, None], embedding, 0)
+    if keep_prompt is not None:
+        prompt = prompt & keep_prompt.unsqueeze(1)
+    reference = torch.where(prompt.unsqueeze(-1), mel, 0)
+    return torch.cat([embedding, reference.to(embedding.dtype)], dim=-1)

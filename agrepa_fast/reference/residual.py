@@ -1,0 +1,87 @@
+"""The residual stream in plain PyTorch, in any floating dtype up to float64.
+
+    x' = x + stream_scale * gate * branch        h = norm(x') * (1 + scale) + shift
+
+x, branch [R, T, D]; gate, shift, scale [B, D]; sequence r uses modulation row sample_index[r] (or r itself).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _rows(modulation: Tensor, sample_index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, D] -> [R, 1, D], one modulation row per sequence."""
+    rows = modulation if sample_index is None else modulation[sample_index]
+    return rows.to(dtype).unsqueeze(1)
+
+
+def _add_branch(
+    x: Tensor, branch: Tensor, gate: Tensor, stream_scale: Tensor | None, sample_index: Tensor | None
+) -> Tensor:
+    """x + stream_scale * gate * branch in float32 or wider; sequences past the branch's end pass through."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    active = branch.shape[0]
+    head = x[:active].to(dtype)
+    rows = _rows(gate, sample_index, dtype)[:active]
+    if stream_scale is None:
+        moved = torch.addcmul(head, rows, branch.to(dtype))
+    else:
+        s = stream_scale[:active].to(dtype)[:, None, None]
+        # A stream that sits the branch out must not see it at all: 0 * inf would be nan.
+        moved = head + s * rows * torch.where(s == 0, 0.0, branch.to(dtype))
+    return moved if active == x.shape[0] else torch.cat([moved, x[active:].to(dtype)])
+
+
+def _norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, sample_index: Tensor | None, eps: float, norm: str
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    width = (x.shape[-1],)
+    x = x.to(dtype)
+    normed = F.layer_norm(x, width, eps=eps) if norm == "layer" else F.rms_norm(x, width, eps=eps)
+    return torch.addcmul(_rows(shift, sample_index, dtype), normed, _rows(scale, sample_index, dtype).add(1.0))
+
+
+def gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    stream_scale: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    eps: float = 1e-6,
+    norm: str = "layer",
+) -> tuple[Tensor, Tensor]:
+    """`x' = x + stream_scale * gate * branch`, `h = norm(x') (1 + scale) + shift`; both in x's dtype."""
+    x_new = _add_branch(x, branch, gate, stream_scale, sample_index)
+    return x_new.to(x.dtype), _norm_modulate(x_new, shift, scale, sample_index, eps, norm).to(x.dtype)
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    sample_index: Tensor | None = None,
+    eps: float = 1e-6,
+    norm: str = "layer",
+) -> Tensor:
+    """`norm(x) (1 + scale) + shift`: the opening end of the chain."""
+    return _norm_modulate(x, shift, scale, sample_index, eps, norm).to(x.dtype)
+
+
+def gated_residual(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    *,
+    stream_scale: Tensor | None = None,
+    sample_index: Tensor | None = None,
+) -> Tensor:
+    """`x + stream_scale * gate * branch`: the closing end of the chain."""
+    return _add_branch(x, branch, gate, stream_scale, sample_index).to(x.dtype)

@@ -1,0 +1,284 @@
+"""Teachers from transformers: Whisper, wav2vec 2.0 and its kin (HuBERT, WavLM, ...), and AST.
+
+Audio [B, n] -> one hidden state [B, T', width]; T' counts only the frames that carry audio.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .registry import Teacher
+
+# Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
+WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
+# Among them, those that honour an attention mask everywhere when their feature encoder has no group norm.
+# (data2vec-audio normalises between its stacked positional convolutions, which reads the padding.)
+MASKED = ("wav2vec2", "hubert", "wavlm")
+SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersTeacher(Teacher):
+    """A frozen audio encoder of the transformers library.
+
+    - Whisper sees the window it was trained on (30 s, the rest silence); of its output the
+      ceil(n / 320) frames with audio are returned, at 50 Hz.
+    - wav2vec 2.0, HuBERT, WavLM give floor((n - 400) / 320) + 1 frames at 50 Hz; clips too short for one
+      frame get none. Frame i is centred 2.5 ms after (i + 0.5) / rate. Feature encoders with group norm,
+      whose statistics would include the padding, run one clip at a time; so do kin that cannot mask it.
+    - AST's class and distillation tokens are dropped and its patches averaged over frequency: one frame per
+      `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a
+      frame is centred 37.5 ms after (i + 0.5) / rate.
+
+    Preprocessing is the model's own: `preprocessor_config.json` beside the weights; where it is missing (and
+    for a model object) the library's defaults for the architecture.
+
+    Args:
+        model: a folder, a hub name, or a built model (also with a head or a decoder, which are left out). A
+            built model is frozen in place.
+        layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1;
+            negative counts from the end. None: the encoder's final output, after its last norm.
+        revision: branch, tag or commit on the hub; only with a hub name.
+        dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype
+            of a built model. Features come out float32 in any case.
+
+    Raises:
+        UserError: transformers is not installed, nothing loadable at `model`, pickled weights, weights that
+            do not fill the encoder, an architecture that is not supported, a layer or dtype that does not
+            exist.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        layer: int | None = None,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise UserError(f"teacher dtype {dtype!r}: choose {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
+        if revision is not None and (not isinstance(model, str) or Path(model).is_dir()):
+            raise UserError(f"teacher revision {revision!r}: only a model named on the hub has revisions")
+        source: str | None = None
+        if isinstance(model, (str, Path)):
+            source = str(model)
+            model = _load(source, revision, dtype or torch.float32)
+        name = source or type(model).__name__
+        config = model.config
+        _check_architecture(name, config)
+        model = model.base_model
+        if config.model_type == "whisper":
+            model = getattr(model, "encoder", model)
+        if layer is not None and not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
+            raise UserError(
+                f"teacher {name!r}: layer {layer} does not exist; "
+                f"hidden states are numbered 0 to {config.num_hidden_layers}"
+            )
+        extractor = _extractor(source, revision, config)
+        stride = _stride(config, extractor)
+        width = config.d_model if config.model_type == "whisper" else config.hidden_size
+        rate = extractor.sampling_rate
+        super().__init__(name, width=width, rate=rate / stride, sample_rate=rate)
+        self.layer = layer
+        self.stride = stride
+        self.extractor = extractor
+        self.model = model if dtype is None else model.to(dtype)
+        self.freeze()
+
+    def encode(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Teacher.encode`. UserError for a clip longer than the window of Whisper or AST."""
+        counts = lengths.tolist()
+        clips = [clip[:count].cpu().numpy() for clip, count in zip(audio, counts)]
+        kind = self.model.config.model_type
+        if kind == "whisper":
+            return self._whisper(clips, audio.device)
+        if kind == "audio-spectrogram-transformer":
+            return self._ast(clips, audio.device)
+        return self._waveform(clips, audio.device)
+
+    def _hidden(self, inputs: Tensor, **masks: Tensor) -> Tensor:
+        """One hidden state [B, N, width] for the encoder's own input."""
+        inputs = inputs.to(next(self.model.parameters()).dtype)
+        if self.layer is None:
+            return self.model(inputs, **masks).last_hidden_state
+        return self.model(inputs, output_hidden_states=True, **masks).hidden_states[self.layer]
+
+    def _whisper(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+        window = self.model.config.max_source_positions * self.stride
+        self._refuse_longer(clips, window)
+        inputs = self.extractor(
+            clips,
+            sampling_rate=self.sample_rate,
+            max_length=window,
+            return_tensors="pt",
+            device=str(device),
+        )
+        return self._carrying_audio(
+            self._hidden(inputs.input_features.to(device)), [-(-len(clip) // self.stride) for clip in clips]
+        )
+
+    def _ast(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.model.config
+        # Kaldi filter banks: whole windows of 25 ms only, every 10 ms.
+        hop, span = self.sample_rate // 100, self.sample_rate // 40
+        self._refuse_longer(clips, (config.max_length - 1) * hop + span)
+        banks = [max(0, (len(clip) - span) // hop + 1) for clip in clips]
+        silence = torch.zeros(span).numpy()
+        inputs = self.extractor(
+            [clip if bank else silence for clip, bank in zip(clips, banks)],
+            sampling_rate=self.sample_rate,
+            return_tensors="pt",
+        )
+        tokens = self._hidden(inputs.input_values.to(device))
+        bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        patches = tokens[:, 2:]  # after the class and the distillation token
+        grid = patches.unflatten(1, (bands, patches.shape[1] // bands))
+        return self._carrying_audio(grid.float().mean(1), [-(-bank // config.time_stride) for bank in banks])
+
+    def _waveform(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.model.config
+        counts = [self._frames(len(clip)) for clip in clips]
+        frames = max(1, *counts)
+        features = torch.zeros(len(clips), frames, self.width, device=device)
+        carrying = [index for index, count in enumerate(counts) if count > 0]
+        batched = (
+            config.model_type in MASKED
+            and config.feat_extract_norm != "group"
+            and not getattr(config, "conv_pos_batch_norm", False)
+        )
+        for group in [carrying] if batched and carrying else [[index] for index in carrying]:
+            inputs = self.extractor(
+                [clips[index] for index in group],
+                sampling_rate=self.sample_rate,
+                padding=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            masks = {"attention_mask": inputs.attention_mask.to(device)} if batched else {}
+            hidden = self._hidden(inputs.input_values.to(device), **masks).float()
+            features[group, : hidden.shape[1]] = hidden
+        return self._carrying_audio(features, counts)
+
+    def _frames(self, samples: int) -> int:
+        """Frames of the convolutional feature encoder; 0 for a clip shorter than its receptive field."""
+        for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride):
+            samples = max(0, (samples - kernel) // stride + 1)
+        return samples
+
+    def _carrying_audio(self, features: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Cut [B, T, W] to the longest count, and mark each sample's own frames."""
+        frames = min(features.shape[1], max(1, *counts))
+        index = torch.arange(frames, device=features.device)
+        return features[:, :frames], index < torch.tensor(counts, device=features.device).unsqueeze(1)
+
+    def _refuse_longer(self, clips: list, window: int) -> None:
+        longest = max(len(clip) for clip in clips)
+        if longest > window:
+            raise UserError(
+                f"teacher {self.name!r} hears at most {window / self.sample_rate:g} s, a clip has "
+                f"{longest / self.sample_rate:g} s: crop the clips or choose another teacher"
+            )
+
+
+def _check_architecture(name: str, config: Any) -> None:
+    if config.model_type not in SUPPORTED:
+        raise UserError(
+            f"teacher {name!r}: architecture {config.model_type!r} is not supported "
+            f"({', '.join(SUPPORTED)}); wrap it in a Teacher of your own and call register_teacher"
+        )
+    if getattr(config, "add_adapter", False):
+        raise UserError(
+            f"teacher {name!r} has a convolutional adapter (add_adapter), which changes the frame rate; "
+            "give the model without it"
+        )
+
+
+def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """The model at a folder or hub name, from safetensors, every weight of the encoder filled."""
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise UserError(f"teacher {source!r} needs transformers: pip install 'agrepa-fast[teachers]'") from error
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"teacher {source!r}: the folder has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"teacher {source!r}: no *.safetensors in the folder; pickled weights (.bin) can run code "
+                "and are not read: convert them with model.save_pretrained(folder, safe_serialization=True)"
+            )
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _check_architecture(source, config)
+        model, report = AutoModel.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"teacher {source!r} cannot be loaded ({reason}); without a network, "
+            "download the model elsewhere and give the path of its folder"
+        ) from error
+    # transformers fills what a file lacks with random numbers. The masking vector is used in training alone.
+    lacking = [key for key in report["missing_keys"] if key != "masked_spec_embed" and "decoder." not in key]
+    if lacking:
+        raise UserError(
+            f"teacher {source!r}: the file lacks {len(lacking)} weights of the encoder, {sorted(lacking)[0]!r} first"
+        )
+    return model
+
+
+def _extractor(source: str | None, revision: str | None, config: Any) -> Any:
+    """The model's feature extractor, or the defaults of its architecture."""
+    from transformers import (
+        ASTFeatureExtractor,
+        AutoFeatureExtractor,
+        Wav2Vec2FeatureExtractor,
+        WhisperFeatureExtractor,
+    )
+
+    if source is not None:
+        try:
+            return AutoFeatureExtractor.from_pretrained(source, revision=revision)
+        except (OSError, ValueError) as error:
+            if (Path(source) / "preprocessor_config.json").is_file():
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"teacher {source!r}: preprocessor_config.json is unusable ({reason})") from error
+            warnings.warn(
+                f"teacher {source!r} has no preprocessor_config.json: using the defaults of {config.model_type}",
+                stacklevel=3,
+            )
+    if config.model_type == "whisper":
+        return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    if config.model_type == "audio-spectrogram-transformer":
+        return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+    return Wav2Vec2FeatureExtractor()
+
+
+def _stride(config: Any, extractor: Any) -> int:
+    """Samples from one feature frame to the next."""
+    if config.model_type == "whisper":
+        return 2 * extractor.hop_length  # the second convolution has stride 2
+    if config.model_type == "audio-spectrogram-transformer":
+        return extractor.sampling_rate // 100 * config.time_stride
+    stride = 1
+    for step in config.conv_stride:
+        stride *= step
+    return stride

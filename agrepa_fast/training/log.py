@@ -1,0 +1,76 @@
+"""The log of a run: log.jsonl always, TensorBoard and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .config import RunConfig, dump_config
+
+
+class RunLog:
+    """Appends one JSON object per event to `run_dir/log.jsonl`; numbers go to the other writers too."""
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        self._file = open(run_dir / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.train.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("train.tensorboard: pip install tensorboard") from error
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        if config.train.wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("train.wandb: pip install wandb") from error
+            import yaml
+
+            self._wandb = wandb.init(
+                project=config.train.wandb,
+                name=config.train.name,
+                dir=str(run_dir),
+                config=yaml.safe_load(dump_config(config)),
+                resume="allow",
+            )
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One event; lost power costs at most the line being written."""
+        try:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: {error.strerror}") from error
+        numbers = {
+            f"{event}/{key}": value for key, value in fields.items() if isinstance(value, int | float) and key != "step"
+        }
+        if "step" in fields and self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, fields["step"])
+        if "step" in fields and self._wandb is not None:
+            self._wandb.log(numbers, step=fields["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def average(records: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean of each metric over the records that have a finite one, in one copy from the device."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    if not names:
+        return {}
+    columns = [torch.stack([record[name].float() for record in records if name in record]).nanmean() for name in names]
+    values = torch.stack(columns).tolist()
+    return {name: value for name, value in zip(names, values) if value == value}

@@ -1,0 +1,62 @@
+"""From a normalised log-mel [T, M] to a waveform [S]: Griffin-Lim by default, Vocos when it is there and fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.mel import MEL_PRESETS, LogMel
+from ..errors import UserError
+
+VOCOS = "charactr/vocos-mel-24khz"
+
+
+def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
+    """`choice`: "griffin-lim"; a folder or hub name of a Vocos for this mel; or "auto".
+
+    "auto" takes Vocos mel-24khz when it is installed, its weights are at hand and the mel is its own.
+
+    Raises:
+        UserError: a Vocos was asked for and cannot be used.
+    """
+    if choice == "griffin-lim":
+        return log_mel.inverse
+    fits = log_mel.config == MEL_PRESETS["vocos-24khz"]
+    if choice == "auto":
+        if not fits:
+            return log_mel.inverse
+        try:
+            return _vocos(VOCOS, log_mel)
+        except UserError:
+            return log_mel.inverse
+    if not fits:
+        raise UserError(f"train.vocoder: {choice!r} needs the mel settings of Vocos mel-24khz; use griffin-lim")
+    return _vocos(choice, log_mel)
+
+
+def _vocos(source: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
+    try:
+        from vocos import Vocos
+    except ImportError as error:
+        raise UserError("train.vocoder: pip install vocos, or use griffin-lim") from error
+    folder = Path(source)
+    try:
+        if folder.is_dir():
+            vocos = Vocos.from_hparams(str(folder / "config.yaml"))
+            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            vocos.load_state_dict(weights)
+        else:
+            vocos = Vocos.from_pretrained(source)
+    except Exception as error:
+        raise UserError(f"train.vocoder: cannot load {source!r} ({str(error).splitlines()[0]})") from error
+    vocos.eval().requires_grad_(False)
+    config = log_mel.config
+
+    def decode(mel: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vocos.decode((mel.float() * config.std + config.mean).T.unsqueeze(0)).squeeze(0)
+
+    return decode

@@ -1,0 +1,494 @@
+"""report.html says what the run folder says, loads nothing from outside, and survives missing parts."""
+
+from __future__ import annotations
+
+import base64
+import json
+import wave
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agrepa_fast.attribution.scores import LayerScores
+from agrepa_fast.errors import UserError
+from agrepa_fast.training.plots import (
+    TRAIN,
+    current_timeline,
+    keys_under,
+    moving_mean,
+    plot_cosines,
+    plot_losses,
+    series,
+)
+from agrepa_fast.training.report import MISSING, read_log, write_report
+
+SECTIONS = {"summary", "loss", "cosine", "foga", "selection", "samples", "skipped", "config", "versions"}
+NOT_RECORDED = "not recorded in this run"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Text and table rows by section id, every tag with its attributes; fails on tags that do not pair up."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections: dict[str, str] = {}
+        self.rows: dict[str, list[list[str]]] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.here = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if tag == "section":
+            self.here = attributes["id"]
+            self.sections[self.here], self.rows[self.here] = "", []
+        if tag == "tr":
+            self.rows[self.here].append([])
+        if tag in ("td", "th"):
+            self.rows[self.here][-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "section":
+            self.here = ""
+
+    def handle_data(self, data):
+        if self.here:
+            self.sections[self.here] += data
+            if any(tag in ("td", "th") for tag in self.open):
+                self.rows[self.here][-1][-1] += data
+
+    def attribute(self, tag, name):
+        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
+
+
+TEXT = 'He said "1 < 2 & 3" <script>alert(1)</script> $x_{'
+
+
+def write_wav(path: Path, frequency: float) -> None:
+    samples = (8000 * np.sin(np.arange(1600) * 2 * np.pi * frequency / 16000)).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+
+
+def entries() -> list[dict]:
+    log: list[dict] = [
+        {
+            "event": "start",
+            "time": "2025-01-02T03:04:05",
+            "versions": {"torch": "9.8.7", "odd": None},
+            "device": "cpu",
+            "parameters": {"model": 1234567, "conditioner": 8901, "heads": 234},
+            "clips": {"train": 4321, "valid": 56},
+            "domains": {"speech": 4000, "audio": 321},
+        }
+    ]
+    log += [
+        {"event": "skipped", "path": f"clip_{i:03}.wav", "source": "a.csv", "reason": f"broken <{i}>"}
+        for i in range(23)
+    ]
+    for step in (0, 10, 20, 30):
+        log.append(
+            {
+                "event": "train",
+                "step": step,
+                "flow_loss": 2.0 - step / 100,
+                "align_weight": 0.0 if step < 20 else 1.0,
+                "samples_per_second": 40.0 + step,
+                "frames_per_second": 1000.0,
+                "cosine/speech/3": step / 100,
+                "cosine/speech/10": step / 200,
+                "surprise": [1, {}],
+            }
+        )
+    log += [
+        {
+            "event": "valid",
+            "step": 0,
+            "flow_loss": 1.7654,
+            "flow_loss/speech": 1.5,
+            "cosine/speech/3": 0.0123,
+        },
+        {
+            "event": "valid",
+            "step": 30,
+            "flow_loss": 0.4321,
+            "flow_loss/speech": 0.3,
+            "cosine/speech/3": 0.6543,
+        },
+        {"event": "probe", "step": 20, "seconds": 1.5, "block_evaluations": 6},
+        {
+            "event": "probe",
+            "step": 30,
+            "seconds": 2.5,
+            "selection": {"layers": [0, 2], "weights": [0.7, 0.3]},
+        },
+        {"event": "never heard of", "step": "later"},
+    ]
+    for step in range(1, 8):
+        log.append(
+            {
+                "event": "sample",
+                "step": step,
+                "path": f"samples/{step}.wav",
+                "text": TEXT,
+                "domain": "speech",
+                "reference": "samples/reference.wav",
+            }
+        )
+    log.append({"event": "end", "step": 30, "seconds": 3725.0})
+    return log
+
+
+SCORES = LayerScores(
+    layers=(0, 1, 2),
+    by_sample=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.01, 0.03, 0.01, 0.03], [0.5, 0.5, 0.9, 0.9]], dtype=torch.float64),
+    t=torch.tensor([0.25, 0.75, 0.25, 0.75]),
+    domains=("audio", "audio", "speech", "speech"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "night & day"
+    (folder / "samples").mkdir(parents=True)
+    for step in range(1, 8):
+        write_wav(folder / "samples" / f"{step}.wav", 100 * step)
+    write_wav(folder / "samples" / "reference.wav", 50)
+    lines = "\n".join(json.dumps(entry) for entry in entries())
+    (folder / "log.jsonl").write_text(lines + '\n{"event": "train", "step": 40, "flow_lo', encoding="utf-8")
+    (folder / "config.yaml").write_text("model:\n  note: <b>&amp;\n", encoding="utf-8")
+    selection = {"layers": [0, 2], "weights": [0.3, 0.7], "method": "foga", "metric": "squared", "step": 20}
+    (folder / "selection.json").write_text(json.dumps(selection), encoding="utf-8")
+    SCORES.to_csv(folder / "foga.csv")
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_section_is_there_and_filled(page):
+    assert set(page.sections) == SECTIONS
+    assert [name for name, text in page.sections.items() if NOT_RECORDED in text] == []
+    assert set(page.attribute("a", "href")) == {f"#{name}" for name in SECTIONS - {"summary"}}
+
+
+def test_the_page_loads_nothing_from_outside(run, page):
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                assert value.startswith(("data:", "#")), (tag, name, value[:60])
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "@import" not in text
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+
+
+def test_ids_are_unique_and_every_reference_in_a_picture_finds_its_target(page):
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = [v[1:] for _, attributes in page.tags for k, v in attributes.items() if "href" in k and v[0] == "#"]
+    clips = [attributes["clip-path"] for _, attributes in page.tags if "clip-path" in attributes]
+    assert clips
+    assert set(used) | {clip.removeprefix("url(#").removesuffix(")") for clip in clips} <= set(ids)
+
+
+def test_text_from_the_run_is_escaped(run, page):
+    assert TEXT in page.sections["samples"]
+    assert "note: <b>&amp;" in page.sections["config"]
+    assert "broken <3>" in page.sections["skipped"]
+    raw = (run / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)" in raw
+    assert "night &amp; day</h1>" in raw
+
+
+def test_headline_figures_are_the_log_s(page):
+    summary = page.sections["summary"]
+    assert "1.765 → 0.4321" in summary  # first and last validation, four digits
+    assert "last / first 0.245" in summary  # 0.4321 / 1.7654
+    assert "0.0123 → 0.6543" in summary
+    assert "0, 2" in summary
+    assert "weights 0.30, 0.70" in summary
+    assert "4,321" in summary
+    assert "56 valid, 23 skipped" in summary
+    assert "1 h 2 min" in summary
+    assert "55.00" in summary  # median of 40, 50, 60, 70
+    assert "1,000 frames/s" in summary
+
+
+def test_tables_are_the_log_s(page):
+    assert page.rows["loss"][1:] == [
+        ["all domains", "1.765", "0.4321", "0.245", "0.4321 at 30"],
+        ["speech", "1.500", "0.3000", "0.200", "0.3000 at 30"],
+    ]
+    # layer 10 was only measured in training; layers sort as numbers
+    assert page.rows["cosine"][1:] == [
+        ["speech", "3", "valid", "0.0123", "0.6543"],
+        ["speech", "10", "train", "0.0000", "0.1500"],
+    ]
+    assert ["30", "0, 2", "0.7000, 0.3000", "2.500", ""] in page.rows["selection"]
+    assert ["2", "0.7000"] in page.rows["selection"]
+
+
+def test_foga_table_is_the_csv_s(page):
+    header, first, second, third = page.rows["foga"]
+    assert header == ["layer", "rank", "score", "audio", "speech", "weight"]
+    # layer 0: 0.1 to 0.4, mean 0.25, deviation 0.1291, error 0.0645; audio 0.1 and 0.2: error 0.05
+    assert first == ["0", "2", "0.2500 ± 0.065", "0.1500 ± 0.050", "0.3500 ± 0.050", "0.300"]
+    assert second == ["1", "3", "0.02000 ± 0.0058", "0.02000 ± 0.010", "0.02000 ± 0.010", ""]
+    assert third == ["2", "1", "0.7000 ± 0.12", "0.5000 ± 0.0", "0.9000 ± 0.0", "0.700"]
+    assert [a.get("class") for tag, a in page.tags if tag == "tr"].count("chosen") == 2
+    # the CSV does not hold the metric, the selection does
+    assert "metric squared" in page.sections["foga"]
+
+
+def test_samples_carry_their_sound_beside_the_reference(run, page):
+    sounds = [base64.b64decode(src.removeprefix("data:audio/wav;base64,")) for src in page.attribute("audio", "src")]
+    # the reference, then first and last step and two evenly spaced between them
+    names = ["reference", "1", "3", "5", "7"]
+    assert sounds == [(run / "samples" / f"{name}.wav").read_bytes() for name in names]
+    assert "3 more steps" in page.sections["samples"]
+
+
+def test_skipped_files_are_counted_and_the_first_twenty_listed(page):
+    assert "23 files" in page.sections["skipped"]
+    assert page.rows["skipped"][1:] == [[f"clip_{i:03}.wav", "a.csv", f"broken <{i}>"] for i in range(20)]
+
+
+def test_environment_shows_versions_and_parameters(page):
+    text = page.sections["versions"]
+    for shown in ("9.8.7", "cpu", "1,234,567", "8,901", "234", "2025-01-02T03:04:05"):
+        assert shown in text
+
+
+def test_pictures_are_in_the_page_and_in_the_folder(run, page):
+    labels = page.attribute("svg", "aria-label")
+    assert len(labels) == 4
+    for name in ("loss.png", "cosine.png", "foga.png", "foga_map.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_writing_again_replaces_the_page_with_the_same_page(run):
+    before = (run / "report.html").read_bytes()
+    write_report(run)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
+    before = (run / "report.html").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agrepa_fast.training.report.os.replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path):
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert set(page.sections) == SECTIONS
+    for name in SECTIONS - {"summary"}:
+        assert NOT_RECORDED in page.sections[name], name
+    assert page.sections["summary"].count("not recorded") == 6
+    assert NOT_RECORDED in MISSING
+
+
+def test_broken_files_are_named_and_the_rest_still_shown(tmp_path):
+    (tmp_path / "foga.csv").write_text("layer,branch,sample,t,domain,score\n0,,0,0.5,speech,abc\n", encoding="utf-8")
+    (tmp_path / "selection.json").write_text('{"layers": [1, 2], "weights": [1.0]}', encoding="utf-8")
+    log = [
+        {"event": "start", "clips": 3, "versions": "none"},
+        {"event": "valid", "step": 5, "flow_loss": "high", "flow_loss/audio": float("nan"), "cosine/": 1.0},
+        {"event": "sample", "step": 5, "path": "../secret.wav", "text": None},
+        {"event": "sample", "step": 6, "path": "samples/gone.wav", "text": None},
+        {"event": "interrupted", "step": 6},
+    ]
+    (tmp_path.parent / "secret.wav").write_bytes(b"not for the page")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "foga.csv:2" in page.sections["foga"]
+    assert "2 layers but 1 weights" in page.sections["selection"]
+    assert NOT_RECORDED in page.sections["loss"]
+    assert NOT_RECORDED in page.sections["cosine"]
+    assert "../secret.wav is not in the run folder" in page.sections["samples"]
+    assert "samples/gone.wav cannot be read" in page.sections["samples"]
+    assert page.attribute("audio", "src") == []
+    assert "Interrupted at step 6" in text
+
+
+def test_a_resumed_run_counts_no_skipped_file_twice_and_drops_the_overwritten_steps(tmp_path):
+    skipped = {"event": "skipped", "path": "a.wav", "source": "s", "reason": "r"}
+    log = [
+        {"event": "start"},
+        skipped,
+        {"event": "valid", "step": 10, "flow_loss": 2.0},
+        {"event": "valid", "step": 20, "flow_loss": 77.0},
+        {"event": "start"},
+        {"event": "resume", "step": 10},
+        skipped,
+        {"event": "valid", "step": 20, "flow_loss": 0.5},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "2.000 → 0.5000" in page.sections["summary"]
+    assert "1 file could" in page.sections["skipped"]
+    assert "resumed once" in text
+    assert all("77.0" not in cell for row in page.rows["loss"] for cell in row)
+
+
+def test_cosines_of_different_layers_are_not_compared(tmp_path):
+    log = [
+        {"event": "valid", "step": 1, "cosine/speech/1": 0.1, "cosine/speech/2": 0.9},
+        {"event": "valid", "step": 2, "cosine/speech/1": 0.3, "cosine/speech/7": 0.7},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "0.1000 → 0.3000" in page.sections["summary"]
+    assert "mean over 1 teacher/layer pair" in page.sections["summary"]
+
+
+def test_missing_run_folder_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        write_report(tmp_path / "nothing")
+
+
+def test_read_log_drops_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"event": "start"}\n{"event": "tra{"event": "resume"}\n\n[1]\n{"event": "end", "text": "\xc3')
+    assert read_log(path) == [
+        {"event": "start"},
+        {"event": "unreadable", "line": 2},
+        {"event": "unreadable", "line": 4},
+    ]
+    path.write_bytes(b'{"event": "start"}\n{"event": "end"}')  # whole, only its newline is missing
+    assert read_log(path) == [{"event": "start"}, {"event": "end"}]
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        read_log(tmp_path / "gone.jsonl")
+
+
+def test_unreadable_lines_are_named_in_the_page(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"event": "start"}\nrubbish\n{"event": "end", "step": 3}\n')
+    assert "left out: line 2" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def curves(figure):
+    return {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
+
+
+def test_loss_curves_hold_the_logged_points():
+    drawn = curves(plot_losses(entries()))
+    assert drawn["train"].get_xdata().tolist() == [0, 10, 20, 30]
+    assert drawn["train"].get_ydata().tolist() == pytest.approx([2.0, 1.9, 1.8, 1.7])
+    assert drawn["valid"].get_ydata().tolist() == [1.7654, 0.4321]
+    assert drawn["valid, speech"].get_ydata().tolist() == [1.5, 0.3]
+    assert drawn["probes"].get_xdata().tolist() == [20, 30]
+
+
+def test_first_probe_and_alignment_are_marked_where_they_happen():
+    log = [{"event": "train", "step": s, "flow_loss": 1.0, "align_weight": float(20 <= s < 40)} for s in range(60)]
+    log += [{"event": "probe", "step": 20}, {"event": "probe", "step": 30}]
+    axes = plot_losses(log).axes[0]
+    marks = {text.get_text(): text.xy[0] for text in axes.texts}
+    assert marks == {"first probe / alignment starts": 20, "alignment stops": 40}
+    vertical = [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [0, 1]]
+    assert [list(x) for x in vertical] == [[20, 20], [40, 40]]
+
+
+def test_a_long_curve_is_smoothed_over_its_raw_points():
+    values = np.random.default_rng(0).normal(1.0, 0.1, 200)
+    log = [{"event": "train", "step": i, "flow_loss": v} for i, v in enumerate(values.tolist())]
+    raw, smooth = (line for line in plot_losses(log).axes[0].lines if line.get_color() == TRAIN)
+    assert raw.get_ydata().tolist() == values.tolist()
+    assert smooth.get_label() == "train, mean over 11 entries"
+    assert smooth.get_ydata()[100] == pytest.approx(values[95:106].mean())
+
+
+def test_an_early_spike_does_not_flatten_the_curve():
+    log = [{"event": "train", "step": i, "flow_loss": 900.0 if i == 1 else 1.0} for i in range(400)]
+    bottom, top = plot_losses(log).axes[0].get_ylim()
+    assert bottom < 1.0 < top < 100.0
+
+
+def test_moving_mean_is_the_centred_mean():
+    values = np.random.default_rng(1).normal(size=23)
+    expected = [values[max(0, i - 3) : i + 4].mean() for i in range(23)]
+    np.testing.assert_allclose(moving_mean(values, 7), expected, rtol=0, atol=1e-13)
+    assert moving_mean(values, 1) == pytest.approx(values)
+
+
+def test_cosine_curves_one_colour_per_teacher_and_layer():
+    log = [
+        {"event": "train", "step": 1, "cosine/whisper/large/2": 0.25, "cosine/whisper/large/10": 0.5},
+        {"event": "valid", "step": 1, "cosine/whisper/large/2": 0.2, "cosine/beats/2": 0.75},
+    ]
+    figure = plot_cosines(log)
+    drawn = curves(figure)
+    values = {label: line.get_ydata().tolist() for label, line in drawn.items()}
+    assert values == {
+        "beats · layer 2": [0.75],
+        "whisper/large · layer 2": [0.25],
+        "whisper/large · layer 10": [0.5],
+    }
+    assert len({line.get_color() for line in drawn.values()}) == 3
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(line.get_ydata()[0] for line in points) == [0.2, 0.75]
+    (valid,) = (line for line in points if line.get_ydata()[0] == 0.2)
+    assert valid.get_color() == drawn["whisper/large · layer 2"].get_color()
+
+
+def test_series_leaves_out_what_is_no_finite_number():
+    log = [
+        {"event": "train", "step": 1, "x": 1.0},
+        {"event": "train", "step": 2, "x": float("inf")},
+        {"event": "train", "step": 3, "x": None},
+        {"event": "train", "step": 4, "x": True},
+        {"event": "train", "x": 5.0},
+        {"event": "valid", "step": 6, "x": 6.0},
+        {"event": "train", "step": 7, "x": 7},
+    ]
+    steps, values = series(log, "train", "x")
+    assert (steps.tolist(), values.tolist()) == ([1.0, 7.0], [1.0, 7.0])
+
+
+def test_timeline_keeps_what_a_resume_does_not_replace():
+    log = [{"step": 1}, {"step": 5}, {"path": "x"}, {"step": 9}, {"event": "resume", "step": 5}, {"step": 6}]
+    assert current_timeline(log) == [log[0], log[1], log[2], log[4], log[5]]
+
+
+def test_keys_sort_by_layer_number():
+    log = [{"event": "train", "cosine/s/10": 1, "cosine/s/9": 1, "cosine/a/11": 1, "cosine/": 1, "other": 1}]
+    assert keys_under(log, "cosine/") == ["cosine/a/11", "cosine/s/9", "cosine/s/10"]
+
+
+def test_pictures_of_an_empty_log_are_empty_not_broken():
+    assert curves(plot_losses([])) == {}
+    assert curves(plot_cosines([])) == {}
