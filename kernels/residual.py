@@ -325,7 +325,7 @@ def _backward_kernel(
             tl.store(stream_partial_ptr + tl.program_id(0), stream)
 
 
-@triton.jit(do_not_specialize=["sequences", "per_sequence"])
+@triton.jit(do_not_specialize=["sequences", "per_sequence", "width"])
 def _sum_kernel(
     shift_partial_ptr,
     scale_partial_ptr,
@@ -337,16 +337,18 @@ def _sum_kernel(
     grad_gate_ptr,
     sequences,
     per_sequence,
-    WIDTH: tl.constexpr,
+    width,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Add up the partial rows of one sample, in their order; partial row p belongs to sequence p // per_sequence."""
-    tiles: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    width = width * UNIT
+    tiles = tl.cdiv(width, BLOCK_D)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     c = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_c = c < WIDTH
+    in_c = c < width
     if sample_index_ptr is None:
         first = sample * per_sequence
         last = first + per_sequence
@@ -364,7 +366,7 @@ def _sum_kernel(
         if sample_index_ptr is not None:
             mine = mine & (tl.load(sample_index_ptr + sequence, mask=mine, other=-1) == sample)
         mask = mine[:, None] & in_c[None, :]
-        offsets = p[:, None] * WIDTH + c[None, :]
+        offsets = p[:, None] * width + c[None, :]
         if grad_shift_ptr is not None:
             shift += tl.load(shift_partial_ptr + offsets, mask=mask, other=0.0)
             scale += tl.load(scale_partial_ptr + offsets, mask=mask, other=0.0)
@@ -374,7 +376,7 @@ def _sum_kernel(
                 rows *= tl.load(stream_scale_ptr + sequence, mask=mine, other=0.0).to(ACC)[:, None]
             gate += rows
         start += BLOCK_P
-    out = sample * WIDTH + c
+    out = sample * width + c
     if grad_shift_ptr is not None:
         tl.store(grad_shift_ptr + out, tl.sum(shift, axis=0), mask=in_c)
         tl.store(grad_scale_ptr + out, tl.sum(scale, axis=0), mask=in_c)
@@ -518,11 +520,11 @@ def backward(
         device,
         samples * triton.cdiv(width, _SUM_COLUMNS),
         *(shift_rows, scale_rows, gate_rows, stream_scale, sample_index, grad_shift, grad_scale, grad_gate),
-        *(sequences, per_sequence),
+        *(sequences, per_sequence, width // alignment(width)),
         num_warps=_SUM_WARPS,
-        WIDTH=width,
         BLOCK_P=_SUM_ROWS,
         BLOCK_D=_SUM_COLUMNS,
+        UNIT=alignment(width),
         ACC=acc,
     )
     grad_stream = None if stream is None else stream.sum(dim=1).to(stream_scale.dtype)
