@@ -15,4 +15,4 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["values"]
 if INTERPRETED:
     # These compile and launch for real, or start this very process.
-    collect_ignore += ["test_interpreter.py", "test_compile_matrix.py", "test_dispatch.py"]
+    collect_ignore += ["test_interpreter.py", "test_compile_matrix.py", "test_dispatch.py", "test_launch.py"]
