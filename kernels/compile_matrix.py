@@ -105,8 +105,8 @@ def launches(case: Case) -> list[Launch]:
     with record(case.target if case.target in TABLES else "portable") as recording:
         if case.op == "masked_mean":
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
-            mean, count = pooling.masked_mean(x, mask)
-            pooling.masked_mean_backward(mean, mask, count, FRAMES)
+            pooled, count = pooling.masked_mean(x, mask)
+            pooling.masked_mean_backward(pooled, mask, count, FRAMES)
         elif case.op == "velocity_delta":
             velocity = empty(STREAMS, SEQUENCES, FRAMES, case.width)
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)

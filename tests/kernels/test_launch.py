@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from agrepa_fast.kernels import launch, tables, tune
 from agrepa_fast.kernels.launch import LaunchConfig
 
