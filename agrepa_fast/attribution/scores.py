@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class LayerScores:
         branches: "attn" or "ff" of each unit; None when whole blocks were switched off.
         by_sample: [U, N] float64.
         metric: "rms" or "squared" (see `normalised_change`).
-        floor: the score that a unit without any effect gets; at or below it a score says nothing.
+        floor_by_sample: [N] the score that a unit without any effect gets; None for 0.
         t: [N] or None. domains: N names or None.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
     """
@@ -60,7 +61,7 @@ class LayerScores:
     by_sample: Tensor
     metric: str = "rms"
     branches: tuple[str, ...] | None = None
-    floor: float = 0.0
+    floor_by_sample: Tensor | None = None
     t: Tensor | None = None
     domains: tuple[str, ...] | None = None
     block_evaluations: float | None = field(default=None, compare=False)
@@ -69,8 +70,9 @@ class LayerScores:
         units, samples = self.by_sample.shape
         if len(self.layers) != units or (self.branches is not None and len(self.branches) != units):
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
-        if self.t is not None and self.t.shape != (samples,):
-            raise ValueError(f"t: expected [{samples}], got {list(self.t.shape)}")
+        for name, value in (("t", self.t), ("floor_by_sample", self.floor_by_sample)):
+            if value is not None and value.shape != (samples,):
+                raise ValueError(f"{name}: expected [{samples}], got {list(value.shape)}")
         if self.domains is not None and len(self.domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(self.domains)}")
 
@@ -97,9 +99,15 @@ class LayerScores:
         return self.by_sample.std(1) / samples**0.5
 
     @property
+    def floor(self) -> float:
+        """The mean score of a unit without any effect; at or below it a mean says nothing."""
+        return 0.0 if self.floor_by_sample is None else self.floor_by_sample.mean().item()
+
+    @property
     def above_floor(self) -> Tensor:
         """[U] bool: the unit's mean score is above what a unit without effect gets."""
-        return self.mean > self.floor * (1 + 1e-6)
+        # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
+        return self.mean > self.floor * (1 + 1e-6) + 1e-12
 
     def domain(self, name: str) -> LayerScores:
         """The scores of one domain's samples."""
@@ -115,18 +123,19 @@ class LayerScores:
         """The scores at one value of t."""
         if self.t is None:
             raise ValueError("t: the samples' t is not known")
-        return self._take([i for i, value in enumerate(self.t.tolist()) if abs(value - t) < 1e-6])
+        samples = [i for i, value in enumerate(self.t.tolist()) if abs(value - t) < 1e-6]
+        if not samples:
+            raise ValueError(f"t: no sample at {t:g}, only at {', '.join(f'{v:g}' for v in self.t.unique().tolist())}")
+        return self._take(samples)
 
     def _take(self, samples: Sequence[int]) -> LayerScores:
-        if not samples:
-            raise ValueError("no sample fits")
         index = torch.tensor(samples)
         return LayerScores(
             self.layers,
             self.by_sample[:, index],
             self.metric,
             self.branches,
-            self.floor,
+            None if self.floor_by_sample is None else self.floor_by_sample[index],
             None if self.t is None else self.t[index],
             None if self.domains is None else tuple(self.domains[i] for i in samples),
         )
@@ -134,10 +143,11 @@ class LayerScores:
     def table(self) -> str:
         """Text table: unit, mean, standard error, mean per domain; highest first."""
         domains = self.by_domain() if len(set(self.domains or ())) > 1 else {}
-        lines = ["layer        mean    stderr" + "".join(f"{name:>10}" for name in domains)]
-        for u in self.mean.argsort(descending=True).tolist():
+        widths = {name: max(9, len(name)) for name in domains}
+        lines = ["layer        mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
+        for u in self.mean.argsort(descending=True, stable=True).tolist():
             row = f"{self.names[u]:<8}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
-            lines.append(row + "".join(f"{scores.mean[u]:10.4f}" for scores in domains.values()))
+            lines.append(row + "".join(f" {part.mean[u]:{widths[name]}.4f}" for name, part in domains.items()))
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
@@ -169,6 +179,7 @@ class LayerScores:
             "layers": list(self.layers),
             "branches": None if self.branches is None else list(self.branches),
             "floor": self.floor,
+            "floor_by_sample": None if self.floor_by_sample is None else self.floor_by_sample.tolist(),
             "block_evaluations": self.block_evaluations,
             "t": None if self.t is None else self.t.tolist(),
             "domains": None if self.domains is None else list(self.domains),
@@ -184,7 +195,7 @@ class LayerScores:
             torch.tensor(state["by_sample"], dtype=torch.float64),
             state["metric"],
             None if state["branches"] is None else tuple(state["branches"]),
-            state["floor"],
+            None if state["floor_by_sample"] is None else torch.tensor(state["floor_by_sample"], dtype=torch.float64),
             None if state["t"] is None else torch.tensor(state["t"]),
             None if state["domains"] is None else tuple(state["domains"]),
             state["block_evaluations"],
@@ -204,7 +215,7 @@ def read_scores(path: str | Path) -> LayerScores:
         UserError: names the file and line that does not fit.
     """
     units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-    times: dict[int, str] = {}
+    times: dict[int, float | None] = {}
     domains: dict[int, str] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -213,21 +224,41 @@ def read_scores(path: str | Path) -> LayerScores:
                 raise UserError(f"{path}:1: expected the columns {','.join(COLUMNS)}")
             for row in reader:
                 try:
-                    sample = int(row["sample"])
-                    units[int(row["layer"]), row["branch"]][sample] = float(row["score"])
-                    times[sample], domains[sample] = row["t"], row["domain"]
-                except (TypeError, ValueError) as error:
+                    unit, sample, score, t = _parse(row)
+                    if sample in units[unit]:
+                        raise ValueError(f"a second score of sample {sample} for layer {row['layer']}{row['branch']}")
+                    if times.setdefault(sample, t) != t or domains.setdefault(sample, row["domain"]) != row["domain"]:
+                        raise ValueError(f"sample {sample} has another t or domain in an earlier line")
+                    units[unit][sample] = score
+                except ValueError as error:
                     raise UserError(f"{path}:{reader.line_num}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     samples = sorted(times)
     if not units or any(sorted(scores) != samples for scores in units.values()):
         raise UserError(f"{path}: expected a score for each of the {len(samples)} samples of every layer")
     branches = tuple(branch for _, branch in units)
+    if any(branches) != all(branches):
+        raise UserError(f"{path}: expected a branch in every row or in none")
+    known_times = [t for t in (times[n] for n in samples) if t is not None]
     return LayerScores(
         tuple(layer for layer, _ in units),
         torch.tensor([[s[n] for n in samples] for s in units.values()], dtype=torch.float64),
         branches=branches if any(branches) else None,
-        t=torch.tensor([float(times[n]) for n in samples]) if all(times.values()) else None,
+        t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
         domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
     )
+
+
+def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:
+    """One line of the CSV -> (layer, branch), sample, score, t; ValueError says what does not fit."""
+    if None in row or None in row.values():  # a line longer or shorter than the header
+        raise ValueError(f"expected {len(COLUMNS)} fields")
+    layer, score = int(row["layer"]), float(row["score"])
+    if layer < 0:
+        raise ValueError(f"expected a 0-based layer, got {layer}")
+    if not math.isfinite(score):
+        raise ValueError(f"the score is not finite: {row['score']}")
+    return (layer, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None

@@ -19,8 +19,10 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         [B, D] in x's dtype, accumulated in float32 or wider; zeros where no frame is valid.
 
     Raises:
-        ValueError: when shapes do not fit or the mask is not bool.
+        ValueError: when shapes do not fit or the mask is not bool. TypeError: x is not floating.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [batch, time, width], got {list(x.shape)}")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):

@@ -35,12 +35,14 @@ def _check(
             f"branch: expected [at most {sequences}, {frames}, {width}] beside x {list(x.shape)}, "
             f"got {list(branch.shape)}"
         )
+    beside = {"branch": branch, **modulation, "stream_scale": stream_scale, "sample_index": sample_index}
+    for name, tensor in beside.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
     first = next(iter(modulation.values()))
     for name, value in modulation.items():
         if value.dim() != 2 or value.shape[1] != width or value.shape[0] != first.shape[0]:
             raise ValueError(f"{name}: expected [{first.shape[0]}, {width}], got {list(value.shape)}")
-        if value.device != x.device:
-            raise ValueError(f"{name}: expected on x's device {x.device}, got {value.device}")
     if sample_index is None:
         if first.shape[0] != sequences:
             raise ValueError(
