@@ -30,6 +30,7 @@ def attribute_layers(
     branches: Sequence[str] | None = None,
     engine: str = "auto",
     max_samples: int | None = None,
+    clips: Sequence[int] | None = None,
 ) -> LayerScores:
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
@@ -47,6 +48,9 @@ def attribute_layers(
         engine: "prefix" (the staircase: shared prefixes, one batch), "stacked" (all streams from the start) or
             "loop" (one forward per ablation); "auto" is the staircase. All give the same scores.
         max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
+
+        clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
+            error counts them as one.
 
     Returns:
         LayerScores with by_sample [U, N].
@@ -72,6 +76,8 @@ def attribute_layers(
             raise ValueError(f"{name}: expected {samples} samples as in x_t, got {list(value.shape)}")
     if domains is not None and len(domains) != samples:
         raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
+    if clips is not None and len(clips) != samples:
+        raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     plan = AblationPlan.build(model.depth, blocks, branches)
@@ -105,6 +111,7 @@ def attribute_layers(
         floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
         t=named["t"].detach().float().cpu(),
         domains=None if domains is None else tuple(domains),
+        clips=None if clips is None else tuple(clips),
         block_evaluations=plan.block_evaluations if engine in ("auto", "prefix") else None,
     )
 

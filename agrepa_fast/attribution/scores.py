@@ -54,6 +54,7 @@ class LayerScores:
         metric: "rms" or "squared" (see `normalised_change`).
         floor_by_sample: [N] the score that a unit without any effect gets; None for 0.
         t: [N] or None. domains: N names or None.
+        clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
     """
 
@@ -65,6 +66,7 @@ class LayerScores:
     t: Tensor | None = None
     domains: tuple[str, ...] | None = None
     block_evaluations: float | None = field(default=None, compare=False)
+    clips: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         units, samples = self.by_sample.shape
@@ -75,6 +77,8 @@ class LayerScores:
                 raise ValueError(f"{name}: expected [{samples}], got {list(value.shape)}")
         if self.domains is not None and len(self.domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(self.domains)}")
+        if self.clips is not None and len(self.clips) != samples:
+            raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,13 +94,18 @@ class LayerScores:
 
     @property
     def stderr(self) -> Tensor:
-        """[U] standard error of the mean; samples that share a clip over a grid of t count as independent.
+        """[U] standard error of the mean over clips: with `clips`, a clip's samples are averaged first.
 
-        nan for a single sample."""
-        samples = self.by_sample.shape[1]
-        if samples < 2:
+        nan for a single clip."""
+        by_clip = self.by_sample
+        if self.clips is not None:
+            ids, clip_of = torch.tensor(self.clips).unique(return_inverse=True)
+            sums = by_clip.new_zeros(by_clip.shape[0], len(ids)).index_add_(1, clip_of, by_clip)
+            by_clip = sums / clip_of.bincount()
+        count = by_clip.shape[1]
+        if count < 2:
             return torch.full((len(self.layers),), torch.nan, dtype=self.by_sample.dtype)
-        return self.by_sample.std(1) / samples**0.5
+        return by_clip.std(1) / count**0.5
 
     @property
     def floor(self) -> float:
@@ -138,6 +147,7 @@ class LayerScores:
             None if self.floor_by_sample is None else self.floor_by_sample[index],
             None if self.t is None else self.t[index],
             None if self.domains is None else tuple(self.domains[i] for i in samples),
+            clips=None if self.clips is None else tuple(self.clips[i] for i in samples),
         )
 
     def table(self) -> str:
@@ -151,10 +161,10 @@ class LayerScores:
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score."""
+        """One row per unit and sample: layer, branch, sample, t, domain, score, clip."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow((*COLUMNS, "clip"))
             for u, layer in enumerate(self.layers):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
@@ -165,6 +175,7 @@ class LayerScores:
                             "" if self.t is None else repr(self.t[n].item()),
                             "" if self.domains is None else self.domains[n],
                             repr(score),
+                            "" if self.clips is None else self.clips[n],
                         )
                     )
 
@@ -183,6 +194,7 @@ class LayerScores:
             "block_evaluations": self.block_evaluations,
             "t": None if self.t is None else self.t.tolist(),
             "domains": None if self.domains is None else list(self.domains),
+            "clips": None if self.clips is None else list(self.clips),
             "mean": self.mean.tolist(),
             "by_sample": self.by_sample.tolist(),
         }
@@ -199,6 +211,7 @@ class LayerScores:
             None if state["t"] is None else torch.tensor(state["t"]),
             None if state["domains"] is None else tuple(state["domains"]),
             state["block_evaluations"],
+            None if state["clips"] is None else tuple(state["clips"]),
         )
 
     def plot(self) -> Figure:
@@ -215,8 +228,9 @@ def read_scores(path: str | Path) -> LayerScores:
         UserError: names the file and line that does not fit.
     """
     units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-    times: dict[int, float | None] = {}
-    domains: dict[int, str] = {}
+    times: dict[int, Any] = {}
+    domains: dict[int, Any] = {}
+    clips: dict[int, Any] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -227,8 +241,13 @@ def read_scores(path: str | Path) -> LayerScores:
                     unit, sample, score, t = _parse(row)
                     if sample in units[unit]:
                         raise ValueError(f"a second score of sample {sample} for layer {row['layer']}{row['branch']}")
-                    if times.setdefault(sample, t) != t or domains.setdefault(sample, row["domain"]) != row["domain"]:
-                        raise ValueError(f"sample {sample} has another t or domain in an earlier line")
+                    facts = (
+                        (times, t),
+                        (domains, row["domain"]),
+                        (clips, int(row["clip"]) if row.get("clip") else None),
+                    )
+                    if any(known.setdefault(sample, value) != value for known, value in facts):
+                        raise ValueError(f"sample {sample} has another t, domain or clip in an earlier line")
                     units[unit][sample] = score
                 except ValueError as error:
                     raise UserError(f"{path}:{reader.line_num}: {error}") from None
@@ -249,6 +268,7 @@ def read_scores(path: str | Path) -> LayerScores:
         branches=branches if any(branches) else None,
         t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
         domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
+        clips=tuple(clips[n] for n in samples) if None not in clips.values() else None,
     )
 
 

@@ -58,6 +58,7 @@ def score_layers(
             metric=probe.metric,
             domains=[batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid),
             branches=branches,
+            clips=list(range(len(indices))) * len(probe.t_grid),
             max_samples=len(indices),
         )
 

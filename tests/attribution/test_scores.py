@@ -58,6 +58,27 @@ def test_standard_error_of_a_clip_seen_at_several_t_counts_its_samples_as_indepe
     assert over_grid.stderr.item() == pytest.approx(np.std([1, 2, 4] * 4, ddof=1) / np.sqrt(12))
 
 
+def test_standard_error_over_clips():
+    """A clip's samples are averaged first: a clip repeated over a grid is still one clip."""
+    clips = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    over_grid = LayerScores((0,), clips.repeat(1, 4), clips=(7, 3, 5) * 4)
+    assert over_grid.stderr.item() == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
+    by_clip = VALUES.reshape(3, 2, 3).mean(1)  # t-major: clip c is at columns c and c + 3
+    expected = by_clip.std(1, ddof=1) / np.sqrt(3)
+    whole = LayerScores((0, 4, 7), torch.tensor(VALUES), clips=(0, 1, 2) * 2, domains=DOMAINS)
+    np.testing.assert_allclose(whole.stderr, expected, rtol=1e-14)
+    assert whole.domain("speech").clips == (0, 2, 0, 2)
+
+
+def test_clips_survive_files(tmp_path):
+    whole = LayerScores((0, 4, 7), torch.tensor(VALUES), clips=(0, 1, 2) * 2)
+    whole.to_csv(tmp_path / "foga.csv")
+    assert read_scores(tmp_path / "foga.csv").clips == whole.clips
+    assert LayerScores.from_state(whole.state()).clips == whole.clips
+    with pytest.raises(ValueError, match="clips: expected 6 ids, got 5"):
+        LayerScores((0, 4, 7), torch.tensor(VALUES), clips=(0,) * 5)
+
+
 def test_standard_error_of_one_sample_is_unknown():
     alone = LayerScores((0, 1), torch.tensor([[1.0], [2.0]], dtype=torch.float64))
     assert alone.stderr.isnan().all()
@@ -185,8 +206,8 @@ HEADER = "layer,branch,sample,t,domain,score\n"
         (HEADER + "-1,,0,0.5,a,1\n", ":2: expected a 0-based layer, got -1"),
         (HEADER + "0,,0,0.5,a,nan\n", ":2: the score is not finite: nan"),
         (HEADER + "0,,0,0.5,a,1\n0,,0,0.5,a,2\n", ":3: a second score of sample 0 for layer 0"),
-        (HEADER + "0,,0,0.5,a,1\n1,,0,0.6,a,2\n", ":3: sample 0 has another t or domain"),
-        (HEADER + "0,,0,0.5,a,1\n1,,0,0.5,b,2\n", ":3: sample 0 has another t or domain"),
+        (HEADER + "0,,0,0.5,a,1\n1,,0,0.6,a,2\n", ":3: sample 0 has another t, domain or clip"),
+        (HEADER + "0,,0,0.5,a,1\n1,,0,0.5,b,2\n", ":3: sample 0 has another t, domain or clip"),
         (HEADER + "0,,0,0.5,a,1\n0,,1,0.5,a,1\n1,,0,0.5,a,1\n", ": expected a score for each of the 2 samples"),
         (HEADER + "0,,0,0.5,a,1\n1,ff,0,0.5,a,1\n", ": expected a branch in every row or in none"),
     ],
