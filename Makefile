@@ -5,12 +5,13 @@ VENV ?= .venv
 bin := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo    train the demo preset on the built-in corpus; the report is in runs/demo-DATE-TIME/"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make docs    build the documentation into site/; warnings are errors"
 	@echo "make clean   remove caches and build leftovers; keeps $(VENV)/ and runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of a new environment, VENV=DIR its folder."
 
@@ -23,8 +24,11 @@ lint: $(VENV)/.installed-dev
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
+
 # pytest comes last, so that its closing line ends the output.
-test: lint
+test: lint docs
 	$(bin)/python -m pytest
 
 clean:

@@ -82,7 +82,17 @@ class Trainer:
         self.log = RunLog(run_dir, config)
 
     def run(self) -> Path:
-        """Train; every exit but a crash leaves a checkpoint, the log and report.html."""
+        """Train; every exit but a crash leaves a checkpoint, the log and report.html.
+
+        Raises:
+            UserError: something cannot be written (a full disk, say); earlier checkpoints are untouched.
+        """
+        try:
+            return self._run()
+        except OSError as error:
+            raise UserError(f"{error.filename or self.run_dir}: {error.strerror or error}") from error
+
+    def _run(self) -> Path:
         (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         self.began = time.perf_counter()
         if self.step == 0:
