@@ -105,6 +105,7 @@ def test_make_test_runs_every_check_and_pytest_last(root: Path, environment: Pat
         f"{environment}/bin/ruff check .",
         f"{environment}/bin/ruff format --check .",
         f"{environment}/bin/mypy",
+        f"NO_MKDOCS_2_WARNING=1 {environment}/bin/mkdocs build --strict --quiet",
         f"{environment}/bin/python -m pytest",
     ]
 
