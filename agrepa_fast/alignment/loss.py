@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..errors import UserError
 from .heads import MLPHead
 from .policy import LayerSelection
 
@@ -26,6 +27,25 @@ def _check_pool(pool: str | None) -> None:
         raise ValueError(f'pool: expected "mean" or None (frame by frame), got {pool!r}')
 
 
+def _check_teachers(teachers: Mapping[str, int]) -> None:
+    if not teachers:
+        raise ValueError("teachers: expected at least one {name: width}")
+    taken = nn.ModuleDict()
+    for name in teachers:
+        # Names become keys of a ModuleDict, which has attributes and a path separator of its own.
+        if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
+            raise UserError(f"teachers: {name!r} cannot name a module: choose another name, without dots")
+
+
+def _check_targets(teachers: Mapping[str, int], targets: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """Every teacher has a target [*rows, its width]."""
+    for name, size in teachers.items():
+        if name not in targets:
+            raise ValueError(f"targets: no features of teacher {name!r}, only {sorted(targets)}")
+        if targets[name].shape != (*rows, size):
+            raise ValueError(f"targets[{name!r}]: expected {[*rows, size]}, got {list(targets[name].shape)}")
+
+
 def _domain_weights(teachers: Sequence[str], domains: Domains, like: Tensor) -> dict[str, Tensor | None]:
     """{teacher: [B] bool or None}: which samples count for each teacher."""
     if domains is None:
@@ -34,6 +54,9 @@ def _domain_weights(teachers: Sequence[str], domains: Domains, like: Tensor) -> 
         missing = set(teachers) - set(domains)
         if missing:
             raise ValueError(f"domains: no weights for teacher {sorted(missing)[0]!r}, only {sorted(domains)}")
+        for name in teachers:
+            if domains[name].shape != like.shape[:1]:
+                raise ValueError(f"domains[{name!r}]: expected [{like.shape[0]}], got {list(domains[name].shape)}")
         return {name: domains[name] != 0 for name in teachers}
     unknown = set(domains) - set(teachers)
     if unknown or len(domains) != like.shape[0]:
@@ -90,8 +113,7 @@ class AlignmentLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_pool(pool)
-        if not teachers:
-            raise ValueError("teachers: expected at least one {name: width}")
+        _check_teachers(teachers)
         self.width = width
         self.teachers = dict(teachers)
         self.layers = selection.layers
@@ -139,22 +161,30 @@ class AlignmentLoss(nn.Module):
         Raises:
             ValueError: a missing layer or teacher, or a shape that does not fit, by name.
         """
-        for name, size in self.teachers.items():
-            if name not in targets:
-                raise ValueError(f"targets: no features of teacher {name!r}, only {sorted(targets)}")
-            if targets[name].shape[-1] != size or targets[name].dim() != (2 if self.pool else 3):
-                form = f"[batch, {size}]" if self.pool else f"[batch, frames, {size}]"
-                raise ValueError(f"targets[{name!r}]: expected {form}, got {list(targets[name].shape)}")
         for layer in self.active:
             if layer not in hidden:
                 raise ValueError(f"hidden: no hidden state of layer {layer}, only {sorted(hidden)}")
         any_hidden = hidden[self.active[0]]
+        for layer in self.active:
+            shape = hidden[layer].shape
+            if len(shape) != 3 or shape[2] != self.width or shape != any_hidden.shape:
+                form = f"[batch, frames, {self.width}], the same for all layers"
+                raise ValueError(f"hidden[{layer}]: expected {form}, got {list(shape)}")
+        _check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
+        if mask is not None and (mask.shape != any_hidden.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         kept = _domain_weights(list(self.teachers), domains, any_hidden)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         for layer in self.active:
-            x = hidden[layer] if self.pool is None else ops.masked_mean(hidden[layer], mask)
-            x = F.layer_norm(x, (self.width,))
+            x = hidden[layer]
+            if self.pool is not None:
+                x = ops.masked_mean(x, mask)
+            elif mask is not None:
+                # Before the norm: the gradient of a padded frame that holds nan is nan, even where the loss is 0.
+                x = torch.where(mask.unsqueeze(-1), x, 0)
+            # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
+            x = F.layer_norm(x.to(self.weights.dtype), (self.width,))
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
                 head = self.heads.get_submodule(f"{name}.{layer}")
@@ -178,6 +208,8 @@ class InterfaceLoss(nn.Module):
 
     def __init__(self, width: int, teachers: Mapping[str, int], weights: Mapping[str, float]) -> None:
         super().__init__()
+        _check_teachers(teachers)
+        self.width = width
         self.teachers = dict(teachers)
         self.weights = {name: float(weights.get(name, 1.0)) for name in teachers}
         self.heads = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in teachers.items()})
@@ -195,7 +227,16 @@ class InterfaceLoss(nn.Module):
         """Loss and metrics "cosine/<teacher>/tokens".
 
         embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains as `AlignmentLoss`;
-        kept [B] bool: the samples whose tokens were not dropped."""
+        kept [B] bool: the samples whose tokens were not dropped.
+
+        Raises:
+            ValueError: a missing teacher, or a shape that does not fit, by name.
+        """
+        if embedding.dim() != 3 or embedding.shape[2] != self.width:
+            raise ValueError(f"embedding: expected [batch, frames, {self.width}], got {list(embedding.shape)}")
+        _check_targets(self.teachers, targets, embedding.shape[:1])
+        if kept is not None and (kept.shape != embedding.shape[:1] or kept.dtype != torch.bool):
+            raise ValueError(f"kept: expected bool [{embedding.shape[0]}], got {kept.dtype} {list(kept.shape)}")
         pooled = ops.masked_mean(embedding, mask)
         by_domain = _domain_weights(list(self.teachers), domains, embedding)
         total = embedding.new_zeros((), dtype=torch.float32)
@@ -204,9 +245,10 @@ class InterfaceLoss(nn.Module):
             rows = _row_mask(by_domain[name], mask, targets[name])
             if kept is not None:
                 rows = kept if rows is None else rows & kept
+            weight = self.heads.get_parameter(f"{name}.weight")
             loss = ops.projection_cosine_loss(
-                pooled,
-                self.heads.get_parameter(f"{name}.weight"),
+                pooled.to(weight.dtype),
+                weight,
                 None,
                 targets[name].detach(),
                 mask=rows,

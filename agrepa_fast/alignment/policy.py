@@ -26,9 +26,11 @@ class LayerSelection:
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.weights):
             raise ValueError(f"layers and weights: expected as many of each, got {self.layers}, {self.weights}")
-        if sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(f"layers: expected distinct ascending 0-based layers, got {self.layers}")
-        if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
+        whole = all(type(layer) is int for layer in self.layers)
+        if not whole or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
+            raise ValueError(f"layers: expected distinct ascending 0-based integers, got {self.layers}")
+        # So that nan, for which every comparison is false, is refused as well.
+        if not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) <= 1e-6):
             raise ValueError(f"weights: expected numbers >= 0 that sum to 1, got {self.weights}")
 
     @classmethod
@@ -66,8 +68,9 @@ class LayerSelection:
 def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
     """AG-REPA's choice: the k layers of the highest mean score, weighted by score / sum over the chosen.
 
-    Scores of branches are added up by layer. Where no layer stands above the floor (a network at its
-    adaLN-zero initialisation) the scores say nothing: a warning, and all layers with equal weights.
+    Scores of branches are added up by layer; of equal scores the lower layer wins. Where no layer stands
+    above the floor (a network at its adaLN-zero initialisation) the scores say nothing: a warning, and all
+    layers with equal weights.
 
     Args:
         scores: [U] units; see `LayerScores`.
@@ -87,6 +90,6 @@ def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
             stacklevel=2,
         )
         return LayerSelection.uniform(list(by_layer), "uniform")
-    chosen = sorted(sorted(by_layer, key=lambda layer: -by_layer[layer])[:k])
+    chosen = sorted(sorted(by_layer, key=lambda layer: (-by_layer[layer], layer))[:k])
     total = sum(by_layer[layer] for layer in chosen)
     return LayerSelection(tuple(chosen), tuple(by_layer[layer] / total for layer in chosen), "foga")

@@ -5,17 +5,27 @@ Frame i of a sequence at rate r stands for the time from i/r to (i+1)/r and sits
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
 def _ratio(teacher_rate: float, student_rate: float) -> tuple[int, int]:
-    # The bound keeps the int64 positions below far from overflow for rates that are not short fractions.
-    ratio = (Fraction(teacher_rate) / Fraction(student_rate)).limit_denominator(1_000_000)
-    return ratio.numerator, ratio.denominator
+    """teacher_rate / student_rate as a fraction of bounded terms, by its continued fraction.
+
+    Plain integers rather than `fractions`, so that torch.compile can follow it; the bound keeps the int64
+    positions below far from overflow for rates that are not short fractions."""
+    a, b = float(teacher_rate).as_integer_ratio()
+    c, d = float(student_rate).as_integer_ratio()
+    numerator, denominator = a * d, b * c
+    before, current = (0, 1), (1, 0)
+    while denominator:
+        whole = numerator // denominator
+        following = (before[0] + whole * current[0], before[1] + whole * current[1])
+        if following[1] > 1_000_000:
+            break
+        before, current = current, following
+        numerator, denominator = denominator, numerator - whole * denominator
+    return current
 
 
 def align_time(

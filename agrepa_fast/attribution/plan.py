@@ -7,6 +7,7 @@ baseline and the streams that have joined: L (L + 1) / 2 block evaluations for L
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,9 @@ class AblationPlan:
 
         Raises:
             ValueError: on a layer outside 0..depth - 1, a duplicate, an unknown branch or an empty choice.
+            TypeError: on a layer that is not an integer.
         """
-        chosen = list(range(depth)) if layers is None else [int(layer) for layer in layers]
+        chosen = list(range(depth)) if layers is None else [operator.index(layer) for layer in layers]
         if not chosen:
             raise ValueError("blocks: expected at least one layer")
         if len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(depth)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.dit import EPS, DiT
 from .plan import AblationPlan
-from .scores import LayerScores, normalised_change
+from .scores import METRICS, LayerScores, normalised_change
 
 ENGINES = ("auto", "prefix", "stacked", "loop")
 
@@ -30,6 +30,7 @@ def attribute_layers(
     branches: Sequence[str] | None = None,
     engine: str = "auto",
     max_samples: int | None = None,
+    clips: Sequence[int] | None = None,
 ) -> LayerScores:
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
@@ -48,23 +49,35 @@ def attribute_layers(
             "loop" (one forward per ablation); "auto" is the staircase. All give the same scores.
         max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
 
+        clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
+            error counts them as one.
+
     Returns:
         LayerScores with by_sample [U, N].
 
     Raises:
         TypeError: model is not a DiT, or the inputs do not fit its forward.
-        ValueError: on shapes, layers or names that do not fit, or a velocity that is not finite.
+        ValueError: on shapes, layers or names that do not fit, a sample without a valid frame, or a velocity
+            that is not finite.
     """
     if not isinstance(model, DiT):
         raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     named = _by_name(inputs)
     samples = named["x_t"].shape[0]
     if samples == 0:
         raise ValueError("x_t: expected at least one sample, got a batch of 0")
+    for name, value in named.items():
+        # Checked here because the parts below are slices: a surplus row would go unnoticed.
+        if value.shape[0] != samples:
+            raise ValueError(f"{name}: expected {samples} samples as in x_t, got {list(value.shape)}")
     if domains is not None and len(domains) != samples:
         raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
+    if clips is not None and len(clips) != samples:
+        raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     plan = AblationPlan.build(model.depth, blocks, branches)
@@ -81,21 +94,24 @@ def attribute_layers(
     result = torch.cat([torch.cat(changes, dim=1), torch.cat(energies).unsqueeze(0)]).double().cpu()
     change, energy = result[:-1], result[-1]
     _check_finite(plan, change, energy)
+    if "mask" in named and not named["mask"].any(1).all():
+        empty = (~named["mask"].any(1)).nonzero()[0].item()
+        raise ValueError(f"mask: sample {empty} has no valid frame, so it has no score: leave it out")
     if not energy.any():
         warnings.warn(
             "the velocity is identically zero (a network as adaLN-zero initialises it): every score is 0/0 "
             "and set to 0; train before probing",
             stacklevel=2,
         )
-    floor = normalised_change(torch.zeros_like(energy), energy, metric).mean().item()
     return LayerScores(
         layers=tuple(unit.layer for unit in plan.units),
         by_sample=normalised_change(change, energy, metric),
         metric=metric,
         branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
-        floor=floor,
+        floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
         t=named["t"].detach().float().cpu(),
         domains=None if domains is None else tuple(domains),
+        clips=None if clips is None else tuple(clips),
         block_evaluations=plan.block_evaluations if engine in ("auto", "prefix") else None,
     )
 
@@ -106,10 +122,14 @@ def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tenso
         if not isinstance(inputs, tuple | list) or len(inputs) > len(names):
             raise TypeError(f"inputs: expected a mapping or a tuple of {names}, got {type(inputs).__name__}")
         inputs = dict(zip(names, inputs))
-    unknown = set(inputs) - set(names)
-    if unknown or not {"x_t", "t"} <= set(inputs):
-        raise TypeError(f"inputs: expected x_t, t and perhaps cond, mask; got {sorted(inputs)}")
-    return {name: value for name, value in inputs.items() if value is not None}
+    named = {name: value for name, value in inputs.items() if value is not None}
+    if not {"x_t", "t"} <= set(named) <= set(names):
+        raise TypeError(f"inputs: expected x_t, t and perhaps cond, mask; got {sorted(map(str, named))}")
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            got = "a scalar" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a tensor with the samples first, got {got}")
+    return named
 
 
 @contextlib.contextmanager
@@ -143,7 +163,8 @@ def _prefix(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor
         joining = [unit for unit in plan.units if unit.stop == i + 1]
         if joining:
             # The new streams skip the branch: they enter the op as sequences without branch rows.
-            x = torch.cat([x, *(before[unit.start] for unit in joining)])
+            # Popped: what is kept here holds the memory of all streams of its time.
+            x = torch.cat([x, *(before.pop(unit.start) for unit in joining)])
             streams = x.shape[0] // batch
             rows = _sample_index(streams, batch, x)
             masks = None if key_mask is None else key_mask.repeat(streams, 1, 1, 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,8 +52,9 @@ class LayerScores:
         branches: "attn" or "ff" of each unit; None when whole blocks were switched off.
         by_sample: [U, N] float64.
         metric: "rms" or "squared" (see `normalised_change`).
-        floor: the score that a unit without any effect gets; at or below it a score says nothing.
+        floor_by_sample: [N] the score that a unit without any effect gets; None for 0.
         t: [N] or None. domains: N names or None.
+        clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
     """
 
@@ -60,19 +62,23 @@ class LayerScores:
     by_sample: Tensor
     metric: str = "rms"
     branches: tuple[str, ...] | None = None
-    floor: float = 0.0
+    floor_by_sample: Tensor | None = None
     t: Tensor | None = None
     domains: tuple[str, ...] | None = None
     block_evaluations: float | None = field(default=None, compare=False)
+    clips: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         units, samples = self.by_sample.shape
         if len(self.layers) != units or (self.branches is not None and len(self.branches) != units):
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
-        if self.t is not None and self.t.shape != (samples,):
-            raise ValueError(f"t: expected [{samples}], got {list(self.t.shape)}")
+        for name, value in (("t", self.t), ("floor_by_sample", self.floor_by_sample)):
+            if value is not None and value.shape != (samples,):
+                raise ValueError(f"{name}: expected [{samples}], got {list(value.shape)}")
         if self.domains is not None and len(self.domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(self.domains)}")
+        if self.clips is not None and len(self.clips) != samples:
+            raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,18 +94,29 @@ class LayerScores:
 
     @property
     def stderr(self) -> Tensor:
-        """[U] standard error of the mean; samples that share a clip over a grid of t count as independent.
+        """[U] standard error of the mean over clips: with `clips`, a clip's samples are averaged first.
 
-        nan for a single sample."""
-        samples = self.by_sample.shape[1]
-        if samples < 2:
+        nan for a single clip."""
+        by_clip = self.by_sample
+        if self.clips is not None:
+            ids, clip_of = torch.tensor(self.clips).unique(return_inverse=True)
+            sums = by_clip.new_zeros(by_clip.shape[0], len(ids)).index_add_(1, clip_of, by_clip)
+            by_clip = sums / clip_of.bincount()
+        count = by_clip.shape[1]
+        if count < 2:
             return torch.full((len(self.layers),), torch.nan, dtype=self.by_sample.dtype)
-        return self.by_sample.std(1) / samples**0.5
+        return by_clip.std(1) / count**0.5
+
+    @property
+    def floor(self) -> float:
+        """The mean score of a unit without any effect; at or below it a mean says nothing."""
+        return 0.0 if self.floor_by_sample is None else self.floor_by_sample.mean().item()
 
     @property
     def above_floor(self) -> Tensor:
         """[U] bool: the unit's mean score is above what a unit without effect gets."""
-        return self.mean > self.floor * (1 + 1e-6)
+        # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
+        return self.mean > self.floor * (1 + 1e-6) + 1e-12
 
     def domain(self, name: str) -> LayerScores:
         """The scores of one domain's samples."""
@@ -115,36 +132,39 @@ class LayerScores:
         """The scores at one value of t."""
         if self.t is None:
             raise ValueError("t: the samples' t is not known")
-        return self._take([i for i, value in enumerate(self.t.tolist()) if abs(value - t) < 1e-6])
+        samples = [i for i, value in enumerate(self.t.tolist()) if abs(value - t) < 1e-6]
+        if not samples:
+            raise ValueError(f"t: no sample at {t:g}, only at {', '.join(f'{v:g}' for v in self.t.unique().tolist())}")
+        return self._take(samples)
 
     def _take(self, samples: Sequence[int]) -> LayerScores:
-        if not samples:
-            raise ValueError("no sample fits")
         index = torch.tensor(samples)
         return LayerScores(
             self.layers,
             self.by_sample[:, index],
             self.metric,
             self.branches,
-            self.floor,
+            None if self.floor_by_sample is None else self.floor_by_sample[index],
             None if self.t is None else self.t[index],
             None if self.domains is None else tuple(self.domains[i] for i in samples),
+            clips=None if self.clips is None else tuple(self.clips[i] for i in samples),
         )
 
     def table(self) -> str:
         """Text table: unit, mean, standard error, mean per domain; highest first."""
         domains = self.by_domain() if len(set(self.domains or ())) > 1 else {}
-        lines = ["layer        mean    stderr" + "".join(f"{name:>10}" for name in domains)]
-        for u in self.mean.argsort(descending=True).tolist():
+        widths = {name: max(9, len(name)) for name in domains}
+        lines = ["layer        mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
+        for u in self.mean.argsort(descending=True, stable=True).tolist():
             row = f"{self.names[u]:<8}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
-            lines.append(row + "".join(f"{scores.mean[u]:10.4f}" for scores in domains.values()))
+            lines.append(row + "".join(f" {part.mean[u]:{widths[name]}.4f}" for name, part in domains.items()))
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score."""
+        """One row per unit and sample: layer, branch, sample, t, domain, score, clip."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow((*COLUMNS, "clip"))
             for u, layer in enumerate(self.layers):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
@@ -155,6 +175,7 @@ class LayerScores:
                             "" if self.t is None else repr(self.t[n].item()),
                             "" if self.domains is None else self.domains[n],
                             repr(score),
+                            "" if self.clips is None else self.clips[n],
                         )
                     )
 
@@ -169,9 +190,11 @@ class LayerScores:
             "layers": list(self.layers),
             "branches": None if self.branches is None else list(self.branches),
             "floor": self.floor,
+            "floor_by_sample": None if self.floor_by_sample is None else self.floor_by_sample.tolist(),
             "block_evaluations": self.block_evaluations,
             "t": None if self.t is None else self.t.tolist(),
             "domains": None if self.domains is None else list(self.domains),
+            "clips": None if self.clips is None else list(self.clips),
             "mean": self.mean.tolist(),
             "by_sample": self.by_sample.tolist(),
         }
@@ -184,10 +207,11 @@ class LayerScores:
             torch.tensor(state["by_sample"], dtype=torch.float64),
             state["metric"],
             None if state["branches"] is None else tuple(state["branches"]),
-            state["floor"],
+            None if state["floor_by_sample"] is None else torch.tensor(state["floor_by_sample"], dtype=torch.float64),
             None if state["t"] is None else torch.tensor(state["t"]),
             None if state["domains"] is None else tuple(state["domains"]),
             state["block_evaluations"],
+            None if state["clips"] is None else tuple(state["clips"]),
         )
 
     def plot(self) -> Figure:
@@ -204,8 +228,9 @@ def read_scores(path: str | Path) -> LayerScores:
         UserError: names the file and line that does not fit.
     """
     units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-    times: dict[int, str] = {}
-    domains: dict[int, str] = {}
+    times: dict[int, Any] = {}
+    domains: dict[int, Any] = {}
+    clips: dict[int, Any] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -213,21 +238,47 @@ def read_scores(path: str | Path) -> LayerScores:
                 raise UserError(f"{path}:1: expected the columns {','.join(COLUMNS)}")
             for row in reader:
                 try:
-                    sample = int(row["sample"])
-                    units[int(row["layer"]), row["branch"]][sample] = float(row["score"])
-                    times[sample], domains[sample] = row["t"], row["domain"]
-                except (TypeError, ValueError) as error:
+                    unit, sample, score, t = _parse(row)
+                    if sample in units[unit]:
+                        raise ValueError(f"a second score of sample {sample} for layer {row['layer']}{row['branch']}")
+                    facts = (
+                        (times, t),
+                        (domains, row["domain"]),
+                        (clips, int(row["clip"]) if row.get("clip") else None),
+                    )
+                    if any(known.setdefault(sample, value) != value for known, value in facts):
+                        raise ValueError(f"sample {sample} has another t, domain or clip in an earlier line")
+                    units[unit][sample] = score
+                except ValueError as error:
                     raise UserError(f"{path}:{reader.line_num}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     samples = sorted(times)
     if not units or any(sorted(scores) != samples for scores in units.values()):
         raise UserError(f"{path}: expected a score for each of the {len(samples)} samples of every layer")
     branches = tuple(branch for _, branch in units)
+    if any(branches) != all(branches):
+        raise UserError(f"{path}: expected a branch in every row or in none")
+    known_times = [t for t in (times[n] for n in samples) if t is not None]
     return LayerScores(
         tuple(layer for layer, _ in units),
         torch.tensor([[s[n] for n in samples] for s in units.values()], dtype=torch.float64),
         branches=branches if any(branches) else None,
-        t=torch.tensor([float(times[n]) for n in samples]) if all(times.values()) else None,
+        t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
         domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
+        clips=tuple(clips[n] for n in samples) if None not in clips.values() else None,
     )
+
+
+def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:
+    """One line of the CSV -> (layer, branch), sample, score, t; ValueError says what does not fit."""
+    if None in row or None in row.values():  # a line longer or shorter than the header
+        raise ValueError(f"expected {len(COLUMNS)} fields")
+    layer, score = int(row["layer"]), float(row["score"])
+    if layer < 0:
+        raise ValueError(f"expected a 0-based layer, got {layer}")
+    if not math.isfinite(score):
+        raise ValueError(f"the score is not finite: {row['score']}")
+    return (layer, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None

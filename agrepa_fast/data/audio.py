@@ -86,14 +86,19 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
 
 
 def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
-    """Write [S] floats as a 16-bit PCM WAV, clipped to [-1, 1]. ValueError for a wrong shape or NaN."""
+    """Write [S] floats as a 16-bit PCM WAV, clipped to [-1, 1].
+
+    ValueError for a wrong shape or NaN, UserError when the file cannot be written."""
     soundfile = import_soundfile()
     if waveform.ndim != 1:
         raise ValueError(f"waveform must be [S], got shape {tuple(waveform.shape)}")
     samples = waveform.detach().float().cpu()
     if not bool(torch.isfinite(samples).all()):
         raise ValueError(f"waveform for {path} holds NaN or infinite samples")
-    soundfile.write(Path(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
+    try:
+        soundfile.write(Path(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"{path}: cannot write the audio ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:

@@ -64,7 +64,9 @@ class TokenConditioner(nn.Module):
         """Token embedding per mel frame.
 
         Args:
-            tokens: [B, S, K] int64, padded; token_lengths: [B] (0 = no tokens: the null embedding, zeros).
+            tokens: [B, S, K] int64, each below its vocabulary's size (not checked here: that would wait for
+                the device), padded with any such number.
+            token_lengths: [B] (0 = no tokens: the null embedding, zeros).
             vocabulary: [B] index into `vocabularies`.
             mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.
 
@@ -72,15 +74,23 @@ class TokenConditioner(nn.Module):
             [B, T, C], unit L2 norm per valid frame, zeros elsewhere.
         """
         streams = 1 if self.secondary is None else 2
-        if tokens.dim() != 3 or tokens.shape[2] != streams:
-            raise ValueError(f"tokens: expected [batch, tokens, {streams}] ({self.topology}), got {list(tokens.shape)}")
+        if tokens.dim() != 3 or tokens.shape[2] != streams or 0 in tokens.shape:
+            raise ValueError(
+                f"tokens: expected non-empty [batch, tokens, {streams}] ({self.topology}), got {list(tokens.shape)}"
+            )
         stretched = interpolate_time(self.embed(tokens, vocabulary), token_lengths, mask.sum(1), mask.shape[1])
         kept = (mask & (token_lengths > 0).unsqueeze(1)).unsqueeze(-1)
-        return torch.where(kept, F.normalize(stretched, dim=-1), 0)
+        # In float32 or wider: float16 has no room for normalize's eps, and 0 / 0 would be nan.
+        unit = F.normalize(stretched.to(torch.promote_types(stretched.dtype, torch.float32)), dim=-1)
+        return torch.where(kept, unit, 0).to(stretched.dtype)
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor]) -> TokenConditioner:
-        """Tables and projections of a checkpoint in the layout of AG-REPA's released code (single topology)."""
+        """Tables and projections of a checkpoint in the layout of AG-REPA's released code (single topology).
+
+        Raises:
+            ValueError: names the missing key or the shape that does not fit.
+        """
         found = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
         if not found:
             raise ValueError("released checkpoint: no 'token_embedding_s3.weight' or 'token_embedding_as.weight'")
@@ -92,6 +102,15 @@ class TokenConditioner(nn.Module):
                 raise ValueError(f"released checkpoint: no 'P_{name}.weight'")
             own[f"tables.{name}.weight"] = tables[name]
             own[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
+            width = conditioner.width
+            for key, expected in (
+                (f"token_embedding_{name}.weight", [tables[name].shape[0], width]),
+                (f"P_{name}.weight", [width, width]),
+            ):
+                if list(state_dict[key].shape) != expected:
+                    raise ValueError(
+                        f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
+                    )
         conditioner.load_state_dict(own)
         return conditioner
 

@@ -200,7 +200,8 @@ class DiT(nn.Module):
             x_t: [B, T, M] noisy mel.
             t: [B] in [0, 1], 0 = noise, 1 = data.
             cond: [B, T, C], or None for a model without a condition.
-            mask: [B, T] bool, True = real frame; padded frames are never attended to.
+            mask: [B, T] bool, True = real frame; padded frames are never attended to (what they hold is
+                free, as long as it is finite).
             hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is wanted too.
 
         Returns:
@@ -279,19 +280,19 @@ class DiT(nn.Module):
             max_frames=state_dict["pos_emb"].shape[-2] if "pos_emb" in state_dict else 2048,
         )
         model = cls(config)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
         own = {}
         for name, source in released_names(config).items():
-            missing = [key for key in source if key not in state_dict]
-            if missing:
-                raise ValueError(f"released checkpoint: no {missing[0]!r} (for {name})")
+            rows, *rest = shapes[name]
+            expected = [rows // len(source), *rest]
+            for key in source:
+                if key not in state_dict:
+                    raise ValueError(f"released checkpoint: no {key!r} (for {name})")
+                if list(state_dict[key].shape) != expected:
+                    raise ValueError(
+                        f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
+                    )
             own[name] = torch.cat([state_dict[key] for key in source])
-        shapes = {name: value.shape for name, value in model.state_dict().items()}
-        for name, value in own.items():
-            if value.shape != shapes[name]:
-                raise ValueError(
-                    f"released checkpoint: {released_names(config)[name][0]!r} gives {list(value.shape)}, "
-                    f"expected {list(shapes[name])}"
-                )
         model.load_state_dict(own)
         return model
 

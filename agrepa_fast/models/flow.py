@@ -22,11 +22,15 @@ def path(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider."""
-    error = (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean(-1)
+    """Mean squared error per sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
+
+    Masked frames give exactly zero loss and gradient, whatever they hold; no valid frame gives 0."""
+    error = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target
     if mask is None:
-        return error.mean(-1)
-    return torch.where(mask, error, 0).sum(-1) / mask.sum(-1).clamp_min(1)
+        return error.square().mean(dim=(-2, -1))
+    # Selected before the square, whose gradient at a masked nan would be nan.
+    error = torch.where(mask.unsqueeze(-1), error, 0).square().mean(-1)
+    return error.sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 def probe_inputs(

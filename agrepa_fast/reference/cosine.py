@@ -26,6 +26,14 @@ def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return loss.sum() / torch.where(total > 0, total, 1.0)
 
 
+def _row_weight(mask: Tensor | None, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The weight of each row [...], 0 where masked; None when every row counts once."""
+    weight = None if sample_weight is None else sample_weight.to(dtype)
+    if mask is not None:
+        weight = mask.to(dtype) if weight is None else torch.where(mask, weight, 0)
+    return weight
+
+
 def cosine_loss(
     y: Tensor,
     target: Tensor,
@@ -41,9 +49,7 @@ def cosine_loss(
     rows [...], "sum" their sum, "mean" the sum over the sum of the weights (0 when that is 0).
     Rows with mask False or weight 0 contribute exactly zero loss and zero gradient, whatever they hold."""
     dtype = torch.promote_types(y.dtype, torch.float32)
-    weight = None if sample_weight is None else sample_weight.to(dtype)
-    if mask is not None:
-        weight = mask.to(dtype) if weight is None else torch.where(mask, weight, 0)
+    weight = _row_weight(mask, sample_weight, dtype)
     y, target = y.to(dtype), target.to(dtype)
     if weight is not None:
         # Before the cosine: a masked row may hold nan, and nan * 0 would reach the gradient.
@@ -67,5 +73,9 @@ def projection_cosine_loss(
     eps: float = EPS,
 ) -> Tensor:
     """`cosine_loss(hidden weight^T + bias, target)`: hidden [..., D], weight [W, D], bias [W], target [..., W]."""
+    kept = _row_weight(mask, sample_weight, torch.promote_types(hidden.dtype, torch.float32))
+    if kept is not None:
+        # Before the Linear: its weight's gradient sums over rows, and 0 * nan of one row would spoil all of it.
+        hidden = torch.where((kept != 0).unsqueeze(-1), hidden, 0)
     projected = F.linear(hidden, weight, bias)
     return cosine_loss(projected, target, mask=mask, sample_weight=sample_weight, reduction=reduction, eps=eps)

@@ -25,13 +25,13 @@ def velocity_delta(velocity: Tensor, mask: Tensor | None = None) -> tuple[Tensor
     -> change [S - 1, B], energy [B], float32 (float64 for float64 input), means over valid frames and bins."""
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     baseline = velocity[0].to(dtype)
-    change = (velocity[1:].to(dtype) - baseline).square()
-    energy = baseline.square()
+    change = velocity[1:].to(dtype) - baseline
     if mask is None:
-        return change.mean(dim=(-2, -1)), energy.mean(dim=(-2, -1))
+        return change.square().mean(dim=(-2, -1)), baseline.square().mean(dim=(-2, -1))
     frames = mask.sum(dim=1, dtype=dtype).clamp_min(1) * velocity.shape[-1]
+    # Selected before the square, whose gradient at a masked nan would be nan.
     valid = mask.unsqueeze(-1)
     return (
-        torch.where(valid, change, 0).sum(dim=(-2, -1)) / frames,
-        torch.where(valid, energy, 0).sum(dim=(-2, -1)) / frames,
+        torch.where(valid, change, 0).square().sum(dim=(-2, -1)) / frames,
+        torch.where(valid, baseline, 0).square().sum(dim=(-2, -1)) / frames,
     )

@@ -39,7 +39,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise UserError("safetensors is not installed: pip install 'agrepa-fast[train]'") from error
-    return safetensors.torch
+    return safetensors
 
 
 def save_checkpoint(
@@ -56,13 +56,14 @@ def save_checkpoint(
     """
     target = folder / f"step_{step:08d}"
     building = folder / f".{target.name}.{os.getpid()}"
+    safetensors = _safetensors()
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         for name, tensors in weights.items():
             # Cloned: safetensors refuses tensors that share memory.
             own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            _safetensors().save_file(own, building / f"{name}.safetensors")
+            safetensors.torch.save_file(own, building / f"{name}.safetensors")
         torch.save(dict(state), building / "state.pt")
         (building / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         for file in building.iterdir():
@@ -71,8 +72,8 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         os.replace(building, target)
         _flush(folder)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a failed write in exceptions of their own.
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # The last two are how torch and safetensors report a failed write.
         shutil.rmtree(building, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{target}: cannot write the checkpoint ({reason}); earlier ones are kept") from error
@@ -142,7 +143,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return _safetensors().load_file(path)
+        return _safetensors().torch.load_file(path)
     except Exception as error:
         raise UserError(f"{path}: not a safetensors file ({_first_line(error)}); pickles are not loaded") from None
 
@@ -154,15 +155,14 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) 
         UserError: names the first key that is missing, unexpected or of another shape.
     """
     own = module.state_dict()
-    for key in own.keys() | tensors.keys():
+    for key, value in own.items():
         if key not in tensors:
             raise UserError(f"{path}: no tensor {key!r}; is it a checkpoint of another configuration?")
-        if key not in own:
-            raise UserError(f"{path}: unexpected tensor {key!r}; is it a checkpoint of another configuration?")
-        if own[key].shape != tensors[key].shape:
-            raise UserError(
-                f"{path}: {key} is {list(tensors[key].shape)}, the configuration needs {list(own[key].shape)}"
-            )
+        if value.shape != tensors[key].shape:
+            raise UserError(f"{path}: {key} is {list(tensors[key].shape)}, the configuration needs {list(value.shape)}")
+    extra = [key for key in tensors if key not in own]
+    if extra:
+        raise UserError(f"{path}: unexpected tensor {extra[0]!r}; is it a checkpoint of another configuration?")
     module.load_state_dict(dict(tensors))
 
 

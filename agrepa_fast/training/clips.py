@@ -51,11 +51,11 @@ def load_data(config: RunConfig, run_dir: Path) -> RunData:
         valid = read_clips(config.data.valid, run_dir, config)
     else:
         train, valid = hold_out(train, config.data.valid_share, config.train.seed)
-        if not valid:
-            raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
-    domains = tuple(sorted({clip.domain for clip in train} | {clip.domain for clip in valid}))
-    sets = [
-        ClipDataset(
+    domains = tuple(sorted({clip.domain for clip in train + valid}))
+    skipped: list[Skipped] = []
+
+    def read(clips: list[Clip]) -> ClipDataset:
+        dataset = ClipDataset(
             clips,
             config.mel,
             max_frames=config.max_frames,
@@ -64,10 +64,13 @@ def load_data(config: RunConfig, run_dir: Path) -> RunData:
             prompt_fraction=config.data.prompt_share,
             domains=domains,
         )
-        for clips in (train, valid)
-    ]
-    skipped = [item for dataset in sets for item in dataset.check(config.data.unreadable_share)]
-    return RunData(sets[0], sets[1], skipped)
+        skipped.extend(dataset.check(config.data.unreadable_share))
+        return dataset
+
+    train_set = read(train)
+    if not valid:
+        raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
+    return RunData(train_set, read(valid), skipped)
 
 
 def hold_out(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[Clip], list[Clip]]:

@@ -231,10 +231,19 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         name = Path(source).stem
-    for override in overrides:
-        config = _override(config, override)
     if not config.train.name:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, name=name))
+    return override_config(config, overrides)
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`section.field=value` changes, then the checks that one field cannot make for itself.
+
+    Raises:
+        UserError: an unknown section or field, or a value that does not fit, by name.
+    """
+    for override in overrides:
+        config = _override(config, override)
     _check(config)
     return config
 

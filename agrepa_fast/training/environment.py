@@ -12,6 +12,14 @@ from ..errors import UserError
 
 PACKAGES = ("torch", "triton", "torchaudio", "transformers", "xformers", "soundfile", "safetensors", "numpy")
 
+USES = {
+    "audio": ("torchaudio", "soundfile"),
+    "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "tensorboard"),
+    "teachers": ("transformers",),
+    "xformers": ("xformers",),
+    "bench": ("pytest-benchmark", "nvidia-ml-py"),
+}
+
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one.
@@ -30,12 +38,34 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def doctor() -> str:
+    """A page of text: versions, devices, what each optional part needs, and the path the ops take."""
+    found = versions()
+    lines = ["versions", *(f"  {name:<14}{version}" for name, version in found.items()), "", "devices"]
+    lines.append(f"  cpu           {platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        lines.append(f"  cuda:{index}        {p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        lines.append("  cuda          none")
+    lines += ["", "ops", "  reference path (plain PyTorch) for every op: this version has no fused kernel yet", ""]
+    lines.append("uses")
+    for use, packages in USES.items():
+        missing = [name for name in packages if metadata_version(name) is None]
+        state = f"missing {', '.join(missing)}: pip install 'agrepa-fast[{use}]'" if missing else "ready"
+        lines.append(f"  {use:<14}{state}")
+    return "\n".join(lines)
+
+
+def metadata_version(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages that are installed."""
     found = {"python": platform.python_version(), "agrepa-fast": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return found | {name: metadata_version(name) or "not installed" for name in PACKAGES}

@@ -23,20 +23,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..alignment.policy import LayerSelection, select_layers
 from ..alignment.schedule import AlignmentSchedule
-from ..attribution.runner import attribute_layers
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
 from ..data.batches import Batch, BucketBatches, iterate
 from ..data.mel import LogMel
 from ..errors import UserError
-from ..models.flow import SIGMA, probe_inputs, sample
+from ..models.flow import SIGMA
 from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
 from .config import RunConfig, dump_config
 from .environment import pick_device, versions
+from .inference import generate, score_layers
 from .log import RunLog, average
 from .objective import Backbone, Objective, domain_tables, teacher_targets
+from .optimizer import build_optimizer, one_cycle
 from .report import write_report
 from .vocoder import build_vocoder
 
@@ -64,15 +65,7 @@ class Trainer:
         self.objective = Objective(config, widths).to(self.device)
         self.optimizer = build_optimizer(self.objective, config)
         o = config.optimizer
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            max_lr=o.lr,
-            total_steps=config.train.steps + 1,
-            pct_start=o.warmup_share,
-            div_factor=o.lr / o.initial_lr,
-            final_div_factor=o.initial_lr / o.final_lr,
-            cycle_momentum=False,
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, one_cycle(o, config.train.steps))
         self.ema = AveragedModel(
             self.objective.backbone, multi_avg_fn=get_ema_multi_avg_fn(o.ema_decay), use_buffers=False
         )
@@ -80,6 +73,8 @@ class Trainer:
         self.selection: LayerSelection | None = None
         self.scores: LayerScores | None = None
         self.stopping = False
+        self.seconds_before = 0.0
+        self.began = time.perf_counter()
         if config.alignment.selection:
             self._select(LayerSelection.from_json(config.alignment.selection))
         if resume is not None:
@@ -88,9 +83,19 @@ class Trainer:
         self.log = RunLog(run_dir, config)
 
     def run(self) -> Path:
-        """Train; every exit but a crash leaves a checkpoint, the log and report.html."""
+        """Train; every exit but a crash leaves a checkpoint, the log and report.html.
+
+        Raises:
+            UserError: something cannot be written (a full disk, say); earlier checkpoints are untouched.
+        """
+        try:
+            return self._run()
+        except OSError as error:
+            raise UserError(f"{error.filename or self.run_dir}: {error.strerror or error}") from error
+
+    def _run(self) -> Path:
         (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         if self.step == 0:
             self._log_start()
             self._validate()
@@ -102,7 +107,7 @@ class Trainer:
             self.log.write("interrupted", step=self.step)
         else:
             self._samples()
-            self.log.write("end", step=self.step, seconds=time.perf_counter() - began)
+            self.log.write("end", step=self.step, seconds=self._seconds())
         self.log.close()
         write_report(self.run_dir)
         return self.run_dir
@@ -168,6 +173,10 @@ class Trainer:
         self.ema.update_parameters(self.objective.backbone)
         return metrics
 
+    def _seconds(self) -> float:
+        """Wall time of the run so far, over all its sessions."""
+        return self.seconds_before + time.perf_counter() - self.began
+
     def _uses_teachers(self, weight: float) -> bool:
         return weight > 0 or self.objective.interface is not None
 
@@ -178,19 +187,7 @@ class Trainer:
         """Score every layer on held-out clips over the grid of t; freeze the selection."""
         probe = self.config.probe
         began = time.perf_counter()
-        indices = spread(self.data.valid, probe.samples)
-        [batch] = fixed_batches(self.data.valid, indices, self.config, one_shape=True)
-        batch = batch.to(self.device)
-        backbone = self.objective.backbone
-        with torch.no_grad():
-            cond, _ = backbone.condition(batch)
-        generator = torch.Generator(self.device).manual_seed(self.config.train.seed)
-        inputs = probe_inputs(batch.mel, cond, batch.mask, probe.t_grid, generator)
-        domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.scores = attribute_layers(
-                backbone.network, inputs, metric=probe.metric, domains=domains, max_samples=len(indices)
-            )
+        self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
         chosen = select_layers(self.scores, probe.k)
         if self.selection is None:
             self._select(chosen)
@@ -267,34 +264,18 @@ class Trainer:
             if not name.startswith("cosine/") or name.rsplit("/", 1)[1] in layers | {"tokens"}
         }
 
-    @torch.no_grad()
     def _samples(self) -> None:
         """Generate a few held-out clips from their text and reference with the EMA weights, as WAV files."""
-        flow = self.config.flow
         indices = spread(self.data.valid, self.config.train.samples)
         if not indices:
             return
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
-        log_mel = LogMel(self.config.mel)
-        vocoder = build_vocoder(self.config.train.vocoder, log_mel)
+        vocoder = build_vocoder(self.config.train.vocoder, LogMel(self.config.mel))
         [batch] = fixed_batches(self.data.valid, indices, self.config, one_shape=True)
-        noise = SIGMA * torch.randn(batch.mel.shape, generator=torch.Generator().manual_seed(0))
-        batch = batch.to(self.device)
         model = self.ema.module.eval()
         assert isinstance(model, Backbone)
-        cond, null_cond = model.condition(batch)
-        mel = sample(
-            model.network,
-            noise.to(self.device),
-            cond,
-            null_cond,
-            batch.mask,
-            points=flow.points,
-            guidance=flow.guidance,
-            method=flow.method,
-            sway_coefficient=flow.sway,
-        ).cpu()
+        mel = generate(model, batch.to(self.device), self.config).cpu()
         for row, clip in enumerate(batch.clips):
             frames = int(batch.mask[row].sum())
             if not mel[row].isfinite().all():
@@ -302,7 +283,7 @@ class Trainer:
             generated = folder / f"step_{self.step:08d}_{row}.wav"
             reference = folder / f"reference_{row}.wav"
             write_audio(generated, vocoder(mel[row, :frames]), self.config.mel.sample_rate)
-            audio = batch.audio[row, : int(batch.audio_lengths[row])].cpu()
+            audio = batch.audio[row, : int(batch.audio_lengths[row])]
             write_audio(reference, audio, self.config.mel.sample_rate)
             self.log.write(
                 "sample",
@@ -373,8 +354,10 @@ class Trainer:
         }
         state = {
             "step": self.step,
+            "steps": self.config.train.steps,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "seconds": self._seconds(),
             "ema_updates": int(self.ema.n_averaged),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -391,15 +374,16 @@ class Trainer:
         restore(self.objective.backbone, checkpoint.weights["model"], path / "model.safetensors")
         restore(self.ema.module, checkpoint.weights["ema"], path / "ema.safetensors")
         restore(self.objective.heads(), checkpoint.weights["heads"], path / "heads.safetensors")
-        if state["scheduler"]["total_steps"] != self.config.train.steps + 1:
+        if state["steps"] != self.config.train.steps:
             raise UserError(
-                f"train.steps: {path} belongs to a run of {state['scheduler']['total_steps'] - 1} steps, "
+                f"train.steps: {path} belongs to a run of {state['steps']} steps, "
                 f"its learning rate schedule does not fit {self.config.train.steps}"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.ema.n_averaged.fill_(state["ema_updates"])
         self.step = state["step"]
+        self.seconds_before = state["seconds"]
         if state["scores"] is not None:
             self.scores = LayerScores.from_state(state["scores"])
         if state["selection"] is not None:
@@ -423,23 +407,6 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW: decay on the backbone's matrices only; the heads are a group of their own, without decay."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    tables = {id(m.weight) for m in objective.backbone.modules() if isinstance(m, nn.Embedding)}
-    for parameter in objective.backbone.parameters():
-        decayed = parameter.dim() >= 2 and id(parameter) not in tables
-        (matrices if decayed else rest).append(parameter)
-    o = config.optimizer
-    groups = [
-        {"params": matrices, "weight_decay": o.weight_decay, "name": "matrices"},
-        {"params": rest, "weight_decay": 0.0, "name": "biases, norms, embeddings"},
-        {"params": list(objective.heads().parameters()), "weight_decay": 0.0, "name": "heads"},
-    ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas)
 
 
 def _progress(start: int, total: int) -> Any:

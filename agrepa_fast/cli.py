@@ -1,0 +1,221 @@
+"""`agrepa`: train, probe, sample, doctor. Mistakes in the input are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+TRAIN_HELP = """\
+examples:
+  agrepa train demo
+  agrepa train demo data.train=[speech/metadata.csv,sounds/metadata.csv] train.name=mine
+  agrepa train my.yaml train.steps=20000 optimizer.lr=3e-4
+  agrepa train --resume runs/demo
+"""
+PROBE_HELP = """\
+examples:
+  agrepa probe runs/demo
+  agrepa probe runs/demo --data speech/metadata.csv --branches attn ff --out probe
+"""
+SAMPLE_HELP = """\
+examples:
+  agrepa sample runs/demo --text "seven" --seconds 0.8 --out seven.wav
+  agrepa sample runs/demo --text "seven" --reference voice.wav --reference-text "one two" --out seven.wav
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = _one_line_warning
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"agrepa: error: {error}", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"agrepa: error: {where}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("agrepa: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"agrepa: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="agrepa",
+        description="Train a compact DiT with attribution-guided alignment; score the layers of one.",
+    )
+    parser.add_argument("--version", action="version", version=f"agrepa-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str, examples: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "Train from a preset (demo, small, base, paper) or a YAML file.", TRAIN_HELP)
+    train.add_argument("config", nargs="?", help="preset's name or YAML file; not with --resume")
+    train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the configuration")
+    train.add_argument("--resume", metavar="RUN", help="go on with a run's newest checkpoint (or the one given)")
+
+    probe = add("probe", _probe, "Score every layer of a checkpoint (FoG-A) and select the ones to align.", PROBE_HELP)
+    probe.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
+    probe.add_argument("--data", nargs="+", help="manifests; default: the run's held-out clips")
+    probe.add_argument("--out", default="probe", help="folder for foga.csv, foga.json, pictures, selection.json")
+    probe.add_argument("--samples", type=int, help="clips to score on")
+    probe.add_argument("--t", nargs="+", type=float, metavar="T", help="grid of t in [0, 1]")
+    probe.add_argument("--metric", choices=("rms", "squared"))
+    probe.add_argument("--k", type=int, help="layers to select")
+    probe.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
+    probe.add_argument("--weights", choices=("model", "ema"), default="model")
+    probe.add_argument("--device", default="auto")
+
+    sample = add("sample", _sample, "Generate audio from text with a checkpoint's EMA weights.", SAMPLE_HELP)
+    sample.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
+    sample.add_argument("--text", required=True, help="what to say, or a caption of the sound")
+    sample.add_argument("--domain", default="speech", help="decides the token vocabulary (default: speech)")
+    sample.add_argument("--seconds", type=float, default=1.0, help="length of what is generated")
+    sample.add_argument("--reference", metavar="FILE", help="audio to continue in voice and manner")
+    sample.add_argument("--reference-text", default="", help="what the reference says")
+    sample.add_argument("--out", default="sample.wav", help="WAV file to write")
+    sample.add_argument("--points", type=int, help="grid points of the sampler")
+    sample.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
+    sample.add_argument("--method", choices=("euler", "midpoint"))
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--device", default="auto")
+
+    add("doctor", _doctor, "Print versions and devices, and what is installed for which use.")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .training.checkpoint import load_checkpoint
+    from .training.config import dump_config, load_config, override_config
+    from .training.report import read_log
+    from .training.trainer import resume_run, start_run
+
+    if arguments.resume:
+        # With --resume the first positional, if any, is a change like the rest.
+        overrides = [arguments.config, *arguments.overrides] if arguments.config else arguments.overrides
+        checkpoint = load_checkpoint(arguments.resume)
+        config = override_config(checkpoint.config, overrides)
+        trainer = resume_run(checkpoint, config)
+    elif arguments.config:
+        config = load_config(arguments.config, arguments.overrides)
+        trainer = start_run(config)
+    else:
+        raise UserError("train: give a preset or a YAML file, or --resume RUN")
+    print(dump_config(config))
+    run_dir = trainer.run()
+    losses = [entry["flow_loss"] for entry in read_log(run_dir / "log.jsonl") if entry["event"] == "valid"]
+    if trainer.stopping:
+        print(f"stopped after step {trainer.step}; go on with: agrepa train --resume {run_dir}")
+    else:
+        print(f"validation flow-matching loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+    if trainer.selection is not None:
+        pairs = zip(trainer.selection.layers, trainer.selection.weights)
+        print("aligned layers (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+    print(f"report: {run_dir / 'report.html'}")
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from .alignment.policy import select_layers
+    from .attribution.report import plot_layer_t_map, plot_scores
+    from .training.clips import load_data
+    from .training.config import override_config
+    from .training.environment import pick_device
+    from .training.inference import load_backbone, score_layers
+
+    device = pick_device(arguments.device)
+    backbone, checkpoint = load_backbone(arguments.checkpoint, device, arguments.weights)
+    given = {
+        "probe.samples": arguments.samples,
+        "probe.t_grid": arguments.t,
+        "probe.metric": arguments.metric,
+        "probe.k": arguments.k,
+    }
+    config = override_config(checkpoint.config, [f"{key}={value}" for key, value in given.items() if value is not None])
+    if arguments.data:
+        data = dataclasses.replace(config.data, train=tuple(arguments.data), valid=tuple(arguments.data))
+        config = dataclasses.replace(config, data=data)
+    loaded = load_data(config, checkpoint.path.parent.parent)
+    for item in loaded.skipped:
+        print(f"skipped: {item.path} ({item.source}): {item.reason}", file=sys.stderr)
+    scores = score_layers(backbone, loaded.valid, config, device, branches=arguments.branches)
+    selection = select_layers(scores, config.probe.k)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    scores.to_csv(out / "foga.csv")
+    scores.to_json(out / "foga.json")
+    selection.to_json(out / "selection.json")
+    plot_scores(scores, selection).savefig(out / "foga.png", dpi=150)
+    plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
+    print(scores.table())
+    pairs = zip(selection.layers, selection.weights)
+    print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+    print(f"written: {out}/foga.csv foga.json selection.json foga.png foga_map.png")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from .data.audio import write_audio
+    from .data.mel import LogMel
+    from .training.config import override_config
+    from .training.environment import pick_device
+    from .training.inference import generate, load_backbone, text_batch
+    from .training.vocoder import build_vocoder
+
+    device = pick_device(arguments.device)
+    backbone, checkpoint = load_backbone(arguments.checkpoint, device)
+    given = {
+        "flow.points": arguments.points,
+        "flow.guidance": arguments.guidance,
+        "flow.method": arguments.method,
+    }
+    config = override_config(checkpoint.config, [f"{key}={value}" for key, value in given.items() if value is not None])
+    batch = text_batch(
+        config,
+        arguments.text,
+        arguments.domain,
+        arguments.seconds,
+        arguments.reference,
+        arguments.reference_text,
+    )
+    mel = generate(backbone, batch.to(device), config, arguments.seed)[0].cpu()
+    vocoder = build_vocoder(config.train.vocoder, LogMel(config.mel))
+    shown = int(batch.prompt.sum())
+    waveform = vocoder(mel)[shown * config.mel.hop_length :]
+    write_audio(arguments.out, waveform, config.mel.sample_rate)
+    print(f"{arguments.out}: {waveform.shape[0] / config.mel.sample_rate:.2f} s at {config.mel.sample_rate} Hz")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .training.environment import doctor
+
+    print(doctor())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The residual-stream ops against a loop over sequences and frames in float64, and against wrong variants of it.
+
+x [R, T, D]; branch [R' <= R, T, D]; gate, shift, scale [B, D]; stream_scale, sample_index [R].
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from agrepa_fast import ops
+
+ROWS, BATCH, FRAMES, WIDTH = 5, 2, 3, 8
+EPS = 1e-6
+# What each mutant of the definition does wrong; the tolerance of the tests must tell all of them apart.
+MUTANTS = ("no mean", "no one", "shift as scale", "row 0", "row r", "no gate", "no stream scale", "no eps", "unbiased")
+
+
+def by_loop(case, norm="layer", eps=EPS, mutant=None):
+    """x' and h one frame at a time, from the formula."""
+    x, branch, gate, shift, scale = (case[k].double().numpy() for k in ("x", "branch", "gate", "shift", "scale"))
+    streams = case.get("stream_scale")
+    index = case.get("sample_index")
+    if mutant == "shift as scale":
+        shift, scale = scale, shift
+    x_new, h = np.empty_like(x), np.empty_like(x)
+    for r, t in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        row = r if index is None else int(index[r])
+        row = {"row 0": 0, "row r": r % len(gate)}.get(mutant, row)
+        s = 1.0 if streams is None or mutant == "no stream scale" else float(streams[r])
+        v = x[r, t].copy()
+        if r < len(branch) and s != 0:
+            v += s * branch[r, t] * (1.0 if mutant == "no gate" else gate[row])
+        centred = v - (v.mean() if norm == "layer" and mutant != "no mean" else 0.0)
+        count = len(v) - (mutant == "unbiased")
+        normed = centred / np.sqrt((centred**2).sum() / count + (0.0 if mutant == "no eps" else eps))
+        x_new[r, t] = v
+        h[r, t] = normed * (scale[row] + (0.0 if mutant == "no one" else 1.0)) + shift[row]
+    return x_new, h
+
+
+def make_case(dtype=torch.float64, active=ROWS, streams=True, index=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = BATCH if index else ROWS
+    case = {
+        # An offset, so that the mean matters.
+        "x": randn(ROWS, FRAMES, WIDTH) + 1.5,
+        "branch": randn(active, FRAMES, WIDTH),
+        "gate": randn(rows, WIDTH),
+        "shift": randn(rows, WIDTH),
+        "scale": randn(rows, WIDTH),
+    }
+    if streams:
+        case["stream_scale"] = torch.tensor([1.0, 0.5, -2.0, 1.0, 0.3], dtype=torch.float64)
+    case = {name: value.to(dtype) for name, value in case.items()}
+    if index:
+        case["sample_index"] = torch.tensor([1, 0, 0, 1, 1])
+    return case
+
+
+def options(case, *names):
+    return {name: case[name] for name in names if name in case}
+
+
+def fused(case, **changes):
+    keys = ("x", "branch", "gate", "shift", "scale", "stream_scale", "sample_index")
+    return ops.gated_residual_norm(**options(case, *keys), **changes)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("active", [ROWS, 2, 0])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("index", [False, True])
+def test_all_three_ops_equal_the_loop(norm, active, streams, index):
+    case = make_case(active=active, streams=streams, index=index)
+    x_expected, h_expected = by_loop(case, norm)
+    x_new, h = fused(case, norm=norm)
+    np.testing.assert_allclose(x_new.numpy(), x_expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(h.numpy(), h_expected, rtol=0, atol=1e-12)
+
+    closed = ops.gated_residual(**options(case, "x", "branch", "gate", "stream_scale", "sample_index"))
+    np.testing.assert_allclose(closed.numpy(), x_expected, rtol=0, atol=1e-12)
+    opened = ops.layer_norm_modulate(x_new, **options(case, "shift", "scale", "sample_index"), norm=norm)
+    np.testing.assert_allclose(opened.numpy(), h_expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_variants_are_told_apart(mutant):
+    case = make_case(torch.float32)
+    if mutant == "no eps":
+        case["x"], case["branch"] = case["x"] * 1e-4, case["branch"] * 1e-4
+    right = np.concatenate(by_loop(case))
+    got = torch.cat(fused(case)).numpy()
+    wrong = np.concatenate(by_loop(case, mutant=mutant))
+    assert np.abs(got - right).max() < 1e-5
+    assert np.abs(got - wrong).max() > 1e-2
+
+
+def test_eps_is_added_to_the_variance():
+    case = make_case()
+    _, h = fused(case, eps=0.7)
+    np.testing.assert_allclose(h.numpy(), by_loop(case, eps=0.7)[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(dtype):
+    """Both results are the float64 truth rounded once, and no worse than the expression in the dtype itself."""
+    case = make_case(dtype, streams=False, index=False, seed=1)
+    x_true, h_true = (torch.from_numpy(value) for value in by_loop(case))
+    x_new, h = fused(case)
+    assert x_new.dtype == h.dtype == dtype
+    half_ulp = torch.finfo(dtype).eps / 2 * 1.001
+    assert ((x_new.double() - x_true).abs() <= half_ulp * x_true.abs() + 1e-5).all()
+    assert ((h.double() - h_true).abs() <= half_ulp * h_true.abs() + 1e-5).all()
+
+    plain = case["x"] + case["gate"].unsqueeze(1) * case["branch"]
+    plain_h = F.layer_norm(plain, (WIDTH,), eps=EPS) * (1 + case["scale"].unsqueeze(1)) + case["shift"].unsqueeze(1)
+    assert (x_new.double() - x_true).abs().max() <= 2 * (plain.double() - x_true).abs().max()
+    assert (h.double() - h_true).abs().max() <= 2 * (plain_h.double() - h_true).abs().max()
+
+
+def test_float32_modulation_of_a_bfloat16_stream_is_not_rounded():
+    case = make_case(torch.bfloat16, index=False)
+    generator = torch.Generator().manual_seed(3)
+    for name in ("gate", "shift", "scale"):
+        case[name] = torch.randn(ROWS, WIDTH, generator=generator)
+    for got, expected in zip(fused(case), by_loop(case)):
+        assert got.dtype == torch.bfloat16
+        expected = torch.from_numpy(expected)
+        assert ((got.double() - expected).abs() <= 2**-8 * 1.001 * expected.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("active", [ROWS, 3])
+def test_gradients(norm, active):
+    case = make_case(active=active)
+    names = ("x", "branch", "gate", "shift", "scale", "stream_scale")
+    leaves = [case[name].requires_grad_() for name in names]
+
+    def call(*values):
+        return fused({**dict(zip(names, values)), "sample_index": case["sample_index"]}, norm=norm)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_gradients_of_the_two_ends():
+    case = make_case(active=3)
+    names = ("x", "branch", "gate", "stream_scale")
+    index = case["sample_index"]
+    assert torch.autograd.gradcheck(
+        lambda x, branch, gate, s: ops.gated_residual(x, branch, gate, stream_scale=s, sample_index=index),
+        [case[name].requires_grad_() for name in names],
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, shift, scale: ops.layer_norm_modulate(x, shift, scale, sample_index=index),
+        [case[name].requires_grad_() for name in ("x", "shift", "scale")],
+    )
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_stream_switched_off_does_not_see_its_branch(junk, dtype):
+    """A diverged branch under scale 0 changes neither outputs nor any gradient."""
+
+    def run(filling):
+        case = make_case(dtype)
+        case["stream_scale"] = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0], dtype=dtype)
+        case["branch"][1] = filling
+        case["branch"][3, 1, 2] = filling
+        leaves = {name: value.requires_grad_() for name, value in case.items() if value.is_floating_point()}
+        x_new, h = fused(case)
+        (x_new.sum() + (h * torch.arange(WIDTH)).sum()).backward()
+        return [x_new, h, *(leaf.grad for leaf in leaves.values())]
+
+    for got, expected in zip(run(junk), run(0.0)):
+        assert got.isfinite().all()
+        assert torch.equal(got, expected)
+
+
+def test_sequences_past_the_branch_keep_their_bits():
+    case = make_case(torch.float32, active=2)
+    x_new, _ = fused(case)
+    assert torch.equal(x_new[2:], case["x"][2:])
+    assert not torch.equal(x_new[:2], case["x"][:2])
+
+
+def test_int32_sample_index_is_accepted():
+    case = make_case()
+    expected = fused(case)
+    case["sample_index"] = case["sample_index"].int()
+    for got, want in zip(fused(case), expected):
+        assert torch.equal(got, want)
+
+
+zeros = torch.zeros
+BAD = [
+    ({"x": zeros(3, 8)}, ValueError, r"x: expected a non-empty \[sequences, time, width\], got \[3, 8\]"),
+    ({"x": zeros(5, 0, 8)}, ValueError, r"x: .*non-empty.* got \[5, 0, 8\]"),
+    ({"x": zeros(5, 3, 8, dtype=torch.int64)}, TypeError, "x: expected a floating dtype, got torch.int64"),
+    ({"norm": "batch"}, ValueError, 'norm: expected "layer" or "rms", got \'batch\''),
+    (
+        {"branch": zeros(6, 3, 8)},
+        ValueError,
+        r"branch: expected \[at most 5, 3, 8\] beside x \[5, 3, 8\], got \[6, 3, 8\]",
+    ),
+    ({"branch": zeros(5, 3, 7)}, ValueError, r"branch: .* got \[5, 3, 7\]"),
+    ({"branch": zeros(5, 3, 8, device="meta")}, ValueError, "branch: expected on x's device cpu, got meta"),
+    ({"gate": zeros(2, 7)}, ValueError, r"gate: expected \[2, 8\], got \[2, 7\]"),
+    ({"shift": zeros(3, 8)}, ValueError, r"shift: expected \[2, 8\], got \[3, 8\]"),
+    ({"scale": zeros(2, 1, 8)}, ValueError, r"scale: expected \[2, 8\], got \[2, 1, 8\]"),
+    ({"scale": zeros(2, 8, device="meta")}, ValueError, "scale: expected on x's device cpu, got meta"),
+    ({"sample_index": None}, ValueError, "modulation has 2 rows for 5 sequences: give sample_index"),
+    (
+        {"sample_index": zeros(4, dtype=torch.int64)},
+        ValueError,
+        r"sample_index: expected int64 \[5\], got torch.int64 \[4\]",
+    ),
+    ({"sample_index": zeros(5)}, ValueError, r"sample_index: expected int64 \[5\], got torch.float32 \[5\]"),
+    ({"stream_scale": zeros(5, 1)}, ValueError, r"stream_scale: expected \[5\], got \[5, 1\]"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD)
+def test_bad_input_is_named(change, error, message):
+    case = {**make_case(torch.float32), **change}
+    with pytest.raises(error, match=message):
+        ops.gated_residual_norm(**case)
+
+
+def test_bad_input_of_the_two_ends_is_named():
+    with pytest.raises(ValueError, match=r"scale: expected \[2, 8\], got \[2, 4\]"):
+        ops.layer_norm_modulate(zeros(2, 3, 8), zeros(2, 8), zeros(2, 4))
+    with pytest.raises(ValueError, match=r"gate: expected \[2, 8\], got \[2, 4\]"):
+        ops.gated_residual(zeros(2, 3, 8), zeros(2, 3, 8), zeros(2, 4))

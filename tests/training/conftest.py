@@ -1,0 +1,76 @@
+"""A tiny run: 12 clips of the built-in corpus, a network of 3 x 16."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.training.config import RunConfig, load_config
+
+TINY = [
+    "mel.mels=16",
+    "model.depth=3",
+    "model.width=16",
+    "model.heads=2",
+    "model.dropout=0.1",
+    "model.token_width=8",
+    "data.max_seconds=1.0",
+    "data.buckets=2",
+    "data.frames_per_batch=126",
+    "probe.start=3",
+    "probe.samples=2",
+    "probe.t_grid=[0.2,0.7]",
+    "probe.k=2",
+    "alignment.ramp=2",
+    "alignment.decay_start=0.7",
+    "flow.points=3",
+    "train.steps=8",
+    "train.log_every=2",
+    "train.valid_every=4",
+    "train.valid_samples=2",
+    "train.checkpoint_every=4",
+    "train.samples=1",
+    "train.name=tiny",
+]
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("clips") / "corpus", speech=6, audio=6)
+
+
+@pytest.fixture
+def clips(manifest, tmp_path) -> Path:
+    """A copy of the corpus that a test may damage; returns its metadata.csv."""
+    shutil.copytree(manifest.parent, tmp_path / "clips")
+    return tmp_path / "clips" / "metadata.csv"
+
+
+@pytest.fixture
+def tiny(manifest, tmp_path):
+    """tiny(*overrides) -> list of overrides for `agrepa train demo`, or the configuration."""
+
+    def overrides(*changes: str) -> list[str]:
+        return [*TINY, f"data.train=[{manifest}]", f"train.out={tmp_path / 'runs'}", *changes]
+
+    return overrides
+
+
+@pytest.fixture
+def tiny_config(tiny):
+    def config(*changes: str) -> RunConfig:
+        return load_config("demo", tiny(*changes))
+
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
