@@ -56,7 +56,7 @@ def test_reference_is_always_the_reference(on) -> None:
 @pytest.mark.parametrize(
     "row, changes, reason",
     [
-        (Row("cpu"), {}, "a tensor is on cpu"),
+        (Row("cpu"), {}, "need CUDA, not cpu"),
         (Row("cuda"), {"triton": False}, "Triton is not installed"),
         (Row("cuda", torch.float8_e4m3fn), {}, "float8_e4m3fn"),
         (Row("cuda", width=9000), {}, "9000"),
