@@ -22,6 +22,8 @@ from .roofline import measure_roofline
 from .runner import run_problem
 from .tables import compare_table, problem_table
 
+QUICK_BUDGET = 150.0  # seconds: --quick ends within three minutes, even where other work shares the machine
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 1 when a gate refused, 2 on a user's mistake."""
@@ -42,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice")
     run.add_argument("--out", type=Path, help="default: runs/bench/DEVICE-TIME.json")
     run.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no problem after so long; skipped ones are listed"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="start no problem after so long, list it as skipped (--quick: 150)",
     )
     report = commands.add_parser("report", help="write tables and figures of README and docs from bench/results")
     report.add_argument("--check", action="store_true", help="change nothing; fail when something is out of date")
@@ -99,7 +104,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--only: no problem of {', '.join(chosen)} has {arguments.only!r} in its key")
     stamp = datetime.datetime.now(datetime.UTC)
     out = arguments.out or Path("runs", "bench", f"{device.type}-{stamp:%Y%m%d-%H%M%S}.json")
-    result = run(chosen, device, arguments.scale, out, arguments.budget)
+    budget = arguments.budget
+    if budget is None and arguments.scale == "quick":
+        budget = QUICK_BUDGET
+    result = run(chosen, device, arguments.scale, out, budget)
     refused = [problem for problem in result["problems"] if not problem["gate"]["passed"]]
     print(f"\n{len(result['problems'])} problems in {result['seconds']:.0f} s; {out}")
     if result["noise_floor"] is not None:

@@ -100,7 +100,8 @@ def measure(
     """Time warmed-up variants against each other.
 
     Args:
-        variants: {name: call}; every one has run at these shapes before.
+        variants: {name: call}; every one has run at these shapes before (the gate saw to it), and all run once
+            more, to see how long they take, before the first is timed.
         device: where the work runs; "cuda" uses events with a cold L2, or graph replay for short work.
         effort: how long.
         capturable: names whose calls do not synchronise and may be captured in a CUDA graph.

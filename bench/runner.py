@@ -18,7 +18,7 @@ from .roofline import bound
 AGAIN = "ours again"  # the A/A row
 
 EFFORT = {
-    "cpu": {"toy": Effort(0.0, 2, 2), "quick": Effort(1.0, 5, 40), "full": Effort(5.0, 7, 60)},
+    "cpu": {"toy": Effort(0.0, 2, 2), "quick": Effort(1.2, 3, 40), "full": Effort(5.0, 7, 60)},
     "cuda": {"toy": Effort(0.0, 2, 2), "quick": Effort(0.2, 5, 40), "full": Effort(0.6, 7, 60)},
 }
 SINGLE = Effort(0.0, 1, 1)
@@ -63,9 +63,6 @@ def _run(problem: Problem, setup: Setup, device: torch.device, scale: str, roofl
     effort = SINGLE if problem.single else EFFORT[device.type][scale]
     timings: dict[str, Timing] = {}
     if calls:
-        if not problem.single:
-            for call in calls.values():
-                call()
         capturable = frozenset(p.name for p in providers if p.capturable)
         timings = protocol.measure(dict(calls), device, effort, capturable)
     floor = protocol.noise_floor(timings[ours], timings[AGAIN]) if passed else None
@@ -124,15 +121,14 @@ def admit(setup: Setup, providers: list[Provider], calls: dict[str, Run], rows: 
 
 
 def _empty_row(provider: Provider) -> dict[str, Any]:
-    blank = ("reason", "median_us", "p20_us", "p80_us", "samples", "calls", "timer", "gb_per_s", "tflop_per_s")
-    blank += ("roofline_share", "bound_by", "peak_bytes", "launches", "host_us", "joules", "watts", "error")
+    times = ("median_us", "p20_us", "p80_us", "samples", "calls", "timer")
+    rates = ("gb_per_s", "tflop_per_s", "roofline_share", "bound_by")
+    rest = ("reason", "peak_bytes", "launches", "host_us", "joules", "watts", "error", "speedup", "verdict")
     return {
         "provider": provider.name,
         "role": provider.role,
         "status": "failed",
-        **dict.fromkeys(blank),
-        "speedup": None,
-        "verdict": None,
+        **dict.fromkeys((*times, *rates, *rest)),
     }
 
 

@@ -1,4 +1,6 @@
-"""The demo from end to end: `agrepa train demo`, cut short, on the built-in corpus: data, steps, probe, samples.
+"""The demo from end to end: `agrepa train demo`, cut short: data, steps, probe, sample, report.
+
+The built-in corpus is written before; probe, validation and sampling are cut to a clip or two.
 
 A call is a whole run in a fresh folder; its gate is that a second run ends with the same validation loss.
 """
@@ -20,7 +22,7 @@ from agrepa_fast.errors import UserError
 from ..case import Outputs, Problem, Provider, Run, Setup, Unavailable
 
 TITLE = "End-to-end demo"
-STEPS = {"toy": 4, "quick": 20, "full": 100}
+STEPS = {"toy": 2, "quick": 20, "full": 100}
 
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
@@ -63,18 +65,20 @@ def _train(steps: int, folder: Path, corpus: str, device: torch.device) -> Outpu
         from agrepa_fast.training.trainer import start_run
 
         demo = RUN_PRESETS["demo"]
-        every = max(1, steps // 2)
         with tempfile.TemporaryDirectory(dir=folder) as out, contextlib.redirect_stderr(io.StringIO()):
             config = dataclasses.replace(
                 demo,
                 data=dataclasses.replace(demo.data, train=(corpus,)),
-                probe=dataclasses.replace(demo.probe, start=steps // 4),
+                probe=dataclasses.replace(demo.probe, start=steps // 4, samples=2, t_grid=(0.5,)),
+                flow=dataclasses.replace(demo.flow, points=4),
                 train=dataclasses.replace(
                     demo.train,
                     steps=steps,
                     device=str(device),
                     precision="fp32",
-                    valid_every=every,
+                    valid_every=steps,
+                    valid_samples=2,
+                    samples=1,
                     checkpoint_every=steps,
                     out=out,
                     name="run",

@@ -36,7 +36,7 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
     if scale == "toy":
         return [problem("toy", TOY, 2, 16, "float32")]
     if device.type == "cpu":
-        sizes = [("compact", COMPACT, 2, 64)] if scale == "quick" else [("compact", COMPACT, 4, 256)]
+        sizes = [("compact", COMPACT, 1, 64)] if scale == "quick" else [("compact", COMPACT, 4, 256)]
         return [problem(*size, "float32") for size in sizes]
     sizes = [("compact", COMPACT, 4, 256), ("paper", PAPER, 4, 938)]
     if scale == "full":

@@ -22,7 +22,7 @@ MIDDLE = {
     "cpu": {"layers": 4, "frames": 64, "batch": 2, "width": 128},
     "cuda": {"layers": 12, "frames": 512, "batch": 4, "width": 768},
 }
-AXES = {
+AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {
         "layers": (2, 4, 8, 16),
         "frames": (64, 128, 256, 512),
@@ -36,16 +36,16 @@ AXES = {
         "width": (384, 768, 1152, 1536),
     },
 }
-TOY = {"layers": (1, 2), "width": (16, 32)}
+TOY: dict[str, tuple[int, ...]] = {"layers": (1, 2), "width": (16, 32)}
 
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
     middle = {"layers": 2, "frames": 8, "batch": 1, "width": 16} if scale == "toy" else MIDDLE[device.type]
-    axes = TOY if scale == "toy" else AXES[device.type]
+    axes: dict[str, tuple[int, ...]] = TOY if scale == "toy" else AXES[device.type]
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     found = []
     for axis, sizes in axes.items():
-        for size in sizes[-3:] if scale == "quick" and device.type == "cuda" else sizes:
+        for size in sizes[:3] if scale == "quick" else sizes:
             at = {**middle, axis: size}
             config = DiTConfig(
                 depth=at["layers"], width=at["width"], heads=max(1, at["width"] // 64), mels=80, cond=80, dropout=0.0

@@ -79,7 +79,8 @@ class Data:
 
     def to(self, dtype: torch.dtype) -> Data:
         targets = {name: value.to(dtype) for name, value in self.targets.items()}
-        return Data(*(value.to(dtype) for value in (self.mel, self.noise, self.t, self.cond)), targets, self.domains)
+        mel, noise, t, cond = (value.to(dtype) for value in (self.mel, self.noise, self.t, self.cond))
+        return Data(mel, noise, t, cond, targets, self.domains)
 
 
 def _draw(config: DiTConfig, batch: int, frames: int, device: torch.device) -> Data:
@@ -112,7 +113,7 @@ def loss_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> Tensor
     return loss
 
 
-def loss_published(network: nn.Module, alignment: AlignmentLoss | None, data: Data) -> Tensor:
+def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None, data: Data) -> Tensor:
     """The same written straight down: heads one by one, a domain's samples picked out by boolean indexing."""
     t = data.t[:, None, None]
     x_t = (1 - t) * data.noise + t * data.mel
