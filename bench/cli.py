@@ -168,7 +168,7 @@ def run(
             result["problems"].append(entry)
             print("\n" + problem_table(entry), flush=True)
             _save(result, out, began, device)
-    result["complete"] = True
+    result["complete"] = not result["skipped"]
     _save(result, out, began, device)
     return result
 
