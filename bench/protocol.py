@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -285,8 +286,10 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        kept = call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that events of earlier cycles are dropped: there is one cycle
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            kept = call()
     del kept
     changes = [
         (event.start_ns(), event.nbytes())

@@ -43,7 +43,8 @@ def _build(steps: int, device: torch.device) -> Setup:
     from agrepa_fast.data.corpus import write_corpus
 
     keep = tempfile.TemporaryDirectory(prefix="agrepa-bench-")
-    corpus = write_corpus(Path(keep.name) / "corpus", seed=0)
+    clips = 12 if steps == STEPS["toy"] else 120
+    corpus = write_corpus(Path(keep.name) / "corpus", seed=0, speech=clips, audio=clips)
 
     def ours() -> Run:
         return functools.partial(_train, steps, Path(keep.name), str(corpus), device)

@@ -43,7 +43,7 @@ def _wrong_row(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Te
 
 
 def _gate_ignored(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Any:
-    return _plain(x, branch, torch.ones_like(gate), shift, scale, eps=eps)
+    return _plain(x, branch, 1 + 0 * gate, shift, scale, eps=eps)
 
 
 def _eps_wrong(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Any:

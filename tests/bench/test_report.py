@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_results import problem, result, row
 
 from agrepa_fast.bench import figures, report
 from agrepa_fast.bench.cli import main
@@ -25,33 +25,33 @@ def test_there_are_stored_results() -> None:
     assert any(r["environment"]["device_type"] == "cpu" and r["complete"] for r in report.load(ROOT).values())
 
 
-def _scaling() -> list[dict]:
+def _scaling(make: SimpleNamespace) -> list[dict]:
     return [
-        problem(
+        make.problem(
             "scaling",
             {"axis": "layers", "size": size, "layers": size},
             0.02,
-            row("ours", "ours", 10.0 * size**2) | {"peak_bytes": 1000 * size},
-            row("SDPA loop", "rival", 20.0 * size**2, 2.0, "win"),
+            make.row("ours", "ours", 10.0 * size**2) | {"peak_bytes": 1000 * size},
+            make.row("SDPA loop", "rival", 20.0 * size**2, 2.0, "win"),
         )
         for size in (2, 4, 8)
     ]
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path, make: SimpleNamespace) -> Path:
     """A checkout with one result and two documents."""
-    slow = problem(
+    slow = make.problem(
         "foga",
         {"layers": 12, "scale": "compact"},
         0.02,
-        row("ours", "ours", 100.0) | {"roofline_share": 0.5, "error": 1e-7},
-        row("SDPA loop", "rival", 80.0, 0.8, "loss"),
-        row("released loop", "published", 101.0, 1.01, "tie"),
+        make.row("ours", "ours", 100.0) | {"roofline_share": 0.5, "error": 1e-7},
+        make.row("SDPA loop", "rival", 80.0, 0.8, "loss"),
+        make.row("released loop", "published", 101.0, 1.01, "tie"),
     )
     stored = tmp_path / "bench" / "results" / "cpu-x.json"
     stored.parent.mkdir(parents=True)
-    stored.write_text(json.dumps(result(slow, *_scaling())), encoding="utf-8")
+    stored.write_text(json.dumps(make.result(slow, *_scaling(make))), encoding="utf-8")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("a\n<!-- bench:headline -->\nold\n<!-- /bench -->\nb\n", encoding="utf-8")
     for name in ("summary", "targets", "exponents", "case_foga"):

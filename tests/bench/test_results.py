@@ -6,6 +6,7 @@ import copy
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,58 +21,10 @@ from agrepa_fast.errors import UserError
 CPU = torch.device("cpu")
 
 
-def row(provider: str, role: str, median: float | None, speedup: float | None = None, word: str | None = None) -> Any:
-    names = "p20_us p80_us samples calls timer gb_per_s tflop_per_s roofline_share bound_by peak_bytes launches host_us"
-    return {
-        "provider": provider,
-        "role": role,
-        "status": "ok",
-        "reason": None,
-        "median_us": median,
-        **dict.fromkeys([*names.split(), "joules", "watts", "error"]),
-        "p20_us": median,
-        "p80_us": median,
-        "speedup": speedup,
-        "verdict": word,
-    }
-
-
-def problem(case: str, params: dict[str, Any], floor: float, *rows: Any) -> dict[str, Any]:
-    return {
-        "case": case,
-        "key": " ".join(f"{k}={v}" for k, v in params.items()),
-        "params": params,
-        "bytes": 1000,
-        "flops": 2000,
-        "dtype": "float32",
-        "gate": {"passed": True, "reason": None},
-        "noise_floor": floor,
-        "seconds": 1.0,
-        "rows": list(rows),
-    }
-
-
-def result(*problems: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "complete": True,
-        "scale": "quick",
-        "cases": ["foga"],
-        "started": "2026-01-01T00:00:00+00:00",
-        "seconds": 3.0,
-        "environment": environment.environment(CPU),
-        "conditions": {"before": environment.conditions(CPU), "after": None},
-        "roofline": measure_roofline(CPU, "toy"),
-        "noise_floor": 0.02,
-        "problems": list(problems),
-        "skipped": [],
-    }
-
-
 @pytest.fixture(scope="module")
-def good() -> dict[str, Any]:
-    rows = (row("ours", "ours", 100.0), row("SDPA loop", "rival", 190.0, 1.9, "win"))
-    return result(problem("foga", {"layers": 12}, 0.02, *rows))
+def good(make: SimpleNamespace) -> dict[str, Any]:
+    rows = (make.row("ours", "ours", 100.0), make.row("SDPA loop", "rival", 190.0, 1.9, "win"))
+    return make.result(make.problem("foga", {"layers": 12}, 0.02, *rows))
 
 
 def test_a_good_result_passes_and_comes_back(good: dict[str, Any], tmp_path: Path) -> None:
@@ -115,12 +68,14 @@ def test_a_broken_result_is_not_written(good: dict[str, Any], tmp_path: Path) ->
     assert results.read(tmp_path / "r.json") == good
 
 
-def test_compare(good: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(
+    good: dict[str, Any], make: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     after = copy.deepcopy(good)
     own, rival = after["problems"][0]["rows"]
     own["median_us"], rival["median_us"] = 50.0, 193.0
     after["environment"]["packages"]["torch"] = "9.9"
-    after["problems"].append(problem("foga", {"layers": 24}, 0.02, row("ours", "ours", 1.0)))
+    after["problems"].append(make.problem("foga", {"layers": 24}, 0.02, make.row("ours", "ours", 1.0)))
     for name, content in (("a", good), ("b", after)):
         results.write(tmp_path / f"{name}.json", content)
     assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
