@@ -6,7 +6,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import results
 from .case import Problem
 from .cases import CASES, find
 from .environment import checkout, conditions, environment
+from .protocol import lane
 from .roofline import measure_roofline
 from .runner import run_problem
 from .tables import compare_table, problem_table
@@ -131,6 +132,8 @@ def run(
     An interrupt or an error leaves the file with what was done (`complete` false).
     """
     began = time.perf_counter()
+    with lane(device):
+        rates = measure_roofline(device, scale)
     result: dict[str, Any] = {
         "schema": 1,
         "complete": False,
@@ -140,37 +143,43 @@ def run(
         "seconds": 0.0,
         "environment": environment(device),
         "conditions": {"before": conditions(device), "after": None},
-        "roofline": measure_roofline(device, scale),
+        "roofline": rates,
         "noise_floor": None,
         "problems": [],
         "skipped": [],
     }
-    rates = result["roofline"]
     matmul = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates["matmul_flops_per_s"].items())
     print(
         f"{result['environment']['device']}: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {matmul}",
         flush=True,
     )
-    for case, problems in chosen.items():
-        for problem in problems:
-            spent = time.perf_counter() - began
-            if budget is not None and spent > budget:
-                reason = f"the budget of {budget:.0f} s was spent"
-                result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
-                continue
-            try:
-                entry = run_problem(case, problem, device, scale, rates)
-            except Exception as error:  # one problem must not cost the others
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-                result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
-                print(f"\n{case} {problem.key}: {reason}", flush=True)
-                continue
-            result["problems"].append(entry)
-            print("\n" + problem_table(entry), flush=True)
-            _save(result, out, began, device)
+    for case, problem in in_turn(chosen):
+        spent = time.perf_counter() - began
+        if budget is not None and spent > budget:
+            reason = f"the budget of {budget:.0f} s was spent"
+            result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
+            continue
+        try:
+            entry = run_problem(case, problem, device, scale, rates)
+        except Exception as error:  # one problem must not cost the others
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
+            print(f"\n{case} {problem.key}: {reason}", flush=True)
+            continue
+        result["problems"].append(entry)
+        print("\n" + problem_table(entry), flush=True)
+        _save(result, out, began, device)
     result["complete"] = not result["skipped"]
     _save(result, out, began, device)
     return result
+
+
+def in_turn(chosen: Mapping[str, Sequence[Problem]]) -> Iterator[tuple[str, Problem]]:
+    """The first problem of every case, then the second ones, and so on: a run cut short has seen every case."""
+    for level in range(max(map(len, chosen.values()))):
+        for case, problems in chosen.items():
+            if level < len(problems):
+                yield case, problems[level]
 
 
 def _save(result: dict[str, Any], out: Path, began: float, device: torch.device) -> None:

@@ -122,13 +122,16 @@ class Nvml:
             return None
         try:
             return getattr(self.nvml, name)(self.handle, *arguments)
-        except self.nvml.NVMLError:
+        except (self.nvml.NVMLError, AttributeError):  # not on this card, or not in this version of the package
             return None
 
     def driver(self) -> str | None:
         if self.handle is None:
             return None
-        found = self.nvml.nvmlSystemGetDriverVersion()
+        try:
+            found = self.nvml.nvmlSystemGetDriverVersion()
+        except self.nvml.NVMLError:
+            return None
         return found.decode() if isinstance(found, bytes) else found
 
     def clock(self, domain: str) -> int | None:

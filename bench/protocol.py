@@ -173,7 +173,9 @@ def measure_cuda(
     lasted = 0.0
     for name, call in variants.items():
         runner = _events(call, cold)
-        once = statistics.median(runner()[0] for _ in range(3))
+        once = runner()[0]
+        if once < 10 * GRAPH_BELOW:  # the first is the least steady, and where it is short more cost nothing
+            once = statistics.median(runner()[0] for _ in range(3))
         if once < GRAPH_BELOW and name in capturable:
             runner = _graph(call, cold) or runner
         runners[name] = runner
@@ -245,7 +247,7 @@ def _graph(call: Call, cold: ColdCache) -> _Replay | None:
     return replay if usable else None
 
 
-def host_seconds(call: Call, device: torch.device, calls: int = 5) -> float | None:
+def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
     """Seconds the host spends on a call before it returns (launches, and syncs if it has any); None on the CPU."""
     if device.type != "cuda":
         return None

@@ -18,8 +18,8 @@ from .roofline import bound
 AGAIN = "ours again"  # the A/A row
 
 EFFORT = {
-    "cpu": {"toy": Effort(0.0, 2, 2), "quick": Effort(1.2, 3, 40), "full": Effort(5.0, 7, 60)},
-    "cuda": {"toy": Effort(0.0, 2, 2), "quick": Effort(0.2, 5, 40), "full": Effort(0.6, 7, 60)},
+    "cpu": {"toy": Effort(0.0, 2, 2), "quick": Effort(0.8, 3, 40), "full": Effort(5.0, 7, 60)},
+    "cuda": {"toy": Effort(0.0, 2, 2), "quick": Effort(0.2, 3, 40), "full": Effort(0.6, 3, 60)},
 }
 SINGLE = Effort(0.0, 1, 1)
 ENERGY_SECONDS = 0.3  # NVML's energy counter moves every 20 to 100 ms
@@ -72,8 +72,8 @@ def _run(problem: Problem, setup: Setup, device: torch.device, scale: str, roofl
         if not problem.single:
             row["peak_bytes"] = protocol.peak_bytes(calls[name], device)
             row["launches"] = protocol.launches(calls[name], device)
-            row["host_us"] = _micro(protocol.host_seconds(calls[name], device))
-        if scale == "full" and device.type == "cuda":
+            row["host_us"] = _micro(protocol.host_seconds(calls[name], device, 5 if timing.median < 0.05 else 1))
+        if scale == "full" and device.type == "cuda" and not problem.single:
             row |= _energy(calls[name], device)
         if floor is not None and row["role"] not in ("ours", "again"):
             row["speedup"] = timing.median / timings[ours].median

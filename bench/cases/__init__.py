@@ -1,4 +1,4 @@
-"""The cases, in the order in which they run: what matters most is measured first, should time run out."""
+"""The cases, in order. They take turns problem by problem, each beginning with what matters most in it."""
 
 from __future__ import annotations
 

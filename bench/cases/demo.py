@@ -22,7 +22,7 @@ from agrepa_fast.errors import UserError
 from ..case import Outputs, Problem, Provider, Run, Setup, Unavailable
 
 TITLE = "End-to-end demo"
-STEPS = {"toy": 2, "quick": 20, "full": 100}
+STEPS = {"toy": 2, "quick": 8, "full": 100}
 
 
 def problems(scale: str, device: torch.device) -> list[Problem]:

@@ -169,6 +169,12 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "a.json: No such file" in capsys.readouterr().err
 
 
+def test_cases_take_turns() -> None:
+    chosen = {"a": [1, 2, 3], "b": [4], "c": [], "d": [5, 6]}
+    wanted = [("a", 1), ("b", 4), ("d", 5), ("a", 2), ("d", 6), ("a", 3)]
+    assert list(cli.in_turn(chosen)) == wanted  # type: ignore[arg-type]
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "--quick", "--device", "cpu"]) == 0
     said = capsys.readouterr().out

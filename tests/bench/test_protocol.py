@@ -154,4 +154,4 @@ def test_peak_memory_is_the_most_held_at_once() -> None:
 
 def test_device_columns_are_empty_on_the_cpu() -> None:
     assert launches(lambda: None, CPU) is None
-    assert host_seconds(lambda: None, CPU) is None
+    assert host_seconds(lambda: None, CPU, 5) is None
