@@ -111,7 +111,10 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
 
     Graphs are the protocol's business: the modes that make their own would be timed with their copies."""
     import torch._functorch.config
+    import torch._inductor.config
 
+    # Said outright, it is part of Inductor's cache key: code that was compiled for two threads is not served to one.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
     # A donated buffer is overwritten in backward, which timing backward alone repeats.
     torch._functorch.config.donated_buffer = False
     return torch.compile(function, dynamic=False, mode=mode)

@@ -1,6 +1,6 @@
 """Writes what the docs say about speed: tables between markers, figures in docs/figures, all from bench/results.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md or docs; no number is typed by hand.
+A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .cases import CASES
 from .tables import UNMEASURED, amount, cells, columns, duration, gate_line, markdown, speedup
 from .targets import TARGETS, ours, shares_of_step
 
-MARK = re.compile(r"(<!-- bench:([a-z_]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+MARK = re.compile(r"^(<!-- bench:([a-z_]+) -->\n)(.*?)^(<!-- /bench -->)$", re.DOTALL | re.MULTILINE)
+OPENED = re.compile(r"^<!-- bench:", re.MULTILINE)
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 
 Stored = Mapping[str, Mapping[str, Any]]  # {file name: result}
@@ -74,7 +75,7 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
 
 def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
     """`text` with every marked block replaced; UserError names the file of a marker that does not fit."""
-    if text.count("<!-- bench:") != len(MARK.findall(text)):
+    if len(OPENED.findall(text)) != len(MARK.findall(text)):
         raise UserError(f"{name}: a <!-- bench:NAME --> without its <!-- /bench -->")
 
     def replace(found: re.Match[str]) -> str:
