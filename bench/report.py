@@ -1,6 +1,6 @@
 """Writes what the docs say about speed: tables between markers, figures in docs/figures, all from bench/results.
 
-A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed by hand.
+A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed.
 """
 
 from __future__ import annotations
