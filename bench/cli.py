@@ -1,4 +1,4 @@
-"""`agrepa bench`: list, run, report, compare. `main(argv)` is the whole of it."""
+"""`agrepa bench`: list, run, report, compare, tune. `main(argv)` is the whole of it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="two result files, row by row")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
+    tune = commands.add_parser("tune", help="measure launch configurations on this GPU and rewrite its table")
+    tune.add_argument("--device", default="cuda")
     arguments = parser.parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
@@ -209,4 +211,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"list": _list, "run": _run, "report": _report, "compare": _compare}
+def _tune(arguments: argparse.Namespace) -> int:
+    device = pick_device(arguments.device)
+    if device.type != "cuda":
+        raise UserError(f"--device: tuning needs a CUDA device, got {device}")
+    from agrepa_fast.kernels.tune import tune
+
+    print(tune(device))
+    return 0
+
+
+_COMMANDS = {"list": _list, "run": _run, "report": _report, "compare": _compare, "tune": _tune}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import triton
+
 from agrepa_fast.kernels import compile_matrix, residual
 from agrepa_fast.kernels.compile_matrix import TARGETS, Case, Compiled
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from agrepa_fast.kernels import launch, tables, tune
 from agrepa_fast.kernels.launch import LaunchConfig
-
 from agrepa_fast.ops import dispatch
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from agrepa_fast.kernels import pooling, residual
 
 RESIDUAL = {
@@ -79,7 +80,6 @@ def test_residual(bench, device, name, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("name", [None, *POOLING])
 def test_pooling(bench, device, name, tmp_path, monkeypatch) -> None:
     import agrepa_fast.kernels as package
-
     from agrepa_fast import ops
     from agrepa_fast.reference import pooling as reference
 

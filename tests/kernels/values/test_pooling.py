@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agrepa_fast.kernels import launch
-from agrepa_fast.kernels import pooling as kernels
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from agrepa_fast import ops
+from agrepa_fast.kernels import launch
+from agrepa_fast.kernels import pooling as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from agrepa_fast.kernels import launch
-from agrepa_fast.kernels import residual as kernels
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from agrepa_fast import ops
+from agrepa_fast.kernels import launch
+from agrepa_fast.kernels import residual as kernels
 
 OPS = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
