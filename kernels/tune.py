@@ -151,8 +151,8 @@ def tune(device: torch.device, path: Path | None = None) -> Path:
     Raises:
         ValueError: there is no CUDA device to measure on.
     """
-    if device.type != "cuda":
-        raise ValueError(f"tuning needs a CUDA device, got {device}")
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(f"tuning needs a CUDA device; {device} is none, or there is none here")
     name = architecture(device)
     found: dict[str, dict[int, LaunchConfig]] = {}
     for kernel, entries in TABLES[name].items():
