@@ -21,7 +21,7 @@ from .targets import ours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 1  # counts up when a drawing changes, so that stored pictures count as outdated
+VERSION = 2  # counts up when a drawing changes, so that stored pictures count as outdated
 COLOURS = {"win": "#2a7f62", "tie": "#8a8a8a", "loss": "#b4452f"}
 INK, GRID = "#222222", "#dddddd"
 
@@ -58,7 +58,7 @@ def speedups(result: Mapping[str, Any]) -> Figure:
 
     bars = [
         (f"{p['case']} · {_short(p)} · {row['provider']}", row["speedup"], row["verdict"], p["noise_floor"])
-        for p in result["problems"]
+        for p in sorted(result["problems"], key=lambda p: result["cases"].index(p["case"]))
         if p["case"] != "scaling"
         for row in p["rows"]
         if row["speedup"] is not None
@@ -68,13 +68,17 @@ def speedups(result: Mapping[str, Any]) -> Figure:
     for place, (_, value, word, floor) in enumerate(reversed(bars)):
         axes.barh(place, value - 1, left=1, color=COLOURS[word], height=0.65)
         axes.plot([1 / (1 + floor), 1 + floor], [place, place], color=INK, linewidth=1)
-        axes.annotate(f" {value:.2f}x", (max(value, 1), place), va="center", fontsize=7, color=INK)
+        # Beyond the bar and the noise line, on the bar's side.
+        end, side = (max(value, 1 + floor), "left") if value >= 1 else (min(value, 1 / (1 + floor)), "right")
+        axes.annotate(f" {value:.2f}x ", (end, place), va="center", ha=side, fontsize=7, color=INK)
     axes.set_yticks(range(len(bars)), [label for label, *_ in reversed(bars)], fontsize=7)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.margins(x=0.12, y=0.01)
-    axes.set_xlabel("time of the other over ours (green: faster, grey: within noise, red: slower; line: noise floor)")
+    axes.set_xlabel(
+        "time of the other over ours; green faster, grey within noise, red slower; line: noise floor", fontsize=7
+    )
     _tidy(axes, f"Ours against each provider, {result['environment']['device']}", "x")
     return figure
 

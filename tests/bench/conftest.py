@@ -59,7 +59,7 @@ def result(*problems: dict[str, Any]) -> dict[str, Any]:
         "schema": 1,
         "complete": True,
         "scale": "quick",
-        "cases": ["foga"],
+        "cases": ["foga", "scaling"],
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": 3.0,
         "environment": environment.environment(CPU),
