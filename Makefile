@@ -5,13 +5,15 @@ VENV ?= .venv
 bin := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs gpu clean
+.PHONY: help demo test lint docs floor newest gpu clean
 
 help:
 	@echo "make demo    train the demo preset on the built-in corpus; the report is in runs/demo-DATE-TIME/"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make docs    build the documentation into site/; warnings are errors"
+	@echo "make floor   the core tests with the oldest NumPy that is allowed (torch is at its oldest already)"
+	@echo "make newest  install the wheel with base dependencies alone, the newest torch; compile every kernel with it"
 	@echo "make gpu     on a machine with a GPU: doctor, tests/gpu and every benchmark, under nine minutes"
 	@echo "make clean   remove caches and build leftovers; keeps $(VENV)/ and runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of a new environment, VENV=DIR its folder."
@@ -32,12 +34,24 @@ docs: $(VENV)/.installed-dev
 test: lint docs
 	$(bin)/python -m pytest
 
+# torch 2.11.0, which the extras pin, is the oldest allowed; NumPy's oldest goes in front of the environment's own.
+floor: $(VENV)/.installed-dev
+	$(bin)/python -m pip install --quiet --upgrade --target $(VENV)/floor 'numpy==1.26.*'
+	PYTHONPATH=$(VENV)/floor $(bin)/python -c 'import numpy; assert numpy.__version__.startswith("1.26.")'
+	PYTHONPATH=$(VENV)/floor $(bin)/python -m pytest -q --durations=0 --durations-min=99 tests/ops tests/models tests/attribution/test_runner.py tests/alignment/test_loss.py
+
+newest:
+	rm -rf build $(VENV)/newest
+	$(PYTHON) -m venv $(VENV)/newest
+	$(VENV)/newest/bin/python -m pip install --quiet .
+	$(VENV)/newest/bin/python tests/packaging/clean_install.py
+
 # Installs nothing: it measures whatever torch and Triton PYTHON has.
 gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m agrepa_fast.bench.gpu
 
 clean:
-	rm -rf build dist site *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist site $(VENV)/newest $(VENV)/floor *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed-demo: pyproject.toml | $(bin)/python

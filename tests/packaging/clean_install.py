@@ -1,0 +1,50 @@
+"""Run by `make newest` in an environment that holds the installed wheel and its base dependencies alone.
+
+The newest torch and Triton that pip finds: the package imports away from the checkout, scores layers, and every
+kernel compiles.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    import torch
+    import triton
+
+    import agrepa_fast as ag
+    from agrepa_fast.kernels import compile_matrix
+
+    assert not Path(ag.__file__).is_relative_to(CHECKOUT), ag.__file__
+    installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    extras = installed & {"torchaudio", "soundfile", "transformers", "safetensors", "pyyaml", "matplotlib", "tqdm"}
+    assert not extras, f"not a base installation: {sorted(extras)}"
+
+    torch.manual_seed(0)
+    model = ag.DiT(ag.DiTConfig(depth=3, width=16, heads=2, mels=4, cond=0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    inputs = {"x_t": torch.randn(2, 5, 4), "t": torch.rand(2)}
+    scores, checked = (ag.attribute_layers(model, inputs, engine=engine) for engine in ("auto", "loop"))
+    torch.testing.assert_close(scores.by_sample, checked.by_sample, rtol=1e-5, atol=0)
+
+    widest = [case for case in compile_matrix.cases() if case.target == "sm90" and case.width in (1024, 8192)]
+    rows = compile_matrix.matrix(widest)
+    kernels = {row.kernel for row in rows}
+    spilled = [row for row in rows if row.spills and row.case.width <= 4096]
+    assert not spilled, spilled
+    print(
+        f"agrepa-fast {ag.__version__} with torch {torch.__version__}, Triton {triton.__version__}: "
+        f"{len(kernels)} kernels compiled in {len(rows)} forms for sm90"
+    )
+
+
+if __name__ == "__main__":
+    # Without the checkout's root or this folder on the path.
+    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(CHECKOUT)]
+    main()
