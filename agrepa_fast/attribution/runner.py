@@ -1,4 +1,4 @@
-"""Run a plan on a `DiT`: velocities of the baseline and of every ablation, in one batched pass.
+"""Run a plan on a network: velocities of the baseline and of every ablation, in one batched pass.
 
 Streams are stacked stream-major: [S * B, T, D], sequence s * B + b is stream s of sample b.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.dit import EPS, DiT
+from .adapters import BlockModel, NotAStaircase, eager
 from .plan import AblationPlan
 from .scores import METRICS, LayerScores, normalised_change
 
@@ -22,8 +23,8 @@ ENGINES = ("auto", "prefix", "stacked", "loop")
 
 
 def attribute_layers(
-    model: DiT,
-    inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
     blocks: Sequence[int] | None = None,
     metric: str = "rms",
     domains: Sequence[str] | None = None,
@@ -31,6 +32,7 @@ def attribute_layers(
     engine: str = "auto",
     max_samples: int | None = None,
     clips: Sequence[int] | None = None,
+    block_list: str | Sequence[str] | None = None,
 ) -> LayerScores:
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
@@ -38,64 +40,71 @@ def attribute_layers(
     (dropout off), and leave the model's flags and the random state as they were, also after an exception.
 
     Args:
-        model: a `DiT`.
-        inputs: what the model's forward takes, by name or in order: x_t [N, T, M], t [N], cond, mask.
+        model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.adapters`); compiled
+            ones run eagerly during the probe.
+        inputs: what the model's forward takes, by name or in order; for a `DiT` x_t [N, T, M], t [N], cond, mask.
             Take x_t from the path (`agrepa_fast.models.flow.probe_inputs` folds a grid of t into N).
+            Of another model's inputs, tensors whose first size is that of the first tensor carry the samples; an
+            input called `mask` (bool [N, T]) says which frames count, one called `t` or `timestep` [N] the flow time.
         blocks: 0-based layers to score; None = all.
         metric: "rms" or "squared"; see `scores.normalised_change`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
         branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
         engine: "prefix" (the staircase: shared prefixes, one batch), "stacked" (all streams from the start) or
-            "loop" (one forward per ablation); "auto" is the staircase. All give the same scores.
+            "loop" (one forward per ablation); "auto" is the staircase, and "stacked" for a model that does something
+            between its blocks (long skips). All give the same scores.
         max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
-
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
+        block_list: dotted name(s) of another model's block lists; None = found under the usual names.
 
     Returns:
         LayerScores with by_sample [U, N].
 
     Raises:
-        TypeError: model is not a DiT, or the inputs do not fit its forward.
+        TypeError: model is not a module, or the inputs do not fit its forward.
         ValueError: on shapes, layers or names that do not fit, a sample without a valid frame, or a velocity
-            that is not finite.
+            that is not finite; for another model also no block list, a block that changes the shape, a forward that
+            draws random numbers.
     """
-    if not isinstance(model, DiT):
-        raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
-    named = _by_name(inputs)
-    samples = named["x_t"].shape[0]
-    if samples == 0:
-        raise ValueError("x_t: expected at least one sample, got a batch of 0")
-    for name, value in named.items():
-        # Checked here because the parts below are slices: a surplus row would go unnoticed.
-        if value.shape[0] != samples:
-            raise ValueError(f"{name}: expected {samples} samples as in x_t, got {list(value.shape)}")
-    if domains is not None and len(domains) != samples:
-        raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
-    if clips is not None and len(clips) != samples:
-        raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
-    plan = AblationPlan.build(model.depth, blocks, branches)
-    run = {"auto": _prefix, "prefix": _prefix, "stacked": _stacked, "loop": _loop}[engine]
-    changes, energies = [], []
-    with _probing(model):
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    with _probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
+        network: _Native | _Foreign
+        if isinstance(model, DiT):
+            if block_list is not None:
+                raise ValueError("block_list: only for other models; a DiT knows its blocks (choose with blocks=)")
+            network = _Native(model, inputs, engine)
+        else:
+            if branches is not None:
+                raise ValueError("branches: only a DiT knows its branches; other models are scored by whole blocks")
+            network = _Foreign(model, inputs, engine, block_list)
+        samples, mask, t = network.samples, network.mask, network.t
+        if domains is not None and len(domains) != samples:
+            raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
+        if clips is not None and len(clips) != samples:
+            raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
+        plan = AblationPlan.build(network.depth, blocks, branches)
+        changes, energies = [], []
         for start in range(0, samples, max_samples or samples):
-            part = {name: value[start : start + (max_samples or samples)] for name, value in named.items()}
-            velocity = run(model, plan, part)
-            change, energy = ops.velocity_delta(velocity, part.get("mask"))
+            rows = slice(start, min(start + (max_samples or samples), samples))
+            velocity = network.run(plan, rows)
+            change, energy = ops.velocity_delta(velocity, None if mask is None else mask[rows])
             changes.append(change)
             energies.append(energy)
     # The probe's one copy to the host.
     result = torch.cat([torch.cat(changes, dim=1), torch.cat(energies).unsqueeze(0)]).double().cpu()
     change, energy = result[:-1], result[-1]
     _check_finite(plan, change, energy)
-    if "mask" in named and not named["mask"].any(1).all():
-        empty = (~named["mask"].any(1)).nonzero()[0].item()
+    if mask is not None and not mask.any(1).all():
+        empty = (~mask.any(1)).nonzero()[0].item()
         raise ValueError(f"mask: sample {empty} has no valid frame, so it has no score: leave it out")
     if not energy.any():
         warnings.warn(
@@ -109,11 +118,60 @@ def attribute_layers(
         metric=metric,
         branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
         floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
-        t=named["t"].detach().float().cpu(),
+        t=None if t is None else t.detach().float().cpu(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=plan.block_evaluations if engine in ("auto", "prefix") else None,
+        block_evaluations=plan.block_evaluations if network.engine == "prefix" else None,
     )
+
+
+class _Native:
+    """A `DiT` with its inputs by name; checked here because parts of them are slices: a surplus row would be lost."""
+
+    def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
+        self.model = model
+        self.engine = "prefix" if engine == "auto" else engine
+        self.inputs = _by_name(inputs)
+        self.depth = model.depth
+        self.samples = self.inputs["x_t"].shape[0]
+        if self.samples == 0:
+            raise ValueError("x_t: expected at least one sample, got a batch of 0")
+        for name, value in self.inputs.items():
+            if value.shape[0] != self.samples:
+                raise ValueError(f"{name}: expected {self.samples} samples as in x_t, got {list(value.shape)}")
+        self.t = self.inputs["t"]
+        self.mask = self.inputs.get("mask")
+
+    def run(self, plan: AblationPlan, rows: slice) -> Tensor:
+        engine = {"prefix": _prefix, "stacked": _stacked, "loop": _loop}[self.engine]
+        return engine(self.model, plan, {name: value[rows] for name, value in self.inputs.items()})
+
+
+class _Foreign:
+    """Another model behind its adapter; "auto" is settled by its wiring and by its first velocity."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, engine: str, block_list: str | Sequence[str] | None = None
+    ) -> None:
+        self.blocks = BlockModel(model, inputs, block_list)
+        self.depth, self.samples = self.blocks.depth, self.blocks.samples
+        self.t, self.mask = self.blocks.t, self.blocks.mask
+        self.blocks.inspect()
+        self.settled = engine != "auto"
+        self.engine = engine if self.settled else "stacked" if self.blocks.not_a_chain else "prefix"
+
+    def run(self, plan: AblationPlan, rows: slice) -> Tensor:
+        index = torch.arange(self.samples)[rows]
+        try:
+            velocity = self.blocks.run(self.engine, plan, index)
+        except NotAStaircase:
+            if self.settled or self.engine == "stacked":
+                raise
+            self.engine = "stacked"
+            velocity = self.blocks.run(self.engine, plan, index)
+        self.settled = True
+        # Frames and bins; an image or a vector counts as one frame.
+        return velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
 
 
 def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
