@@ -6,6 +6,8 @@ Streams are stacked stream-major: [S * B, T, D], sequence s * B + b is stream s 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.dit import EPS, DiT
 from .adapters import BlockModel, NotAStaircase, eager
-from .plan import AblationPlan
+from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, LayerScores, normalised_change
 
 ENGINES = ("auto", "prefix", "stacked", "loop")
@@ -29,6 +31,7 @@ def attribute_layers(
     metric: str = "rms",
     domains: Sequence[str] | None = None,
     branches: Sequence[str] | None = None,
+    memory_budget: int | float | None = None,
     engine: str = "auto",
     max_samples: int | None = None,
     clips: Sequence[int] | None = None,
@@ -53,6 +56,9 @@ def attribute_layers(
         engine: "prefix" (the staircase: shared prefixes, one batch), "stacked" (all streams from the start) or
             "loop" (one forward per ablation); "auto" is the staircase, and "stacked" for a model that does something
             between its blocks (long skips). All give the same scores.
+        memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
+            `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
+            one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
         max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
@@ -92,13 +98,18 @@ def attribute_layers(
         if clips is not None and len(clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
         plan = AblationPlan.build(network.depth, blocks, branches)
+        plans: tuple[AblationPlan, ...] = (plan,)
+        at_once = max_samples or samples
+        if memory_budget is not None:
+            plans, fitting = network.split(plan, memory_budget)
+            at_once = min(at_once, fitting)
         changes, energies = [], []
-        for start in range(0, samples, max_samples or samples):
-            rows = slice(start, min(start + (max_samples or samples), samples))
-            velocity = network.run(plan, rows)
-            change, energy = ops.velocity_delta(velocity, None if mask is None else mask[rows])
-            changes.append(change)
-            energies.append(energy)
+        for start in range(0, samples, at_once):
+            rows = slice(start, min(start + at_once, samples))
+            frames = None if mask is None else mask[rows]
+            parts = [ops.velocity_delta(network.run(part, rows), frames) for part in plans]
+            changes.append(torch.cat([change for change, _ in parts]))
+            energies.append(parts[0][1])
     # The probe's one copy to the host.
     result = torch.cat([torch.cat(changes, dim=1), torch.cat(energies).unsqueeze(0)]).double().cpu()
     change, energy = result[:-1], result[-1]
@@ -121,7 +132,7 @@ def attribute_layers(
         t=None if t is None else t.detach().float().cpu(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=plan.block_evaluations if network.engine == "prefix" else None,
+        block_evaluations=sum(part.block_evaluations for part in plans) if network.engine == "prefix" else None,
     )
 
 
@@ -142,6 +153,14 @@ class _Native:
         self.t = self.inputs["t"]
         self.mask = self.inputs.get("mask")
 
+    def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
+        if self.engine != "prefix":
+            raise ValueError(f"memory_budget: only for the staircase, not for engine={self.engine!r}: use max_samples")
+        x_t, config = self.inputs["x_t"], self.model.config
+        sizes = Sizes(x_t.shape[1], config.width, config.ff_ratio, config.mels, config.heads, x_t.element_size())
+        sizes = dataclasses.replace(sizes, masked=self.mask is not None)
+        return split(plan, sizes, self.samples, _bytes(memory_budget, x_t.device))
+
     def run(self, plan: AblationPlan, rows: slice) -> Tensor:
         engine = {"prefix": _prefix, "stacked": _stacked, "loop": _loop}[self.engine]
         return engine(self.model, plan, {name: value[rows] for name, value in self.inputs.items()})
@@ -160,6 +179,9 @@ class _Foreign:
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if self.blocks.not_a_chain else "prefix"
 
+    def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
+        raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")
+
     def run(self, plan: AblationPlan, rows: slice) -> Tensor:
         index = torch.arange(self.samples)[rows]
         try:
@@ -172,6 +194,19 @@ class _Foreign:
         self.settled = True
         # Frames and bins; an image or a vector counts as one frame.
         return velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
+
+
+def _bytes(memory_budget: int | float, device: torch.device) -> int:
+    """A budget in bytes; a float is a share of what is free on the device."""
+    if isinstance(memory_budget, float):
+        if not 0 < memory_budget <= 1:
+            raise ValueError(f"memory_budget: expected bytes (int) or a share in (0, 1], got {memory_budget}")
+        if device.type == "cuda":
+            return int(memory_budget * torch.cuda.mem_get_info(device)[0])
+        return int(memory_budget * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
+    return memory_budget
 
 
 def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -216,17 +251,19 @@ def _prefix(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor
     masks = key_mask
     for i, branch in enumerate(model.branches):
         if any(unit.start == i for unit in plan.units):
-            before[i] = x[:batch]
+            before[i] = x[:batch].clone()  # not a view: that would hold the memory of all streams of its time
         out = branch(h, masks)
+        del h  # every stream's, so neither it nor `out` may outlive its use
         joining = [unit for unit in plan.units if unit.stop == i + 1]
         if joining:
             # The new streams skip the branch: they enter the op as sequences without branch rows.
-            # Popped: what is kept here holds the memory of all streams of its time.
             x = torch.cat([x, *(before.pop(unit.start) for unit in joining)])
             streams = x.shape[0] // batch
             rows = _sample_index(streams, batch, x)
             masks = None if key_mask is None else key_mask.repeat(streams, 1, 1, 1)
         x, h = _between(modulation, i, x, out, rows)
+        del out
+    del h
     return model.close(x).unflatten(0, (-1, batch))
 
 
