@@ -19,7 +19,7 @@ from .. import ops
 from ..models.dit import EPS, DiT
 from .adapters import BlockModel, NotAStaircase, eager
 from .plan import AblationPlan, Sizes, split
-from .scores import METRICS, LayerScores, normalised_change
+from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change
 
 ENGINES = ("auto", "prefix", "stacked", "loop")
 
@@ -107,7 +107,10 @@ def attribute_layers(
         for start in range(0, samples, at_once):
             rows = slice(start, min(start + at_once, samples))
             frames = None if mask is None else mask[rows]
-            parts = [ops.velocity_delta(network.run(part, rows), frames) for part in plans]
+            parts = []
+            for part in plans:
+                velocity = network.run(part, rows)
+                parts.append(ops.velocity_delta(velocity, frames))
             changes.append(torch.cat([change for change, _ in parts]))
             energies.append(parts[0][1])
     # The probe's one copy to the host.
@@ -123,7 +126,7 @@ def attribute_layers(
             "and set to 0; train before probing",
             stacklevel=2,
         )
-    return LayerScores(
+    scores = LayerScores(
         layers=tuple(unit.layer for unit in plan.units),
         by_sample=normalised_change(change, energy, metric),
         metric=metric,
@@ -134,6 +137,16 @@ def attribute_layers(
         clips=None if clips is None else tuple(clips),
         block_evaluations=sum(part.block_evaluations for part in plans) if network.engine == "prefix" else None,
     )
+    if torch.finfo(velocity.dtype).bits == 16 and energy.any():
+        safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2
+        low = [name for name, mean in zip(scores.names, scores.mean.tolist()) if mean < safe]
+        if low:
+            warnings.warn(
+                f"layers {', '.join(low)} change the velocity by less than {safe:g}, where the rounding of "
+                f"{str(velocity.dtype).removeprefix('torch.')} decides their order: score them in float32",
+                stacklevel=2,
+            )
+    return scores
 
 
 class _Native:
