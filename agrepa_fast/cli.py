@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .attribution.scores import LayerScores
 
 TRAIN_HELP = """\
 examples:
@@ -22,6 +27,7 @@ PROBE_HELP = """\
 examples:
   agrepa probe runs/demo
   agrepa probe runs/demo --data speech/metadata.csv --branches attn ff --out probe
+  agrepa probe mymodel:factory --k 3     # def factory(): return model, inputs
 """
 SAMPLE_HELP = """\
 examples:
@@ -83,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="go on with a run's newest checkpoint (or the one given)")
 
     probe = add("probe", _probe, "Score every layer of a checkpoint (FoG-A) and select the ones to align.", PROBE_HELP)
-    probe.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
+    probe.add_argument(
+        "checkpoint",
+        help="a checkpoint, a run's folder for its newest one, or module:factory, a function that returns "
+        "(model, inputs) or (model, inputs, options of attribute_layers)",
+    )
     probe.add_argument("--data", nargs="+", help="manifests; default: the run's held-out clips")
     probe.add_argument("--out", default="probe", help="folder for foga.csv, foga.json, pictures, selection.json")
     probe.add_argument("--samples", type=int, help="clips to score on")
@@ -91,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--metric", choices=("rms", "squared"))
     probe.add_argument("--k", type=int, help="layers to select")
     probe.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
-    probe.add_argument("--weights", choices=("model", "ema"), default="model")
-    probe.add_argument("--device", default="auto")
+    probe.add_argument("--weights", choices=("model", "ema"), help="of the checkpoint (default: model)")
+    probe.add_argument("--device", help="default: auto")
 
     sample = add("sample", _sample, "Generate audio from text with a checkpoint's EMA weights.", SAMPLE_HELP)
     sample.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
@@ -147,13 +157,71 @@ def _train(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from .alignment.policy import select_layers
     from .attribution.report import plot_layer_t_map, plot_scores
+
+    if ":" in arguments.checkpoint and not Path(arguments.checkpoint).exists():
+        scores, k = _score_factory(arguments)
+    else:
+        scores, k = _score_checkpoint(arguments)
+    if not 1 <= k <= len(set(scores.layers)):
+        raise UserError(f"--k: expected 1 to {len(set(scores.layers))} layers, got {k}")
+    selection = select_layers(scores, k)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    scores.to_csv(out / "foga.csv")
+    scores.to_json(out / "foga.json")
+    selection.to_json(out / "selection.json")
+    plot_scores(scores, selection).savefig(out / "foga.png", dpi=150)
+    written = "foga.csv foga.json selection.json foga.png"
+    if scores.t is not None:
+        plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
+        written += " foga_map.png"
+    print(scores.table())
+    pairs = zip(selection.layers, selection.weights)
+    print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+    print(f"written: {out}/{written}")
+    return 0
+
+
+def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
+    """Scores of the model that module:factory makes, and K."""
+    from .attribution.runner import attribute_layers
+
+    for name in ("data", "samples", "t", "weights", "device"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name}: only for a checkpoint; {arguments.checkpoint} brings its own model and inputs")
+    module_name, _, name = arguments.checkpoint.partition(":")
+    # As `python -m` has it: modules beside which the command is run can be named.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{arguments.checkpoint}: {error}") from None
+    except AttributeError:
+        raise UserError(f"{arguments.checkpoint}: the module {module_name} has no {name!r}") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    made = factory()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise UserError(f"{arguments.checkpoint}: expected it to return (model, inputs) or (model, inputs, options)")
+    model, inputs, *rest = made
+    given = {"metric": arguments.metric, "branches": arguments.branches}
+    options = {**(rest[0] if rest else {}), **{key: value for key, value in given.items() if value is not None}}
+    try:
+        scores = attribute_layers(model, inputs, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{arguments.checkpoint}: {error}") from error
+    return scores, min(3, len(set(scores.layers))) if arguments.k is None else arguments.k
+
+
+def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
+    """Scores of a checkpoint of `agrepa train` on held-out or given clips, and K."""
     from .training.clips import load_data
     from .training.config import override_config
     from .training.environment import pick_device
     from .training.inference import load_backbone, score_layers
 
-    device = pick_device(arguments.device)
-    backbone, checkpoint = load_backbone(arguments.checkpoint, device, arguments.weights)
+    device = pick_device(arguments.device or "auto")
+    backbone, checkpoint = load_backbone(arguments.checkpoint, device, arguments.weights or "model")
     given = {
         "probe.samples": arguments.samples,
         "probe.t_grid": arguments.t,
@@ -168,19 +236,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     for item in loaded.skipped:
         print(f"skipped: {item.path} ({item.source}): {item.reason}", file=sys.stderr)
     scores = score_layers(backbone, loaded.valid, config, device, branches=arguments.branches)
-    selection = select_layers(scores, config.probe.k)
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    scores.to_csv(out / "foga.csv")
-    scores.to_json(out / "foga.json")
-    selection.to_json(out / "selection.json")
-    plot_scores(scores, selection).savefig(out / "foga.png", dpi=150)
-    plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
-    print(scores.table())
-    pairs = zip(selection.layers, selection.weights)
-    print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
-    print(f"written: {out}/foga.csv foga.json selection.json foga.png foga_map.png")
-    return 0
+    return scores, config.probe.k
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ baseline and the streams that have joined: L (L + 1) / 2 block evaluations for L
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,19 @@ class Unit:
     @property
     def name(self) -> str:
         return str(self.layer) if self.branch is None else f"{self.layer}.{self.branch}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a probe depends on, beside its plan: frames of a sample, sizes of the `DiT`, bytes."""
+
+    frames: int
+    width: int
+    ff_ratio: int
+    mels: int
+    heads: int
+    element_bytes: int  # of x_t and the weights: 2 for bfloat16, 4 for float32, 8 for float64
+    masked: bool = False  # whether a mask says which frames count
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,65 @@ class AblationPlan:
         skipped = sum(unit.stop - unit.start for unit in self.units)
         return (2 * self.depth * self.streams - skipped) / len(BRANCHES)
 
+    def peak_bytes(self, sizes: Sizes, samples: int) -> int:
+        """Most bytes that the staircase holds at once on `samples` samples, beside weights and inputs.
+
+        The largest of: a feed-forward's two inner activations; attention's qkv, mixture and output; the op between
+        branches in plain PyTorch (fused kernels need less), with statistics in float32 or wider; the change of the
+        velocity. Each on the streams of its time, with the modulation and the baseline's kept state.
+        """
+        e, statistics = sizes.element_bytes, max(4, sizes.element_bytes)
+        state = samples * sizes.frames * sizes.width  # elements of one stream's residual state
+        wide = statistics // e  # of one state element as a statistic, over one element
+        most = 0.0
+        for i in range(2 * self.depth):
+            r = self.active(i)
+            kept = sum(unit.start <= i < unit.stop for unit in self.units)
+            joining = sum(unit.stop == i + 1 for unit in self.units)
+            s = r + joining
+            log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
+            branch = (2 + 2 * sizes.ff_ratio) * r if i % 2 else 7 * r + log_sums
+            kept_later = kept - joining
+            added = s + r + (wide * s if joining else 0)
+            added += wide * (2 * r + joining) if wide > 1 else r
+            opened = s + r + 3 * wide * s + (s if wide > 1 else 0)
+            if i + 1 == 2 * self.depth:
+                opened = 0
+            most = max(most, branch + kept, added + kept_later, opened + kept_later)
+        modulation = samples * 6 * self.depth * sizes.width
+        velocity = samples * sizes.frames * sizes.mels * self.streams
+        closing = 2 * self.streams * state + velocity
+        changes = velocity * (self.streams - 1) // self.streams * statistics
+        compared = velocity * e + (3 if sizes.masked else 2) * changes
+        if statistics > e:
+            compared += velocity // self.streams * statistics  # the baseline's velocity, converted
+        return int(max(most * state * e + modulation * e, closing * e + modulation * e, compared))
+
     def __str__(self) -> str:
         return (
             f"{len(self.units)} ablations of {self.depth} blocks: {self.block_evaluations:g} block evaluations "
             f"(a loop: {self.loop_block_evaluations:g}), {self.streams} streams"
         )
+
+
+def split(plan: AblationPlan, sizes: Sizes, samples: int, budget: int) -> tuple[tuple[AblationPlan, ...], int]:
+    """The passes with the least recomputation that fit in `budget` bytes: (plans, samples in one batch).
+
+    Samples are independent, so that fewer at once cost nothing twice. Only where one sample is too much are the
+    units dealt out over as few plans as possible; each runs the baseline again (2 `depth` branches).
+
+    Raises:
+        ValueError: not even one unit of one sample fits; says how many bytes do.
+    """
+    if plan.peak_bytes(sizes, 1) <= budget:
+        fitting = 1
+        while fitting < samples and plan.peak_bytes(sizes, fitting + 1) <= budget:
+            fitting += 1
+        return (plan,), fitting
+    for count in range(2, len(plan.units) + 1):
+        bounds = [len(plan.units) * k // count for k in range(count + 1)]
+        parts = tuple(AblationPlan(plan.depth, plan.units[a:b]) for a, b in itertools.pairwise(bounds))
+        if all(part.peak_bytes(sizes, 1) <= budget for part in parts):
+            return parts, 1
+    needed = max(AblationPlan(plan.depth, (unit,)).peak_bytes(sizes, 1) for unit in plan.units)
+    raise ValueError(f"memory_budget: {budget} bytes are too few for one layer of one sample: give at least {needed}")

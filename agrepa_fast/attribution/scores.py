@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 METRICS = ("rms", "squared")
 EPS = 1e-8
+# Relative change of the velocity below which 16-bit rounding can decide ranks.
+SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
 
 
@@ -97,15 +99,20 @@ class LayerScores:
         """[U] standard error of the mean over clips: with `clips`, a clip's samples are averaged first.
 
         nan for a single clip."""
-        by_clip = self.by_sample
-        if self.clips is not None:
-            ids, clip_of = torch.tensor(self.clips).unique(return_inverse=True)
-            sums = by_clip.new_zeros(by_clip.shape[0], len(ids)).index_add_(1, clip_of, by_clip)
-            by_clip = sums / clip_of.bincount()
+        sums, counts = self.by_clip()
+        by_clip = sums / counts
         count = by_clip.shape[1]
         if count < 2:
             return torch.full((len(self.layers),), torch.nan, dtype=self.by_sample.dtype)
         return by_clip.std(1) / count**0.5
+
+    def by_clip(self) -> tuple[Tensor, Tensor]:
+        """Sum of each clip's scores [U, clips] and its number of samples [clips]; without ids, a sample is a clip."""
+        if self.clips is None:
+            return self.by_sample, torch.ones(self.by_sample.shape[1], dtype=torch.long)
+        ids, clip_of = torch.tensor(self.clips).unique(return_inverse=True)
+        sums = self.by_sample.new_zeros(self.by_sample.shape[0], len(ids)).index_add_(1, clip_of, self.by_sample)
+        return sums, clip_of.bincount()
 
     @property
     def floor(self) -> float:

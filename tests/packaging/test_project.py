@@ -125,6 +125,12 @@ def test_make_installs_anew_only_after_pyproject_changed(root: Path, environment
     assert install in dry_run(root, goal, f"VENV={environment}", "--what-if=pyproject.toml")
 
 
+def test_make_installs_f5_tts_without_its_trainer(root: Path, environment: Path) -> None:
+    """The tests of other libraries' models fail without it, so a fresh clone must get it."""
+    commands = dry_run(root, "lint", f"VENV={environment}", "--what-if=pyproject.toml")
+    assert f"{environment}/bin/python -m pip install --no-deps f5-tts==1.1.22" in commands
+
+
 def test_make_makes_a_missing_environment_first(root: Path, tmp_path: Path) -> None:
     commands = dry_run(root, "test", f"VENV={tmp_path / 'new'}", "PYTHON=some-python")
     made = commands.index(f"some-python -m venv {tmp_path / 'new'}")

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import agrepa_fast
 
-EXTRAS = {"audio", "train", "teachers", "xformers", "bench", "docs", "dev"}
+EXTRAS = {"audio", "train", "teachers", "models", "xformers", "bench", "docs", "dev"}
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -48,6 +50,96 @@ def test_probe_writes_scores_pictures_and_a_selection(capsys, finished, tmp_path
     assert {path.name for path in tmp_path.iterdir()} >= {"foga.png", "foga_map.png", "foga.json"}
     output = capsys.readouterr().out
     assert f"selected (0-based): {selection['layers'][0]} (1.000)" in output
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(size) for size in (0.1, 2.0, 0.5))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x)
+        return x * t[:, None, None]
+
+
+class Block(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return x * (1 + self.size)
+
+
+def named():
+    return Model(), {"x": torch.ones(4, 2, 3), "t": torch.rand(4) + 0.5}
+
+
+def with_options():
+    return Model(), (torch.ones(4, 2, 3), torch.ones(4)), {"domains": ["a", "b"] * 2, "metric": "squared"}
+
+
+def wrong():
+    return Model()
+
+
+def bad_inputs():
+    return Model(), {"x": torch.ones(0, 2, 3), "t": torch.ones(0)}
+"""
+
+
+@pytest.fixture
+def factory_module(tmp_path, monkeypatch):
+    (tmp_path / "probed_model.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "probed_model", raising=False)
+    yield "probed_model"
+    sys.modules.pop("probed_model", None)
+
+
+def test_probe_of_an_importable_model(capsys, factory_module):
+    """Without block k the velocity is 1 / (1 + size) of what it was: a change of size / (1 + size)."""
+    path = list(sys.path)
+    assert main(["probe", f"{factory_module}:named", "--k", "2"]) == 0
+    scores = read_scores("probe/foga.csv")
+    assert scores.mean.tolist() == pytest.approx([0.1 / 1.1, 2 / 3, 0.5 / 1.5], rel=1e-5)
+    assert json.loads(Path("probe/selection.json").read_text())["layers"] == [1, 2]
+    assert Path("probe/foga_map.png").exists()
+    assert "selected (0-based): 1 (0.667), 2 (0.333)" in capsys.readouterr().out
+    assert sys.path == path
+
+
+def test_options_of_the_factory_and_of_the_command_line(factory_module):
+    assert main(["probe", f"{factory_module}:with_options", "--out", "one"]) == 0
+    scores = read_scores("one/foga.csv")
+    assert scores.domains == ("a", "b") * 2
+    assert scores.mean.tolist() == pytest.approx([(0.1 / 1.1) ** 2, 4 / 9, 1 / 9], rel=1e-5)
+    assert main(["probe", f"{factory_module}:with_options", "--out", "two", "--metric", "rms"]) == 0
+    assert read_scores("two/foga.csv").mean.tolist() == pytest.approx([0.1 / 1.1, 2 / 3, 1 / 3], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("probed_model:missing", [], "the module probed_model has no 'missing'"),
+        ("no_such_module:named", [], "No module named 'no_such_module'"),
+        ("probed_model:wrong", [], "expected it to return (model, inputs)"),
+        ("probed_model:bad_inputs", [], "inputs: expected at least one sample"),
+        ("probed_model:named", ["--data", "x.csv"], "--data: only for a checkpoint"),
+        ("probed_model:named", ["--branches", "attn"], "branches: only a DiT knows its branches"),
+        ("probed_model:named", ["--k", "4"], "--k: expected 1 to 3 layers, got 4"),
+    ],
+)
+def test_mistakes_with_a_factory_are_one_line(capsys, factory_module, name, options, message):
+    assert main(["probe", name, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_probe_of_branches_on_other_data(finished, manifest, tmp_path):

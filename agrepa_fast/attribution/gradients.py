@@ -1,0 +1,149 @@
+"""First-order stand-ins for the ablation of a `DiT`, for all layers at once from a few backward passes.
+
+m_k is the scale of unit k's residual branches (1 in the network, 0 in FoG-A's ablation), one for each sample: [U, N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.dit import EPS, DiT
+from .plan import AblationPlan
+from .runner import _between, _by_name, _probing
+from .scores import LayerScores, normalised_change
+from .statistics import spearman
+
+
+@dataclass(frozen=True, eq=False)
+class FirstOrderScores:
+    """The estimate as `LayerScores`, and `draw_stderr` [U]: the standard error of its mean square from the draws of u.
+
+    `draw_stderr` is relative: of the mean over samples of `||dv/dm_k||^2`, over that mean."""
+
+    scores: LayerScores
+    draw_stderr: Tensor
+
+    def rank_correlation(self, exact: LayerScores) -> float:
+        """Spearman's rho between this estimate and exact scores of the same units.
+
+        Raises:
+            ValueError: the units differ.
+        """
+        if exact.names != self.scores.names:
+            raise ValueError(f"expected exact scores of {self.scores.names}, got {exact.names}")
+        return spearman(self.scores.mean, exact.mean)
+
+
+def first_order_scores(
+    model: DiT,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    blocks: Sequence[int] | None = None,
+    metric: str = "rms",
+    draws: int = 8,
+    branches: Sequence[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> FirstOrderScores:
+    """Estimate FoG-A by the derivative: removing unit k changes v by about -dv/dm_k.
+
+    `||dv/dm_k||^2` is the mean of `(u^T dv/dm_k)^2` over u ~ N(0, I) (Hutchinson, 1990), so that `draws` backward
+    passes serve all units. An estimate of an estimate: the ablation is not small. Not for selection without a look at
+    `rank_correlation` with exact scores.
+
+    Args:
+        model, inputs, blocks, metric, branches: as in `attribute_layers`.
+        draws: random cotangents u, at least 2.
+        generator: of u, on the velocity's device; None for one seeded with 0.
+
+    Raises:
+        TypeError, ValueError: on a model, shapes, layers or a number of draws that do not fit.
+    """
+    if draws < 2:
+        raise ValueError(f"draws: expected at least 2 (the standard error needs them), got {draws}")
+    named, plan = _checked(model, inputs, blocks, branches)
+    mask = named.get("mask")
+    with _probing(model), torch.enable_grad():
+        velocity, gates = _velocity(model, plan, named)
+        if generator is None:
+            generator = torch.Generator(velocity.device).manual_seed(0)
+        squares = []
+        for n in range(draws):
+            u = torch.randn(velocity.shape, generator=generator, device=velocity.device, dtype=velocity.dtype)
+            if mask is not None:
+                u = torch.where(mask.unsqueeze(-1), u, 0)
+            (projection,) = torch.autograd.grad(velocity, gates, u, retain_graph=n + 1 < draws)
+            squares.append(projection.double().square())
+    # From the sum over valid frames and bins to their mean, as in the exact score.
+    frames = velocity.shape[1] if mask is None else mask.sum(1)
+    change = (torch.stack(squares) / (frames * velocity.shape[2])).cpu()
+    _, energy = ops.velocity_delta(velocity.detach().expand(2, *velocity.shape), mask)
+    by_draw = change.mean(2)
+    scores = _scores(plan, named, normalised_change(change.mean(0), energy.double().cpu(), metric), metric, branches)
+    return FirstOrderScores(scores, by_draw.std(0) / draws**0.5 / by_draw.mean(0))
+
+
+def gradient_norm_scores(
+    model: DiT,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    target: Tensor,
+    blocks: Sequence[int] | None = None,
+    branches: Sequence[str] | None = None,
+) -> LayerScores:
+    """The "gradient norm" control: `|dL/dm_k|` of each sample's flow-matching loss against `target` [N, T, M].
+
+    It asks how much the loss reacts to a layer's strength, not how much the velocity does; one backward pass.
+
+    Raises:
+        TypeError, ValueError: on a model, shapes or layers that do not fit.
+    """
+    named, plan = _checked(model, inputs, blocks, branches)
+    if target.shape != named["x_t"].shape:
+        raise ValueError(f"target: expected {list(named['x_t'].shape)} as x_t, got {list(target.shape)}")
+    mask = named.get("mask")
+    with _probing(model), torch.enable_grad():
+        velocity, gates = _velocity(model, plan, named)
+        _, loss = ops.velocity_delta((velocity - target).expand(2, *velocity.shape), mask)
+        (gradient,) = torch.autograd.grad(loss.sum(), gates)
+    return _scores(plan, named, gradient.abs().double().cpu(), "gradient", branches)
+
+
+def _checked(
+    model: DiT, inputs: Any, blocks: Sequence[int] | None, branches: Sequence[str] | None
+) -> tuple[dict[str, Tensor], AblationPlan]:
+    if not isinstance(model, DiT):
+        raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
+    return _by_name(inputs), AblationPlan.build(model.depth, blocks, branches)
+
+
+def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The velocity [N, T, M] as a function of m [U, N], at 1."""
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    gates = torch.ones(len(plan.units), x.shape[0], device=x.device, dtype=x.dtype, requires_grad=True)
+    rows = torch.arange(x.shape[0], device=x.device)
+    key_mask = model.key_mask(inputs.get("mask"), x)
+    h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
+    for i, branch in enumerate(model.branches):
+        scales = [gate for unit, gate in zip(plan.units, gates) if unit.start <= i < unit.stop]
+        x, h = _between(modulation, i, x, branch(h, key_mask), rows, scales[0] if scales else None)
+    return model.close(x), gates
+
+
+def _scores(
+    plan: AblationPlan,
+    inputs: dict[str, Tensor],
+    by_sample: Tensor,
+    metric: str,
+    branches: Sequence[str] | None,
+) -> LayerScores:
+    return LayerScores(
+        layers=tuple(unit.layer for unit in plan.units),
+        by_sample=by_sample,
+        metric=metric,
+        branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
+        t=inputs["t"].detach().float().cpu(),
+    )

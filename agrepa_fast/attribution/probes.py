@@ -1,0 +1,156 @@
+"""What each layer stores (LASP, linear CKA), beside what each layer uses (FoG-A): the dissociation of the two (SCD).
+
+hidden [L, N, D]: pooled hidden state of every layer for N clips; teacher [N, E]: the clips' pooled teacher features.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from ..models.dit import DiT
+from .runner import _probing
+from .scores import LayerScores
+from .statistics import _top, kendall, spearman
+
+
+def pooled_hidden(model: DiT, inputs: Mapping[str, Any]) -> Tensor:
+    """Output of every block averaged over valid frames: [L, N, D], in eval mode and without gradient.
+
+    Args:
+        model, inputs: as in `attribute_layers`, by name.
+    """
+    with _probing(model):
+        _, hidden = model(**inputs, hidden_layers=range(model.depth))
+        return torch.stack([ops.masked_mean(hidden[layer], inputs.get("mask")) for layer in range(model.depth)])
+
+
+def lasp(hidden: Tensor, teacher: Tensor, fitted: Tensor, ridge: float = 1e-2) -> Tensor:
+    """LASP (arXiv 2603.01006): cos(head(norm(pool(h_l))), teacher) of every layer through one frozen shared head.
+
+    The head is a linear map with bias, fitted once by ridge regression to the normalised teacher features on all
+    layers' states of the clips `fitted`, and then frozen; the cosine is taken on the other clips. norm is LayerNorm
+    without affine.
+
+    Args:
+        hidden [L, N, D], teacher [N, E], fitted: bool [N], at least two clips inside and one outside.
+        ridge: penalty, as a share of the mean variance of an input channel.
+
+    Returns:
+        [L, held-out clips] float64.
+
+    Raises:
+        ValueError: shapes do not fit, or too few clips on one side.
+    """
+    _check(hidden, teacher)
+    if fitted.dtype != torch.bool or fitted.shape != teacher.shape[:1]:
+        raise ValueError(f"fitted: expected bool [{teacher.shape[0]}], got {fitted.dtype} {list(fitted.shape)}")
+    if fitted.sum() < 2 or fitted.all():
+        raise ValueError(f"fitted: expected at least 2 clips to fit on and 1 held out, got {int(fitted.sum())}")
+    states = F.layer_norm(hidden.double(), hidden.shape[-1:], eps=1e-6)
+    goal = F.normalize(teacher.double(), dim=-1)
+    x = states[:, fitted].flatten(0, 1)
+    y = goal[fitted].repeat(hidden.shape[0], 1)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    penalty = ridge * gram.diagonal().mean().clamp_min(1e-12)
+    weight = torch.linalg.solve(
+        gram + penalty * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device), x.T @ y
+    )
+    predicted = (states[:, ~fitted] - x_mean) @ weight + y_mean
+    return F.cosine_similarity(predicted, goal[~fitted].unsqueeze(0), dim=-1)
+
+
+def linear_cka(hidden: Tensor, teacher: Tensor) -> Tensor:
+    """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414) of every layer with the teacher: [L].
+
+    `|X^T Y|_F^2 / (|X^T X|_F |Y^T Y|_F)` of centred features, computed from the N x N kernels; 0 to 1, unchanged by
+    rotation and scale. Biased upwards where there are fewer clips than channels: compare layers, not numbers.
+    """
+    _check(hidden, teacher)
+    x = hidden.double() - hidden.double().mean(1, keepdim=True)
+    y = teacher.double() - teacher.double().mean(0)
+    of_hidden, of_teacher = x @ x.mT, y @ y.T
+    return (of_hidden * of_teacher).sum((1, 2)) / (of_hidden.square().sum((1, 2)).sqrt() * of_teacher.norm())
+
+
+@dataclass(frozen=True)
+class Dissociation:
+    """Store against contribute: the K highest layers of each, how many they share, and the rank correlation.
+
+    `low` and `high` bound Spearman's rho at 95 %: percentile bootstrap over the clips of both, drawn apart."""
+
+    layers: tuple[int, ...]
+    foga: tuple[float, ...]
+    stored: tuple[float, ...]
+    most_used: tuple[int, ...]
+    most_stored: tuple[int, ...]
+    overlap: float
+    spearman: float
+    kendall: float
+    low: float
+    high: float
+
+    def to_csv(self, path: str | Path) -> None:
+        """One row per layer: layer, foga, lasp, and whether it is among the K highest of each."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("layer", "foga", "lasp", "most_used", "most_stored"))
+            for layer, used, stored in zip(self.layers, self.foga, self.stored):
+                among = (int(layer in self.most_used), int(layer in self.most_stored))
+                writer.writerow((layer, repr(used), repr(stored), *among))
+
+
+def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int = 1000, seed: int = 0) -> Dissociation:
+    """SCD: FoG-A `scores` of whole layers beside LASP `stored` [L, clips] of the same layers.
+
+    Raises:
+        ValueError: the layers or k do not fit, or the scores are of branches.
+    """
+    if scores.branches is not None:
+        raise ValueError("scores: expected whole layers, got branches")
+    if stored.dim() != 2 or stored.shape[0] != len(scores.layers):
+        raise ValueError(f"stored: expected [{len(scores.layers)}, clips], got {list(stored.shape)}")
+    if not 1 <= k <= len(scores.layers):
+        raise ValueError(f"k: expected 1 to {len(scores.layers)} layers, got {k}")
+    used, held = scores.mean, stored.double().mean(1).cpu()
+    tops: list[Sequence[int]] = [
+        [scores.layers[i] for i in _top(means.unsqueeze(0), k)[0].tolist()] for means in (used, held)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    sums, counts = scores.by_clip()
+    rho = []
+    for _ in range(resamples):
+        clips = torch.randint(counts.numel(), (counts.numel(),), generator=generator)
+        columns = torch.randint(stored.shape[1], (stored.shape[1],), generator=generator)
+        rho.append(spearman(sums[:, clips].sum(1) / counts[clips].sum(), stored[:, columns].double().mean(1).cpu()))
+    low, high = torch.tensor(rho, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return Dissociation(
+        scores.layers,
+        tuple(used.tolist()),
+        tuple(held.tolist()),
+        tuple(tops[0]),
+        tuple(tops[1]),
+        len(set(tops[0]) & set(tops[1])) / k,
+        spearman(used, held),
+        kendall(used, held),
+        low,
+        high,
+    )
+
+
+def _check(hidden: Tensor, teacher: Tensor) -> None:
+    if hidden.dim() != 3 or teacher.dim() != 2 or hidden.shape[1] != teacher.shape[0]:
+        raise ValueError(
+            f"expected hidden [layers, clips, width] and teacher [clips, channels], got {list(hidden.shape)} "
+            f"and {list(teacher.shape)}"
+        )
