@@ -2,10 +2,110 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..reference import pooling as reference
+from .dispatch import use_kernels
+from .library import FusedOp
+
+
+def _run_masked_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    from ..kernels import pooling as kernels
+
+    return kernels.masked_mean(x, mask)
+
+
+def _run_masked_mean_backward(grad: Tensor, mask: Tensor | None, count: Tensor, frames: int) -> Tensor:
+    from ..kernels import pooling as kernels
+
+    return kernels.masked_mean_backward(grad, mask, count, frames)
+
+
+def _run_velocity_delta(velocity: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import pooling as kernels
+
+    return kernels.velocity_delta(velocity, mask)
+
+
+def _run_velocity_delta_backward(
+    velocity: Tensor, mask: Tensor | None, count: Tensor, grad_change: Tensor | None, grad_energy: Tensor | None
+) -> Tensor:
+    from ..kernels import pooling as kernels
+
+    return kernels.velocity_delta_backward(grad_change, grad_energy, velocity, mask, count)
+
+
+def _fake_masked_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((x.shape[0], x.shape[2])), x.new_empty((x.shape[0],), dtype=dtype)
+
+
+def _fake_velocity_delta(velocity: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    streams, batch = velocity.shape[:2]
+    dtype = torch.promote_types(velocity.dtype, torch.float32)
+    shapes = ((streams - 1, batch), (batch,), (batch,))
+    change, energy, count = (velocity.new_empty(shape, dtype=dtype) for shape in shapes)
+    return change, energy, count
+
+
+def _save_masked_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[1], output[1])
+    ctx.frames = inputs[0].shape[1]
+
+
+def _masked_mean_gradient(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+    return None if grad is None else MASKED_MEAN_BACKWARD(grad, *ctx.saved_tensors, ctx.frames), None
+
+
+def _save_velocity_delta(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _velocity_delta_gradient(ctx: Any, grad_change: Tensor | None, grad_energy: Tensor | None, _: Any) -> Any:
+    if grad_change is None and grad_energy is None:
+        return None, None
+    return VELOCITY_DELTA_BACKWARD(*ctx.saved_tensors, grad_change, grad_energy), None
+
+
+MASKED_MEAN = FusedOp(
+    "masked_mean(Tensor x, Tensor? mask) -> (Tensor mean, Tensor count)",
+    _run_masked_mean,
+    _fake_masked_mean,
+    (_save_masked_mean, _masked_mean_gradient),
+)
+MASKED_MEAN_BACKWARD = FusedOp(
+    "masked_mean_backward(Tensor grad, Tensor? mask, Tensor count, SymInt frames) -> Tensor",
+    _run_masked_mean_backward,
+    lambda grad, mask, count, frames: grad.new_empty((grad.shape[0], frames, grad.shape[1])),
+)
+VELOCITY_DELTA = FusedOp(
+    "velocity_delta(Tensor velocity, Tensor? mask) -> (Tensor change, Tensor energy, Tensor count)",
+    _run_velocity_delta,
+    _fake_velocity_delta,
+    (_save_velocity_delta, _velocity_delta_gradient),
+)
+VELOCITY_DELTA_BACKWARD = FusedOp(
+    "velocity_delta_backward(Tensor velocity, Tensor? mask, Tensor count, Tensor? grad_change, Tensor? grad_energy) "
+    "-> Tensor",
+    _run_velocity_delta_backward,
+    lambda velocity, mask, count, grad_change, grad_energy: velocity.new_empty(velocity.shape),
+)
+
+
+def _check_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
+    if mask is None:
+        return
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask: expected on {device}, got {mask.device}")
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -19,14 +119,15 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         [B, D] in x's dtype, accumulated in float32 or wider; zeros where no frame is valid.
 
     Raises:
-        ValueError: when shapes do not fit or the mask is not bool. TypeError: x is not floating.
+        ValueError, TypeError: when a shape, dtype or device does not fit, naming it.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [batch, time, width], got {list(x.shape)}")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected bool {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    _check_mask(mask, x.shape[:2], x.device)
+    if use_kernels(x):
+        return MASKED_MEAN(x, mask)[0]
     return reference.masked_mean(x, mask)
 
 
@@ -42,10 +143,13 @@ def velocity_delta(velocity: Tensor, mask: Tensor | None = None) -> tuple[Tensor
         energy [B]: mean of v_0^2. float32, or float64 for float64 input.
 
     Raises:
-        ValueError: when shapes do not fit or the mask is not bool.
+        ValueError, TypeError: when a shape, dtype or device does not fit, naming it.
     """
     if velocity.dim() != 4 or 0 in velocity.shape:
         raise ValueError(f"velocity: expected a non-empty [streams, batch, time, bins], got {list(velocity.shape)}")
-    if mask is not None and (mask.shape != velocity.shape[1:3] or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected bool {list(velocity.shape[1:3])}, got {mask.dtype} {list(mask.shape)}")
+    if not velocity.is_floating_point():
+        raise TypeError(f"velocity: expected a floating dtype, got {velocity.dtype}")
+    _check_mask(mask, velocity.shape[1:3], velocity.device)
+    if use_kernels(velocity):
+        return VELOCITY_DELTA(velocity, mask)[:2]
     return reference.velocity_delta(velocity, mask)

@@ -8,10 +8,14 @@ ablation share it; `stream_scale` switches a branch off for a stream.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..reference import residual as reference
+from .dispatch import use_kernels
+from .library import FusedOp
 
 
 def _check(
@@ -22,27 +26,30 @@ def _check(
     sample_index: Tensor | None,
     norm: str,
 ) -> None:
-    """Shapes and dtypes of a residual-stream call; ValueError/TypeError with names and shapes."""
+    """Shapes, dtypes and devices of a residual-stream call; ValueError/TypeError with names and shapes."""
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [sequences, time, width], got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
     sequences, frames, width = x.shape
+    floating = {"x": x, "branch": branch, **modulation, "stream_scale": stream_scale}
+    for name, value in {**floating, "sample_index": sample_index}.items():
+        if value is None:
+            continue
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected on x's device {x.device}, got {value.device}")
+        if name in floating and not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     if branch is not None and (branch.dim() != 3 or branch.shape[1:] != x.shape[1:] or branch.shape[0] > sequences):
         raise ValueError(
             f"branch: expected [at most {sequences}, {frames}, {width}] beside x {list(x.shape)}, "
             f"got {list(branch.shape)}"
         )
-    beside = {"branch": branch, **modulation, "stream_scale": stream_scale, "sample_index": sample_index}
-    for name, tensor in beside.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected on x's device {x.device}, got {tensor.device}")
     first = next(iter(modulation.values()))
     for name, value in modulation.items():
-        if value.dim() != 2 or value.shape[1] != width or value.shape[0] != first.shape[0]:
-            raise ValueError(f"{name}: expected [{first.shape[0]}, {width}], got {list(value.shape)}")
+        if value.dim() != 2 or value.shape[1] != width or value.shape[0] != first.shape[0] or 0 in value.shape:
+            rows = first.shape[0] if first.dim() == 2 and first.shape[0] else sequences
+            raise ValueError(f"{name}: expected [{rows}, {width}], got {list(value.shape)}")
     if sample_index is None:
         if first.shape[0] != sequences:
             raise ValueError(
@@ -55,6 +62,203 @@ def _check(
         )
     if stream_scale is not None and stream_scale.shape != (sequences,):
         raise ValueError(f"stream_scale: expected [{sequences}], got {list(stream_scale.shape)}")
+
+
+# Registered ops. Each returns fresh contiguous tensors; `_stats` gives what the backward needs of the norm.
+
+
+def _stats(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """Empty mean (no elements for rms) and rstd [R, T]."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rstd = x.new_empty(x.shape[:2], dtype=dtype)
+    return (x.new_empty((0,), dtype=dtype) if rms else torch.empty_like(rstd)), rstd
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _stream_gradient(stream_scale: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty((0,)) if stream_scale is None else _empty(stream_scale)
+
+
+def _run_gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual as kernels
+
+    return kernels.forward(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms)
+
+
+def _run_gated_residual_norm_backward(
+    grad_h: Tensor,
+    grad_x_new: Tensor | None,
+    x_new: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual as kernels
+
+    *grads, stream = kernels.backward(
+        grad_x_new, grad_h, x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd, rms
+    )
+    return *grads, _stream_gradient(None, gate) if stream is None else stream
+
+
+def _run_layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, sample_index: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual as kernels
+
+    return kernels.forward(x, None, None, shift, scale, None, sample_index, eps, rms)[1:]
+
+
+def _run_layer_norm_modulate_backward(
+    grad_h: Tensor, x: Tensor, scale: Tensor, sample_index: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual as kernels
+
+    grads = kernels.backward(None, grad_h, x, None, None, scale, None, sample_index, mean, rstd, rms)
+    return grads[0], *grads[3:5]
+
+
+def _run_gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, stream_scale: Tensor | None, sample_index: Tensor | None
+) -> Tensor:
+    from ..kernels import residual as kernels
+
+    return kernels.forward(x, branch, gate, None, None, stream_scale, sample_index, 0.0, False)[0]
+
+
+def _run_gated_residual_backward(
+    grad: Tensor, branch: Tensor, gate: Tensor, stream_scale: Tensor | None, sample_index: Tensor | None
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual as kernels
+
+    grads = kernels.backward(grad, None, grad, branch, gate, None, stream_scale, sample_index, None, None, False)
+    return *grads[1:3], _stream_gradient(None, gate) if grads[5] is None else grads[5]
+
+
+def _save_gated_residual_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, branch, gate, shift, scale, stream_scale, sample_index, _, rms = inputs
+    x_new, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd)
+    ctx.rms, ctx.shift_dtype = rms, shift.dtype
+
+
+def _gated_residual_norm_gradient(ctx: Any, grad_x_new: Tensor | None, grad_h: Tensor | None, *_: Any) -> Any:
+    x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd = ctx.saved_tensors
+    if grad_h is None:
+        # h was not used: only the sum has a gradient.
+        if grad_x_new is None:
+            return (None,) * 9
+        grad_branch, grad_gate, grad_stream = GATED_RESIDUAL_BACKWARD(
+            grad_x_new, branch, gate, stream_scale, sample_index
+        )
+        return grad_x_new, grad_branch, grad_gate, None, None, _if(stream_scale, grad_stream), None, None, None
+    grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream = GATED_RESIDUAL_NORM_BACKWARD(
+        grad_h, grad_x_new, x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd, ctx.rms
+    )
+    grad_shift = grad_shift.to(ctx.shift_dtype)
+    grad_stream = _if(stream_scale, grad_stream)
+    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream, None, None, None
+
+
+def _if(given: Tensor | None, grad: Tensor) -> Tensor | None:
+    return None if given is None else grad
+
+
+def _save_layer_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, sample_index, _, rms = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, sample_index, mean, rstd)
+    ctx.rms, ctx.shift_dtype = rms, shift.dtype
+
+
+def _layer_norm_modulate_gradient(ctx: Any, grad_h: Tensor | None, *_: Any) -> Any:
+    if grad_h is None:
+        return (None,) * 6
+    grad_x, grad_shift, grad_scale = LAYER_NORM_MODULATE_BACKWARD(grad_h, *ctx.saved_tensors, ctx.rms)
+    return grad_x, grad_shift.to(ctx.shift_dtype), grad_scale, None, None, None
+
+
+def _save_gated_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gated_residual_gradient(ctx: Any, grad: Tensor) -> Any:
+    grad_branch, grad_gate, grad_stream = GATED_RESIDUAL_BACKWARD(grad, *ctx.saved_tensors)
+    return grad, grad_branch, grad_gate, _if(ctx.saved_tensors[2], grad_stream), None
+
+
+GATED_RESIDUAL_NORM = FusedOp(
+    "gated_residual_norm(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? stream_scale, "
+    "Tensor? sample_index, float eps, bool rms) -> (Tensor x_new, Tensor h, Tensor mean, Tensor rstd)",
+    _run_gated_residual_norm,
+    lambda x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms: (
+        _empty(x),
+        _empty(x),
+        *_stats(x, rms),
+    ),
+    (_save_gated_residual_norm, _gated_residual_norm_gradient),
+)
+GATED_RESIDUAL_NORM_BACKWARD = FusedOp(
+    "gated_residual_norm_backward(Tensor grad_h, Tensor? grad_x_new, Tensor x_new, Tensor branch, Tensor gate, "
+    "Tensor scale, Tensor? stream_scale, Tensor? sample_index, Tensor mean, Tensor rstd, bool rms) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_gated_residual_norm_backward,
+    lambda grad_h, grad_x_new, x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd, rms: (
+        *(_empty(t) for t in (x_new, branch, gate, scale, scale)),
+        _stream_gradient(stream_scale, gate),
+    ),
+)
+LAYER_NORM_MODULATE = FusedOp(
+    "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample_index, float eps, bool rms) "
+    "-> (Tensor h, Tensor mean, Tensor rstd)",
+    _run_layer_norm_modulate,
+    lambda x, shift, scale, sample_index, eps, rms: (_empty(x), *_stats(x, rms)),
+    (_save_layer_norm_modulate, _layer_norm_modulate_gradient),
+)
+LAYER_NORM_MODULATE_BACKWARD = FusedOp(
+    "layer_norm_modulate_backward(Tensor grad_h, Tensor x, Tensor scale, Tensor? sample_index, Tensor mean, "
+    "Tensor rstd, bool rms) -> (Tensor, Tensor, Tensor)",
+    _run_layer_norm_modulate_backward,
+    lambda grad_h, x, scale, sample_index, mean, rstd, rms: (_empty(x), _empty(scale), _empty(scale)),
+)
+GATED_RESIDUAL = FusedOp(
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? stream_scale, Tensor? sample_index) -> Tensor",
+    _run_gated_residual,
+    lambda x, branch, gate, stream_scale, sample_index: _empty(x),
+    (_save_gated_residual, _gated_residual_gradient),
+)
+GATED_RESIDUAL_BACKWARD = FusedOp(
+    "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? stream_scale, Tensor? sample_index) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_gated_residual_backward,
+    lambda grad, branch, gate, stream_scale, sample_index: (
+        _empty(branch),
+        _empty(gate),
+        _stream_gradient(stream_scale, gate),
+    ),
+)
 
 
 def gated_residual_norm(
@@ -78,8 +282,9 @@ def gated_residual_norm(
         x: residual stream [R, T, D], floating.
         branch: [R' <= R, T, D]; the sequences past R' take no branch (their scale is 0).
         gate, shift, scale: [B, D], any floating dtype.
-        stream_scale: [R] or None for 1; where it is 0 the branch is not read.
-        sample_index: int64 [R], the modulation row of each sequence; None when R == B.
+        stream_scale: [R] or None for 1; where it is 0 the branch is not read, and its gradients are 0.
+        sample_index: int64 [R], the modulation row of each sequence, 0 <= row < B; None when R == B. A row that
+            does not exist is an IndexError on the reference path; a kernel cannot raise and gives nan.
         eps: added to the variance ("layer") or mean square ("rms").
         norm: "layer" or "rms", without affine parameters.
 
@@ -90,6 +295,9 @@ def gated_residual_norm(
         ValueError, TypeError: on a shape, dtype or device that does not fit, naming it.
     """
     _check(x, branch, {"gate": gate, "shift": shift, "scale": scale}, stream_scale, sample_index, norm)
+    if use_kernels(x):
+        rms = norm == "rms"
+        return GATED_RESIDUAL_NORM(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms)[:2]
     return reference.gated_residual_norm(
         x,
         branch,
@@ -114,6 +322,8 @@ def layer_norm_modulate(
 ) -> Tensor:
     """`norm(x) (1 + scale) + shift`: opens the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
     _check(x, None, {"shift": shift, "scale": scale}, None, sample_index, norm)
+    if use_kernels(x):
+        return LAYER_NORM_MODULATE(x, shift, scale, sample_index, eps, norm == "rms")[0]
     return reference.layer_norm_modulate(x, shift, scale, sample_index=sample_index, eps=eps, norm=norm)
 
 
@@ -127,4 +337,6 @@ def gated_residual(
 ) -> Tensor:
     """`x + stream_scale * gate * branch`: closes the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
     _check(x, branch, {"gate": gate}, stream_scale, sample_index, "layer")
+    if use_kernels(x):
+        return GATED_RESIDUAL(x, branch, gate, stream_scale, sample_index)
     return reference.gated_residual(x, branch, gate, stream_scale=stream_scale, sample_index=sample_index)

@@ -1,0 +1,70 @@
+"""The `agrepa_fast` operator library: each op once for the compiler and once, shorter, for eager PyTorch.
+
+Ops are opaque to `torch.compile` (schema, shape algebra and gradient are registered, the kernel launch is not
+traced), so that eps and flags reach the kernels as the Python constants they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+LIBRARY = torch.library.Library("agrepa_fast", "DEF")
+
+
+class FusedOp:
+    """A registered op and its short eager path; both end in the same function that launches the kernels.
+
+    Going through the dispatcher costs several microseconds of Python per call, more than small kernels take.
+    It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor subclass.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+    ) -> None:
+        """`run` launches; `fake` gives empty outputs; `gradient` is (setup_context, backward), None for a gradient
+        op itself, which has no gradient of its own."""
+        name = schema.split("(")[0]
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, run, device)
+        torch.library.register_fake(f"agrepa_fast::{name}", fake, lib=LIBRARY)
+        setup_context, backward = gradient or (None, _no_second_gradient)
+        torch.library.register_autograd(f"agrepa_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        self.registered = getattr(torch.ops.agrepa_fast, name).default
+        self.run = run
+        self.function: type[torch.autograd.Function] | None = None
+        if gradient is not None:
+            members = {
+                "forward": staticmethod(run),
+                "setup_context": staticmethod(gradient[0]),
+                "backward": staticmethod(once_differentiable(gradient[1])),
+            }
+            self.function = type(name, (torch.autograd.Function,), members)
+
+    def __call__(self, first: Tensor, *others: Any) -> Any:
+        if torch.compiler.is_compiling() or not _plain(first):
+            return self.registered(first, *others)
+        if self.function is not None and torch.is_grad_enabled():
+            return self.function.apply(first, *others)
+        return self.run(first, *others)
+
+
+def _plain(x: Tensor) -> bool:
+    """An ordinary tensor and no dispatch mode at work."""
+    return type(x) in (Tensor, Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _no_second_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "the fused ops have no gradient of their gradient: set AGREPA_OPS=reference to differentiate twice"
+    )

@@ -1,0 +1,531 @@
+"""The residual stream: one forward and one backward kernel for its three ops.
+
+    x' = x + s gate branch        h = norm(x') (1 + scale) + shift        norm: layer or rms, no affine
+
+x, branch [R, T, D]; gate, shift, scale [B, D], read through the sample of each sequence, never expanded; s [R].
+Without shift and scale there is no norm (`gated_residual`), without branch no sum (`layer_norm_modulate`).
+
+Bytes per row of D elements of b bytes (the modulation is read once per program, from L2 after the first):
+    forward   gated_residual_norm  4 D b + 8    read x, branch; write x', h, mean, rstd
+              layer_norm_modulate  2 D b + 8    gated_residual 3 D b
+    backward  gated_residual_norm  6 D b + 8    read dx', dh, x', branch; write dx, dbranch
+              layer_norm_modulate  3 D b + 8    gated_residual 3 D b (dx is dx' itself)
+The normalised row is recomputed from x', which the next op holds anyway: saving it would cost 2 D b more. The
+sums over tokens (dshift, dscale, dgate) leave at most `programs` partial rows each, which one more kernel adds
+up in a fixed order: no atomics, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import LaunchConfig, accumulator, alignment, chunks, column_tiles, configuration, launch, row_contiguous
+
+# Strides and sizes change from batch to batch; specialising on them would compile the kernels again and again.
+_STRIDES = ["x_sequence", "x_row", "branch_sequence", "branch_row", "gate_row", "scale_row"]
+_SIZES = ["active", "samples", "frames", "tokens"]
+_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 16, 64, 4  # tile of the kernel that adds up partial rows
+
+
+@triton.jit
+def _sample(sample_index_ptr, sequence, samples, ACC: tl.constexpr):
+    """Modulation row of a sequence, and 1.0 if there is one, else nan.
+
+    A kernel cannot raise; a row that does not exist must not be read either: the sequence turns into nan."""
+    if sample_index_ptr is None:
+        row = sequence
+    else:
+        row = tl.load(sample_index_ptr + sequence).to(tl.int64)
+    known = (row >= 0) & (row < samples)
+    return tl.where(known, row, 0), tl.where(known, 1.0, float("nan")).to(ACC)
+
+
+@triton.jit
+def _stream_scale(stream_scale_ptr, sequence, active, ACC: tl.constexpr):
+    """s of a sequence; 0 for one past the branch's end, whose branch row does not exist."""
+    if stream_scale_ptr is None:
+        s = (sequence < active).to(ACC)
+    else:
+        s = tl.load(stream_scale_ptr + sequence, mask=sequence < active, other=0.0).to(ACC)
+    return s
+
+
+@triton.jit
+def _times(s, gate):
+    """s gate; 0 where s is 0, also for a gate that is not finite."""
+    return tl.where(s != 0, s * gate, 0.0)
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "shift_row", *_SIZES])
+def _forward_kernel(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
+    stream_scale_ptr,
+    sample_index_ptr,
+    out_ptr,
+    h_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_sequence,
+    x_row,
+    branch_sequence,
+    branch_row,
+    gate_row,
+    shift_row,
+    scale_row,
+    active,
+    samples,
+    frames,
+    tokens,
+    EPS: tl.constexpr,
+    RMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    per_sequence = tl.cdiv(frames, tokens)
+    sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
+    first = (tl.program_id(0) % per_sequence) * tokens
+    last = tl.minimum(first + tokens, frames)
+    sample, known = _sample(sample_index_ptr, sequence, samples, ACC)
+
+    c0 = tl.arange(0, MAIN)
+    in0 = c0 < WIDTH
+    if TAIL:
+        c1 = MAIN + tl.arange(0, TAIL)
+        in1 = c1 < WIDTH
+    if branch_ptr is not None:
+        s = _stream_scale(stream_scale_ptr, sequence, active, ACC) * known
+        gate_ptrs = gate_ptr + UNIT * (sample * gate_row)
+        gate0 = _times(s, tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC))
+        if TAIL:
+            gate1 = _times(s, tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC))
+        # No token of the branch is read where s is 0.
+        branch_last = tl.where(s != 0, last, first)
+    if h_ptr is not None:
+        shift_ptrs = shift_ptr + UNIT * (sample * shift_row)
+        scale_ptrs = scale_ptr + UNIT * (sample * scale_row)
+        shift0 = tl.load(shift_ptrs + c0, mask=in0, other=0.0).to(ACC)
+        scale0 = 1.0 + tl.load(scale_ptrs + c0, mask=in0, other=0.0).to(ACC)
+        if TAIL:
+            shift1 = tl.load(shift_ptrs + c1, mask=in1, other=0.0).to(ACC)
+            scale1 = 1.0 + tl.load(scale_ptrs + c1, mask=in1, other=0.0).to(ACC)
+
+    # `while`, not `range`: the interpreter cannot take a range over kernel values under NumPy 2.4.
+    start = first
+    while start < last:
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        in_t = t < last
+        row = sequence * frames + t
+        x_ptrs = x_ptr + (UNIT * (sequence * x_sequence + t * x_row))[:, None]
+        mask0 = in_t[:, None] & in0[None, :]
+        x0 = tl.load(x_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
+        if TAIL:
+            mask1 = in_t[:, None] & in1[None, :]
+            x1 = tl.load(x_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
+        if branch_ptr is not None:
+            branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
+            out_ptrs = out_ptr + (row * WIDTH)[:, None]
+            read = (t < branch_last)[:, None]
+            x0 += gate0[None, :] * tl.load(branch_ptrs + c0[None, :], mask=read & in0[None, :], other=0.0).to(ACC)
+            tl.store(out_ptrs + c0[None, :], x0, mask=mask0)
+            if TAIL:
+                x1 += gate1[None, :] * tl.load(branch_ptrs + c1[None, :], mask=read & in1[None, :], other=0.0).to(ACC)
+                tl.store(out_ptrs + c1[None, :], x1, mask=mask1)
+        if h_ptr is not None:
+            if not RMS:
+                total = tl.sum(x0, axis=1)
+                if TAIL:
+                    total += tl.sum(x1, axis=1)
+                mean = total / WIDTH
+                tl.store(mean_ptr + row, mean, mask=in_t)
+                # Centred before squaring: E[x^2] - E[x]^2 cancels when the mean is large. Padding stays 0.
+                x0 = tl.where(mask0, x0 - mean[:, None], 0.0)
+                if TAIL:
+                    x1 = tl.where(mask1, x1 - mean[:, None], 0.0)
+            square = tl.sum(x0 * x0, axis=1)
+            if TAIL:
+                square += tl.sum(x1 * x1, axis=1)
+            rstd = known * tl.rsqrt(square / WIDTH + EPS)
+            tl.store(rstd_ptr + row, rstd, mask=in_t)
+            h_ptrs = h_ptr + (row * WIDTH)[:, None]
+            tl.store(h_ptrs + c0[None, :], x0 * rstd[:, None] * scale0[None, :] + shift0[None, :], mask=mask0)
+            if TAIL:
+                tl.store(h_ptrs + c1[None, :], x1 * rstd[:, None] * scale1[None, :] + shift1[None, :], mask=mask1)
+        start += BLOCK_T
+
+
+@triton.jit(do_not_specialize=["out_sequence", "out_row", "h_sequence", "h_row", *_STRIDES, *_SIZES])
+def _backward_kernel(
+    grad_out_ptr,
+    grad_h_ptr,
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    scale_ptr,
+    stream_scale_ptr,
+    sample_index_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    grad_branch_ptr,
+    shift_partial_ptr,
+    scale_partial_ptr,
+    gate_partial_ptr,
+    stream_partial_ptr,
+    out_sequence,
+    out_row,
+    h_sequence,
+    h_row,
+    x_sequence,
+    x_row,
+    branch_sequence,
+    branch_row,
+    gate_row,
+    scale_row,
+    active,
+    samples,
+    frames,
+    tokens,
+    RMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """x_ptr is the normalised tensor: x' after a branch, x without one. With y = norm(x'), w = dh (1 + scale):
+
+    dx = dx' + rstd (w - mean(w) - y mean(w y))     (rms: without mean(w))
+    dbranch = s gate dx        dgate = sum s branch dx        dscale = sum dh y        dshift = sum dh
+
+    The gate's partial rows are sum branch dx, without s: ds is then one inner product with the gate."""
+    per_sequence = tl.cdiv(frames, tokens)
+    sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
+    first = (tl.program_id(0) % per_sequence) * tokens
+    last = tl.minimum(first + tokens, frames)
+    sample, known = _sample(sample_index_ptr, sequence, samples, ACC)
+
+    c0 = tl.arange(0, MAIN)
+    in0 = c0 < WIDTH
+    if TAIL:
+        c1 = MAIN + tl.arange(0, TAIL)
+        in1 = c1 < WIDTH
+    # Sums over tokens stay in a whole tile: adding up its rows needs other threads and is done once, at the end.
+    if branch_ptr is not None:
+        s = _stream_scale(stream_scale_ptr, sequence, active, ACC) * known
+        gate_ptrs = gate_ptr + UNIT * (sample * gate_row)
+        gate0 = _times(s, tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC))
+        gate_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
+        if TAIL:
+            gate1 = _times(s, tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC))
+            gate_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
+        branch_last = tl.where(s != 0, last, first)
+        grad_branch_last = tl.where(sequence < active, last, first)
+    if grad_h_ptr is not None:
+        scale_ptrs = scale_ptr + UNIT * (sample * scale_row)
+        scale0 = 1.0 + tl.load(scale_ptrs + c0, mask=in0, other=0.0).to(ACC)
+        shift_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
+        scale_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
+        if TAIL:
+            scale1 = 1.0 + tl.load(scale_ptrs + c1, mask=in1, other=0.0).to(ACC)
+            shift_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
+            scale_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
+
+    start = first
+    while start < last:
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        in_t = t < last
+        row = sequence * frames + t
+        mask0 = in_t[:, None] & in0[None, :]
+        out_offsets = (UNIT * (sequence * out_sequence + t * out_row))[:, None]
+        if grad_out_ptr is not None:
+            dx0 = tl.load(grad_out_ptr + out_offsets + c0[None, :], mask=mask0, other=0.0).to(ACC)
+        else:
+            dx0 = tl.zeros((BLOCK_T, MAIN), ACC)
+        if TAIL:
+            mask1 = in_t[:, None] & in1[None, :]
+            if grad_out_ptr is not None:
+                dx1 = tl.load(grad_out_ptr + out_offsets + c1[None, :], mask=mask1, other=0.0).to(ACC)
+            else:
+                dx1 = tl.zeros((BLOCK_T, TAIL), ACC)
+        if grad_h_ptr is not None:
+            x_ptrs = x_ptr + (UNIT * (sequence * x_sequence + t * x_row))[:, None]
+            dh_ptrs = grad_h_ptr + (UNIT * (sequence * h_sequence + t * h_row))[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=in_t, other=0.0)
+            mean = tl.zeros_like(rstd) if RMS else tl.load(mean_ptr + row, mask=in_t, other=0.0)
+            x0 = tl.load(x_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
+            y0 = (x0 - mean[:, None]) * rstd[:, None]
+            dh0 = tl.load(dh_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
+            shift_sum0 += dh0
+            scale_sum0 += dh0 * y0
+            w0 = dh0 * scale0[None, :]
+            inner = tl.sum(w0 * y0, axis=1)
+            if TAIL:
+                x1 = tl.load(x_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
+                y1 = (x1 - mean[:, None]) * rstd[:, None]
+                dh1 = tl.load(dh_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
+                shift_sum1 += dh1
+                scale_sum1 += dh1 * y1
+                w1 = dh1 * scale1[None, :]
+                inner += tl.sum(w1 * y1, axis=1)
+            if not RMS:
+                total = tl.sum(w0, axis=1)
+                if TAIL:
+                    total += tl.sum(w1, axis=1)
+                w0 -= (total / WIDTH)[:, None]
+                if TAIL:
+                    w1 -= (total / WIDTH)[:, None]
+            dx0 += rstd[:, None] * (w0 - y0 * (inner / WIDTH)[:, None])
+            if TAIL:
+                dx1 += rstd[:, None] * (w1 - y1 * (inner / WIDTH)[:, None])
+        if grad_x_ptr is not None:
+            grad_x_ptrs = grad_x_ptr + (row * WIDTH)[:, None]
+            tl.store(grad_x_ptrs + c0[None, :], dx0, mask=mask0)
+            if TAIL:
+                tl.store(grad_x_ptrs + c1[None, :], dx1, mask=mask1)
+        if branch_ptr is not None:
+            branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
+            grad_branch_ptrs = grad_branch_ptr + (row * WIDTH)[:, None]
+            read, written = (t < branch_last)[:, None], (t < grad_branch_last)[:, None]
+            gate_sum0 += dx0 * tl.load(branch_ptrs + c0[None, :], mask=read & in0[None, :], other=0.0).to(ACC)
+            tl.store(grad_branch_ptrs + c0[None, :], gate0[None, :] * dx0, mask=written & in0[None, :])
+            if TAIL:
+                gate_sum1 += dx1 * tl.load(branch_ptrs + c1[None, :], mask=read & in1[None, :], other=0.0).to(ACC)
+                tl.store(grad_branch_ptrs + c1[None, :], gate1[None, :] * dx1, mask=written & in1[None, :])
+        start += BLOCK_T
+
+    partial = tl.program_id(0).to(tl.int64) * WIDTH
+    if grad_h_ptr is not None:
+        tl.store(shift_partial_ptr + partial + c0, tl.sum(shift_sum0, axis=0), mask=in0)
+        tl.store(scale_partial_ptr + partial + c0, tl.sum(scale_sum0, axis=0), mask=in0)
+        if TAIL:
+            tl.store(shift_partial_ptr + partial + c1, tl.sum(shift_sum1, axis=0), mask=in1)
+            tl.store(scale_partial_ptr + partial + c1, tl.sum(scale_sum1, axis=0), mask=in1)
+    if branch_ptr is not None:
+        gate_row0 = tl.sum(gate_sum0, axis=0)
+        tl.store(gate_partial_ptr + partial + c0, gate_row0, mask=in0)
+        if TAIL:
+            gate_row1 = tl.sum(gate_sum1, axis=0)
+            tl.store(gate_partial_ptr + partial + c1, gate_row1, mask=in1)
+        if stream_partial_ptr is not None:
+            stream = tl.sum(tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC) * gate_row0)
+            if TAIL:
+                stream += tl.sum(tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC) * gate_row1)
+            tl.store(stream_partial_ptr + tl.program_id(0), stream)
+
+
+@triton.jit(do_not_specialize=["sequences", "per_sequence", "width"])
+def _sum_kernel(
+    shift_partial_ptr,
+    scale_partial_ptr,
+    gate_partial_ptr,
+    stream_scale_ptr,
+    sample_index_ptr,
+    grad_shift_ptr,
+    grad_scale_ptr,
+    grad_gate_ptr,
+    sequences,
+    per_sequence,
+    width,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add up the partial rows of one sample, in their order; partial row p belongs to sequence p // per_sequence."""
+    width = width * UNIT
+    tiles = tl.cdiv(width, BLOCK_D)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    c = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_c = c < width
+    if sample_index_ptr is None:
+        first = sample * per_sequence
+        last = first + per_sequence
+    else:
+        first = sample * 0
+        last = first + sequences * per_sequence
+    shift = tl.zeros((BLOCK_P, BLOCK_D), ACC)
+    scale = tl.zeros((BLOCK_P, BLOCK_D), ACC)
+    gate = tl.zeros((BLOCK_P, BLOCK_D), ACC)
+    start = first
+    while start < last:
+        p = start + tl.arange(0, BLOCK_P)
+        mine = p < last
+        sequence = p // per_sequence
+        if sample_index_ptr is not None:
+            mine = mine & (tl.load(sample_index_ptr + sequence, mask=mine, other=-1) == sample)
+        mask = mine[:, None] & in_c[None, :]
+        offsets = p[:, None] * width + c[None, :]
+        if grad_shift_ptr is not None:
+            shift += tl.load(shift_partial_ptr + offsets, mask=mask, other=0.0)
+            scale += tl.load(scale_partial_ptr + offsets, mask=mask, other=0.0)
+        if grad_gate_ptr is not None:
+            rows = tl.load(gate_partial_ptr + offsets, mask=mask, other=0.0)
+            if stream_scale_ptr is not None:
+                rows *= tl.load(stream_scale_ptr + sequence, mask=mine, other=0.0).to(ACC)[:, None]
+            gate += rows
+        start += BLOCK_P
+    out = sample * width + c
+    if grad_shift_ptr is not None:
+        tl.store(grad_shift_ptr + out, tl.sum(shift, axis=0), mask=in_c)
+        tl.store(grad_scale_ptr + out, tl.sum(scale, axis=0), mask=in_c)
+    if grad_gate_ptr is not None:
+        tl.store(grad_gate_ptr + out, tl.sum(gate, axis=0), mask=in_c)
+
+
+def _stride(tensor: Tensor | None, dim: int) -> int:
+    return 0 if tensor is None else tensor.stride(dim)
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    eps: float,
+    rms: bool,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the forward kernel on checked arguments; `branch` and `gate`, or `shift` and `scale`, may be None.
+
+    x [R, T, D], branch [R' <= R, T, D], gate, shift, scale [B, D], stream_scale [R], sample_index [R].
+
+    Returns:
+        x' [R, T, D] (None without branch), h [R, T, D], mean (empty for rms) and rstd [R, T] in float32 or float64
+        (None without scale), all contiguous.
+    """
+    x = row_contiguous(x)
+    branch, gate, shift, scale = (None if m is None else row_contiguous(m) for m in (branch, gate, shift, scale))
+    sequences, frames, width = x.shape
+    config = config or configuration("residual_forward", width, x.device)
+    dtype, acc = accumulator(x)
+    x_new = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = mean = rstd = None
+    if scale is not None:
+        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        mean = torch.empty((0,) if rms else (sequences, frames), dtype=dtype, device=x.device)
+        rstd = torch.empty((sequences, frames), dtype=dtype, device=x.device)
+    strides = [_stride(x, 0), _stride(x, 1), _stride(branch, 0), _stride(branch, 1)]
+    strides += [_stride(gate, 0), _stride(shift, 0), _stride(scale, 0)]
+    unit = alignment(*strides)
+    per_sequence, tokens = chunks(sequences, frames, config)
+    main, tail = column_tiles(width, config.split)
+    modulation = gate if scale is None else scale
+    launch(
+        _forward_kernel,
+        x.device,
+        sequences * per_sequence,
+        *(x, branch, gate, shift, scale, stream_scale, sample_index, x_new, h, mean, rstd),
+        *(stride // unit for stride in strides),
+        *(0 if branch is None else branch.shape[0], modulation.shape[0], frames, tokens),
+        num_warps=config.num_warps,
+        EPS=eps,
+        RMS=rms,
+        WIDTH=width,
+        MAIN=main,
+        TAIL=tail,
+        BLOCK_T=config.block_t,
+        UNIT=unit,
+        ACC=acc,
+    )
+    return x_new, h, mean, rstd
+
+
+def backward(
+    grad_x_new: Tensor | None,
+    grad_h: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    rms: bool,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backward kernel and add up its partial rows.
+
+    `x` is the tensor that was normalised (x' after a branch; without norm any tensor shaped like it), mean and
+    rstd [R, T] as the forward gave them. One of the two gradients [R, T, D] may be None.
+
+    Returns:
+        gradients of x (None without norm: it is `grad_x_new` itself), branch, gate, shift and scale (both in
+        scale's dtype) and stream_scale; None for what the forward did not have.
+    """
+    grad_x_new, grad_h, branch = (None if g is None else row_contiguous(g) for g in (grad_x_new, grad_h, branch))
+    gate, scale = (None if m is None else row_contiguous(m) for m in (gate, scale))
+    x = row_contiguous(x)
+    sequences, frames, width = x.shape
+    config = config or configuration("residual_backward", width, x.device)
+    dtype, acc = accumulator(x)
+    device = x.device
+    per_sequence, tokens = chunks(sequences, frames, config)
+    programs = sequences * per_sequence
+    modulation = gate if scale is None else scale
+    samples = modulation.shape[0]
+
+    grad_x = grad_branch = grad_gate = grad_shift = grad_scale = stream = None
+    shift_rows = scale_rows = gate_rows = None
+    if grad_h is not None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=device)
+        shift_rows, scale_rows = torch.empty((2, programs, width), dtype=dtype, device=device)
+        grad_shift = torch.empty((samples, width), dtype=scale.dtype, device=device)
+        grad_scale = torch.empty((samples, width), dtype=scale.dtype, device=device)
+    if branch is not None:
+        grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=device)
+        gate_rows = torch.empty((programs, width), dtype=dtype, device=device)
+        grad_gate = torch.empty((samples, width), dtype=gate.dtype, device=device)
+        if stream_scale is not None:
+            stream = torch.empty((sequences, per_sequence), dtype=dtype, device=device)
+    strides = [stride for g in (grad_x_new, grad_h) for stride in (_stride(g, 0), _stride(g, 1))]
+    strides += [_stride(x, 0), _stride(x, 1), _stride(branch, 0), _stride(branch, 1)]
+    strides += [_stride(gate, 0), _stride(scale, 0)]
+    unit = alignment(*strides)
+    main, tail = column_tiles(width, config.split)
+    launch(
+        _backward_kernel,
+        device,
+        programs,
+        *(grad_x_new, grad_h, x, branch, gate, scale, stream_scale, sample_index, mean, rstd),
+        *(grad_x, grad_branch, shift_rows, scale_rows, gate_rows, stream),
+        *(stride // unit for stride in strides),
+        *(0 if branch is None else branch.shape[0], samples, frames, tokens),
+        num_warps=config.num_warps,
+        RMS=rms,
+        WIDTH=width,
+        MAIN=main,
+        TAIL=tail,
+        BLOCK_T=config.block_t,
+        UNIT=unit,
+        ACC=acc,
+    )
+    launch(
+        _sum_kernel,
+        device,
+        samples * triton.cdiv(width, _SUM_COLUMNS),
+        *(shift_rows, scale_rows, gate_rows, stream_scale, sample_index, grad_shift, grad_scale, grad_gate),
+        *(sequences, per_sequence, width // alignment(width)),
+        num_warps=_SUM_WARPS,
+        BLOCK_P=_SUM_ROWS,
+        BLOCK_D=_SUM_COLUMNS,
+        UNIT=alignment(width),
+        ACC=acc,
+    )
+    grad_stream = None if stream is None else stream.sum(dim=1).to(stream_scale.dtype)
+    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream

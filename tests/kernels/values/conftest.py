@@ -1,0 +1,203 @@
+"""Inputs, fp64 oracles and error bounds of the kernel tests; every uninitialised output starts as nan.
+
+Two bounds per tensor, against the exact result in float64: the largest error is at most twice that of the same
+expression in plain PyTorch in the same dtype, and the error's RMS over the exact RMS stays below RMS_BOUND.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-6
+# The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RMS_BOUND = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2 if INTERPRETED else 5e-3,
+}
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that a kernel should have written and did not is nan."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def bench() -> types.ModuleType:
+    """This file: test files cannot import one another."""
+    return sys.modules[__name__]
+
+
+@dataclass
+class Case:
+    """Arguments of `gated_residual_norm`; the two ends of the chain use a part of them."""
+
+    x: Tensor
+    branch: Tensor
+    gate: Tensor
+    shift: Tensor
+    scale: Tensor
+    stream_scale: Tensor | None = None
+    sample_index: Tensor | None = None
+    norm: str = "layer"
+
+    def floating(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {n: v for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """A leaf copy in another dtype, on the CPU."""
+        return dataclasses.replace(
+            self,
+            **{name: value.detach().cpu().to(dtype).requires_grad_() for name, value in self.floating().items()},
+            sample_index=None if self.sample_index is None else self.sample_index.cpu(),
+        )
+
+
+def make_case(
+    device: torch.device,
+    width: int = 24,
+    *,
+    sequences: int = 3,
+    frames: int = 5,
+    samples: int | None = 2,
+    active: int | None = None,
+    streams: bool = True,
+    dtype: torch.dtype = torch.float32,
+    modulation: torch.dtype | None = None,
+    norm: str = "layer",
+    seed: int = 0,
+) -> Case:
+    """Random arguments with an offset, so that the mean matters; modulation as the chunks of one tensor."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    index = None
+    if samples is not None:
+        index = torch.randint(0, samples, (sequences,), generator=generator).to(device)
+    gate, shift, scale = randn(samples or sequences, 3 * width, dtype=modulation or dtype).chunk(3, dim=1)
+    # One stream out, one half, one doubled and reversed, the rest in.
+    s = torch.tensor(([1.0, 0.0, 0.5, -2.0] * sequences)[:sequences]).to(device, modulation or dtype)
+    return Case(
+        x=randn(sequences, frames, width) + 0.5,
+        branch=randn(sequences if active is None else active, frames, width),
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        stream_scale=s if streams else None,
+        sample_index=index,
+        norm=norm,
+    )
+
+
+def plain(case: Case, op: str) -> tuple[Tensor, ...]:
+    """An op as one would write it in PyTorch, every step in the tensors' own dtype."""
+
+    def rows(modulation: Tensor) -> Tensor:
+        return (modulation if case.sample_index is None else modulation[case.sample_index])[:, None]
+
+    x = case.x
+    if op != "layer_norm_modulate":
+        active = case.branch.shape[0]
+        branch = case.branch
+        if case.stream_scale is not None:
+            s = case.stream_scale[:active, None, None]
+            branch = s * torch.where(s == 0, 0, branch)
+        x = torch.cat([x[:active] + rows(case.gate)[:active] * branch, x[active:]])
+        if op == "gated_residual":
+            return (x,)
+    width = x.shape[-1:]
+    normed = F.layer_norm(x, width, eps=EPS) if case.norm == "layer" else F.rms_norm(x, width, eps=EPS)
+    h = normed * (1 + rows(case.scale)) + rows(case.shift)
+    return (x, h) if op == "gated_residual_norm" else (h,)
+
+
+def fused(case: Case, op: str) -> tuple[Tensor, ...]:
+    """The same through the public op."""
+    from agrepa_fast import ops
+
+    shared = {"sample_index": case.sample_index}
+    if op == "gated_residual":
+        return (ops.gated_residual(case.x, case.branch, case.gate, stream_scale=case.stream_scale, **shared),)
+    shared |= {"norm": case.norm, "eps": EPS}
+    if op == "layer_norm_modulate":
+        return (ops.layer_norm_modulate(case.x, case.shift, case.scale, **shared),)
+    return ops.gated_residual_norm(
+        case.x, case.branch, case.gate, case.shift, case.scale, stream_scale=case.stream_scale, **shared
+    )
+
+
+def used(case: Case, op: str) -> list[str]:
+    """The differentiable arguments of an op."""
+    unused = {"layer_norm_modulate": ("branch", "gate", "stream_scale"), "gated_residual": ("shift", "scale")}
+    return [name for name in case.floating() if name not in unused.get(op, ())]
+
+
+def results(case: Case, op: str, run, output_grads: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    names = used(case, op)
+    outputs = run(case, op)
+    grads = torch.autograd.grad(
+        outputs, [getattr(case, name) for name in names], [g.to(o) for g, o in zip(output_grads, outputs)]
+    )
+    return {f"output {i}": o for i, o in enumerate(outputs)} | {f"d{n}": g for n, g in zip(names, grads)}
+
+
+def check(case: Case, op: str, run=fused, seed: int = 1) -> None:
+    """Outputs and all gradients of `run` against float64, with the file's bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    output_grads = [torch.randn(case.x.shape, generator=generator, dtype=torch.float64).to(case.x) for _ in range(2)]
+    for name in used(case, op):
+        getattr(case, name).requires_grad_()
+    found = results(case, op, run, output_grads)
+    exact = results(case.to(torch.float64), op, plain, output_grads)
+    same = results(case.to(case.x.dtype), op, plain, output_grads)
+    for name, value in found.items():
+        if value.numel():
+            close(name, value, exact[name], same[name], case.x.dtype, _terms(case, name))
+
+
+def _terms(case: Case, name: str) -> int:
+    """How many rows a value sums."""
+    if name in ("dgate", "dshift", "dscale"):
+        return case.x.shape[0] * case.x.shape[1]
+    return case.x[0].numel() if name == "dstream_scale" else 1
+
+
+def close(name: str, value: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, terms: int = 1) -> None:
+    """The two bounds in a dtype; `terms` is how many values of the same size each element sums."""
+    value, same = value.detach().cpu().double(), same.detach().cpu().double()
+    assert value.shape == exact.shape, name
+    assert value.isfinite().all(), f"{name}: not written, or not finite"
+    scale = exact.square().mean().sqrt().item() + 1e-30
+    error, allowed = (value - exact).abs().max().item(), 2 * (same - exact).abs().max().item()
+    slack = 4 * torch.finfo(dtype).eps * exact.abs().max().item() * terms**0.5
+    assert error <= allowed + slack, f"{name}: error {error:.3g}, plain PyTorch in {dtype} {allowed / 2:.3g}"
+    rms = (value - exact).square().mean().sqrt().item() / scale
+    bound = RMS_BOUND[dtype] * terms**0.5
+    assert rms <= bound, f"{name}: RMS error {rms:.3g} of the exact RMS, bound {bound:.3g}"

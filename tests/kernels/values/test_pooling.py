@@ -1,0 +1,138 @@
+"""`masked_mean` and `velocity_delta` kernels against float64: outputs and gradients, through the public ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from agrepa_fast import ops
+from agrepa_fast.kernels import launch
+from agrepa_fast.kernels import pooling as kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def plain_mean(x, mask):
+    if mask is None:
+        return x.mean(dim=1)
+    kept = torch.where(mask[..., None], x, 0)
+    return kept.sum(dim=1) / mask.sum(dim=1).clamp_min(1)[:, None].to(x.dtype)
+
+
+def plain_delta(v, mask):
+    n = v.shape[2] if mask is None else mask.sum(dim=1).clamp_min(1)
+    if mask is not None:
+        v = torch.where(mask[..., None], v, 0)
+    return tuple(e.sum(dim=(-2, -1)) / (n * v.shape[-1]) for e in ((v[1:] - v[0]).square(), v[0].square()))
+
+
+def check(bench, fused, plain, x, mask):
+    """Outputs and gradient against float64, frames outside the mask holding nan."""
+    if mask is not None:
+        x = torch.where(mask[..., None], x, float("nan"))
+    x = x.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    weights = None
+
+    def run(function, value, mask):
+        nonlocal weights
+        outputs = function(value, mask)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if weights is None:
+            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+        total = sum((o * w.to(o)).sum() for o, w in zip(outputs, weights))
+        return [*outputs, torch.autograd.grad(total, value)[0]]
+
+    found = run(fused, x, mask)
+    host = None if mask is None else mask.cpu()
+    exact = run(plain, x.detach().cpu().double().requires_grad_(), host)
+    same = run(plain, x.detach().cpu().requires_grad_(), host)
+    terms = x.shape[-2]
+    for i, (value, e, s) in enumerate(zip(found, exact, same)):
+        bench.close(f"value {i}", value, e, s, value.dtype, terms)
+
+
+def lengths_mask(device, frames, *lengths):
+    return torch.arange(frames, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_mean(bench, device, dtype, masked) -> None:
+    x = torch.randn(3, 70, 100, device=device, dtype=dtype) + 0.5
+    check(bench, ops.masked_mean, plain_mean, x, lengths_mask(device, 70, 70, 33, 0) if masked else None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_velocity_delta(bench, device, dtype, masked) -> None:
+    v = torch.randn(4, 3, 20, 10, device=device, dtype=dtype) + 0.5
+    check(bench, ops.velocity_delta, plain_delta, v, lengths_mask(device, 20, 20, 7, 0) if masked else None)
+
+
+def test_velocity_delta_in_many_tiles(bench, device, monkeypatch) -> None:
+    """Several programs of several tiles per sample, the last one ragged."""
+    config = launch.LaunchConfig(block_t=2, num_warps=4, programs=4, split=False)
+    monkeypatch.setattr(kernels, "configuration", lambda *_: config)
+    v = torch.randn(3, 2, 11, 10, device=device) + 0.5
+    check(bench, ops.velocity_delta, plain_delta, v, lengths_mask(device, 11, 11, 6))
+
+
+def test_a_mask_with_holes_and_strides(bench, device) -> None:
+    mask = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)).to(device).t() < 0.5
+    x = torch.randn(70, 2, 20, device=device).transpose(0, 1)
+    check(bench, ops.masked_mean, plain_mean, x, mask)
+    v = torch.randn(3, 2, 20, 70, device=device).transpose(-1, -2)
+    check(bench, ops.velocity_delta, plain_delta, v, mask)
+
+
+def test_only_a_baseline(bench, device) -> None:
+    v = torch.randn(1, 2, 3, 5, device=device)
+    change, energy = ops.velocity_delta(v)
+    assert change.shape == (0, 2)
+    torch.testing.assert_close(energy, v[0].square().mean(dim=(-2, -1)))
+
+
+def test_the_two_gradients_apart(device) -> None:
+    v = torch.randn(3, 2, 4, 5, device=device, dtype=torch.float64).requires_grad_()
+    change, energy = ops.velocity_delta(v)
+    (grad,) = torch.autograd.grad(energy.sum(), v, retain_graph=True)
+    torch.testing.assert_close(grad[0], 2 * v[0].detach() / 20)
+    assert not grad[1:].any()
+    (grad,) = torch.autograd.grad(change.sum(), v)
+    expected = 2 * (v[1:] - v[0]).detach() / 20
+    torch.testing.assert_close(grad[1:], expected)
+    torch.testing.assert_close(grad[0], -expected.sum(dim=0))
+
+
+def test_gradcheck(device) -> None:
+    mask = lengths_mask(device, 4, 4, 2)
+    x = torch.randn(2, 4, 3, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.masked_mean, (x, mask), fast_mode=True)
+    v = torch.randn(3, 2, 4, 3, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.velocity_delta, (v, mask), fast_mode=True)
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # shrinking takes minutes in the interpreter; the seed is fixed anyway
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the poison holds for all examples
+)
+@given(data=st.data())
+def test_any_shape(bench, device, data) -> None:
+    batch, frames = data.draw(st.integers(1, 3), "batch"), data.draw(st.integers(1, 40), "frames")
+    width, streams = data.draw(st.integers(1, 70), "width"), data.draw(st.integers(1, 4), "streams")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]), "dtype")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    v = torch.randn(streams, batch, frames, width, generator=generator, dtype=torch.float64).to(device, dtype)
+    mask = None
+    if data.draw(st.booleans(), "masked"):
+        mask = torch.rand(batch, frames, generator=generator).to(device) < 0.6
+    check(bench, ops.masked_mean, plain_mean, v[0].clone(), mask)
+    if streams > 1:
+        check(bench, ops.velocity_delta, plain_delta, v, mask)
