@@ -90,6 +90,7 @@ class AlignmentConfig:
     teachers: dict[str, TeacherConfig] = field(default_factory=lambda: {"spectral": TeacherConfig()})
     weight: float = 0.5
     pool: str | None = "mean"  # "mean": one vector a clip; null: frame by frame
+    head: str = "mlp"  # or "repa", "linear", "low-rank", and frame by frame "conv"
     mask: str = "valid"  # frames to align: "valid", or "span" (not the ones shown as reference)
     selection: str = ""  # a selection.json to use in place of the probe's
     ramp: int = 100  # steps from nothing to full weight, after the probe

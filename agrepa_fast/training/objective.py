@@ -56,12 +56,9 @@ class Objective(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         every_layer = LayerSelection.uniform(range(config.model.depth))
-        self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, config.alignment.pool)
-        self.interface = (
-            InterfaceLoss(config.model.token_width, teachers, config.alignment.bitc_weights)
-            if config.alignment.bitc
-            else None
-        )
+        a = config.alignment
+        self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, a.pool, a.head)
+        self.interface = InterfaceLoss(config.model.token_width, teachers, a.bitc_weights) if a.bitc else None
 
     def heads(self) -> nn.ModuleDict:
         """The alignment heads: trained along, saved apart, absent at inference."""
