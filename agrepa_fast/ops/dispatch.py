@@ -17,7 +17,16 @@ from ..errors import UserError
 MODES = ("auto", "triton", "reference")
 MODE = os.environ.get("AGREPA_OPS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+TRITON = _installed("triton")
 
 MAX_WIDTH = 8192  # of a row; the launch tables end there
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

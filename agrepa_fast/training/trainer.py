@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..alignment.policy import LayerSelection, select_layers
+from ..alignment.policy import POLICIES, LayerSelection, choose_layers
 from ..alignment.schedule import AlignmentSchedule
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
@@ -78,6 +78,9 @@ class Trainer:
             self._select(LayerSelection.from_json(config.alignment.selection))
         if resume is not None:
             self._restore(resume)
+        if POLICIES.get(config.alignment.policy) not in ("", "scores"):
+            usable = [name for name, needs in POLICIES.items() if needs in ("", "scores")]
+            raise UserError(f"alignment.policy: expected {', '.join(usable)}, got {config.alignment.policy!r}")
         self.schedule = self._schedule()
         self.log = RunLog(run_dir, config)
 
@@ -187,7 +190,8 @@ class Trainer:
         probe = self.config.probe
         began = time.perf_counter()
         self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
-        chosen = select_layers(self.scores, probe.k)
+        policy, depth = self.config.alignment.policy, self.config.model.depth
+        chosen = choose_layers(policy, depth, probe.k, scores=self.scores, seed=self.config.train.seed).synchronised()
         if self.selection is None:
             self._select(chosen)
         self.scores.to_csv(self.run_dir / "foga.csv")
@@ -223,7 +227,7 @@ class Trainer:
                 f"probe.start: the selection comes at step {start}, but alignment stops at {stop} "
                 f"(alignment.stop {a.stop:g} of train.steps {steps}): probe earlier or train longer"
             )
-        return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop)
+        return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
     @torch.no_grad()
     def _validate(self) -> None:
