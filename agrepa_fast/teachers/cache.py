@@ -6,7 +6,8 @@ The header holds a key: what the features were made with. Features made with any
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,50 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
     if scale is not None and scale.shape != features.shape[:-1]:
         raise UserError(f"{path}: not a feature file (scale {list(scale.shape)} for {list(features.shape)})")
     return features, scale
+
+
+class CachedTeacher:
+    """Features from files in place of an encoder.
+
+    The first clip's file says the width and the rate; every file must have been made with one key.
+
+    Args:
+        name: the teacher's name in the run, part of the files' names.
+        key: what this run expects; its rate is taken from the first file.
+        first: a clip of the run.
+    """
+
+    def __init__(self, name: str, key: FeatureKey, first: Path) -> None:
+        path = feature_path(first, name)
+        rate = _header_rate(path)
+        self.name = name
+        self.key = replace(key, rate=rate)
+        self.rate = rate
+        self.width = read_features(path, self.key)[0].shape[-1]
+
+    def load(self, clips: Sequence[Path], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Whole clips, float32 on `device`: features [B, T', width] and mask [B, T'] bool; T' is 1 where pooled."""
+        rows = [dequantise(*read_features(feature_path(clip, self.name), self.key)) for clip in clips]
+        for clip, row in zip(clips, rows):
+            if row.shape[-1] != self.width:
+                path = feature_path(clip, self.name)
+                raise UserError(f"{path}: features of width {row.shape[-1]}, the other clips' have {self.width}")
+        rows = [row.view(-1, self.width) for row in rows]
+        lengths = torch.tensor([len(row) for row in rows])
+        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(features.shape[1]) < lengths.unsqueeze(1)
+        return features.to(device), mask.to(device)
+
+
+def _header_rate(path: Path) -> float:
+    if not path.is_file():
+        raise UserError(f"{path}: no cached features here; extract them, or use the teacher itself")
+    library = _safetensors()
+    try:
+        with library.safe_open(str(path), "pt") as file:
+            return float(json.loads((file.metadata() or {})["key"])["rate"])
+    except (OSError, KeyError, ValueError, TypeError, library.SafetensorError) as error:
+        raise UserError(f"{path}: not a feature file ({error})") from None
 
 
 def dequantise(features: Tensor, scale: Tensor | None) -> Tensor:

@@ -80,6 +80,7 @@ class TeacherConfig:
     source: str = "spectral"  # a registered name, a transformers model by folder or name
     domains: tuple[str, ...] = ()  # empty: all
     options: dict[str, str | int] = field(default_factory=dict)  # e.g. {layer: 12}
+    cached: bool = False  # read features from files beside the audio; the teacher itself is not loaded
 
 
 @dataclass(frozen=True)

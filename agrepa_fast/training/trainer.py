@@ -29,10 +29,11 @@ from ..data.batches import Batch, BucketBatches, iterate
 from ..data.mel import LogMel
 from ..errors import UserError
 from ..models.flow import SIGMA
+from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
-from .config import OptimizerConfig, RunConfig, dump_config
+from .config import OptimizerConfig, RunConfig, TeacherConfig, dump_config
 from .environment import pick_device, versions
 from .inference import generate, score_layers
 from .log import RunLog, average
@@ -55,8 +56,13 @@ class Trainer:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.data = load_data(config, run_dir)
-        teachers = {name: build_teacher(t.source, **t.options) for name, t in config.alignment.teachers.items()}
-        self.teachers = {name: teacher.to(self.device) for name, teacher in teachers.items()}
+        teachers = {
+            name: build_cached(name, t, config, self.data.train.clips[0].path)
+            if t.cached
+            else build_teacher(t.source, **t.options).to(self.device)
+            for name, t in config.alignment.teachers.items()
+        }
+        self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
         torch.manual_seed(config.train.seed)
@@ -410,6 +416,21 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def build_cached(name: str, teacher: TeacherConfig, config: RunConfig, first: Path) -> CachedTeacher:
+    """The cached features of a teacher: made with its source and its options, and with nothing else.
+
+    Raises:
+        UserError: no features beside the first clip, made otherwise, or pooled where frames are aligned.
+    """
+    options = dict(teacher.options)
+    revision, layer = str(options.pop("revision", "")), str(options.pop("layer", ""))
+    preprocessing = json.dumps(options, sort_keys=True) if options else ""
+    cached = CachedTeacher(name, FeatureKey(teacher.source, revision, layer, preprocessing), first)
+    if config.alignment.pool is None and not cached.rate:
+        raise UserError(f"alignment.teachers.{name}: its cached features are pooled; alignment.pool=null needs frames")
+    return cached
 
 
 def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.AdamW:
