@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cosine, pooling, residual
+from . import pooling, residual
 from .launch import Launch, record
 from .tables import TABLES
 
@@ -92,9 +92,6 @@ def cases() -> list[Case]:
         for op in ("masked_mean", "velocity_delta"):
             for width in sorted(table[op]):
                 found += [Case(op, width, dtype, target) for dtype in ("bf16", "fp32", "fp16")]
-        for width in cosine.TABLE:
-            found += [Case("cosine_loss", width, dtype, target) for dtype in DTYPES]
-        found.append(Case("cosine_loss_int8", 1024, "bf16", target))
     return found
 
 
@@ -116,13 +113,6 @@ def launches(case: Case) -> list[Launch]:
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
             change, energy, count = pooling.velocity_delta(velocity, mask)
             pooling.velocity_delta_backward(change, energy, velocity, mask, count)
-        elif case.op.startswith("cosine_loss"):
-            y = x.view(-1, case.width)
-            int8 = case.op.endswith("int8")
-            target = empty(*y.shape, dtype=torch.int8 if int8 else other)
-            row = empty(len(y), dtype=torch.float32)
-            for loss, grad in ((row, None), (row, y), (None, y)):
-                cosine.cosine_rows(y, target, row if int8 else None, row, 1e-8, int8, loss, grad)
         else:
             gate, shift, scale = empty(SEQUENCES, 3 * case.width, dtype=other).chunk(3, dim=1)
             with_branch, with_norm = case.op != "layer_norm_modulate", case.op != "gated_residual"
