@@ -1,4 +1,4 @@
-"""`agrepa`: train, probe, sample, doctor. Mistakes in the input are one line on stderr and exit code 2."""
+"""`agrepa`: train, probe, sample, bench, doctor. Mistakes in the input are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -32,8 +32,13 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = _one_line_warning
+    if argv and argv[0] == "bench":
+        from .bench.cli import main as bench  # it has commands of its own
+
+        return bench(argv[1:])
+    arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--device", default="auto")
 
+    add("bench", _doctor, "Measure ops, probe, loss and training against their rivals: agrepa bench --help.")
     add("doctor", _doctor, "Print versions and devices, and what is installed for which use.")
     return parser
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import pooling, residual
-from .launch import Launch, record
+from .launch import Launch, options, record
 from .tables import TABLES
 
 TARGETS = {
@@ -106,24 +106,27 @@ def launches(case: Case) -> list[Launch]:
     with record(case.target if case.target in TABLES else "portable") as recording:
         if case.op == "masked_mean":
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
-            mean, count = pooling.masked_mean(x, mask)
-            pooling.masked_mean_backward(mean, mask, count, FRAMES)
+            pooled, count = pooling.masked_mean(x, mask)
+            pooling.masked_mean_backward(pooled, mask, count, FRAMES)
         elif case.op == "velocity_delta":
             velocity = empty(STREAMS, SEQUENCES, FRAMES, case.width)
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
             change, energy, count = pooling.velocity_delta(velocity, mask)
             pooling.velocity_delta_backward(change, energy, velocity, mask, count)
         else:
+            gate: Tensor | None
+            shift: Tensor | None
+            scale: Tensor | None
             gate, shift, scale = empty(SEQUENCES, 3 * case.width, dtype=other).chunk(3, dim=1)
-            with_branch, with_norm = case.op != "layer_norm_modulate", case.op != "gated_residual"
-            branch, gate = (x, gate) if with_branch else (None, None)
-            shift, scale = (shift, scale) if with_norm else (None, None)
-            s = empty(SEQUENCES, dtype=other) if with_branch else None
+            if case.op == "layer_norm_modulate":
+                gate = None
+            if case.op == "gated_residual":
+                shift = scale = None
+            branch = None if gate is None else x
+            s = None if gate is None else empty(SEQUENCES, dtype=other)
             index = empty(SEQUENCES, dtype=torch.int64)
-            _, _, mean, rstd = residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, False)
-            grad_h = x if with_norm else None
-            grad_x_new = x if with_branch else None
-            residual.backward(grad_x_new, grad_h, x, branch, gate, scale, s, index, mean, rstd, False)
+            _, h, mean, rstd = residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, False)
+            residual.backward(branch, h, x, branch, gate, scale, s, index, mean, rstd, False)
     return recording.launches
 
 
@@ -145,8 +148,8 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
     """Build one recorded launch for a target."""
-    options = {"num_warps": launch.num_warps, "num_stages": 1}
-    return triton.compile(source(launch), target=TARGETS[target], options=options)
+    chosen = options(launch.num_warps, hip=TARGETS[target].backend == "hip")
+    return triton.compile(source(launch), target=TARGETS[target], options=chosen)
 
 
 def _loop(ptx: str) -> str:
@@ -206,7 +209,7 @@ def compile_case(case: Case) -> list[Compiled]:
             Compiled(
                 case=case,
                 kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-                block_t=launch.constants.get("BLOCK_T", launch.constants.get("BLOCK_P")),
+                block_t=launch.constants.get("BLOCK_T") or launch.constants["BLOCK_P"],
                 num_warps=launch.num_warps,
                 registers=registers,
                 shared=kernel.metadata.shared,

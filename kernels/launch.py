@@ -137,6 +137,13 @@ def alignment(*strides: int) -> int:
     return math.gcd(16, *strides)
 
 
+def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Compiler options of a launch. NVIDIA's assembler may spill to reach a rounder register count; given the most
+    a block of this size can have, it takes what it needs."""
+    fixed = {"num_warps": num_warps, "num_stages": 1}
+    return fixed if hip else fixed | {"maxnreg": min(255, 2048 // num_warps)}
+
+
 def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
     """Run `programs` programs of a kernel on the tensors' device, on its current stream."""
     if _recording is not None:
@@ -144,7 +151,7 @@ def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, nu
     elif device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on CUDA tensors (elsewhere under TRITON_INTERPRET=1), got {device}")
     elif device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=1, **constants)
+        kernel[(programs,)](*arguments, **constants, **options(num_warps))
     else:
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=1, **constants)
+            kernel[(programs,)](*arguments, **constants, **options(num_warps))

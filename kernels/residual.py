@@ -384,6 +384,14 @@ def _sum_kernel(
         tl.store(grad_gate_ptr + out, tl.sum(gate, axis=0), mask=in_c)
 
 
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _samples(*modulation: Tensor | None) -> int:
+    return next(m.shape[0] for m in modulation if m is not None)
+
+
 def _stride(tensor: Tensor | None, dim: int) -> int:
     return 0 if tensor is None else tensor.stride(dim)
 
@@ -410,6 +418,7 @@ def forward(
     """
     x = row_contiguous(x)
     branch, gate, shift, scale = (None if m is None else row_contiguous(m) for m in (branch, gate, shift, scale))
+    stream_scale, sample_index = _dense(stream_scale), _dense(sample_index)
     sequences, frames, width = x.shape
     config = config or configuration("residual_forward", width, x.device)
     dtype, acc = accumulator(x)
@@ -424,14 +433,13 @@ def forward(
     unit = alignment(*strides)
     per_sequence, tokens = chunks(sequences, frames, config)
     main, tail = column_tiles(width, config.split)
-    modulation = gate if scale is None else scale
     launch(
         _forward_kernel,
         x.device,
         sequences * per_sequence,
         *(x, branch, gate, shift, scale, stream_scale, sample_index, x_new, h, mean, rstd),
         *(stride // unit for stride in strides),
-        *(0 if branch is None else branch.shape[0], modulation.shape[0], frames, tokens),
+        *(0 if branch is None else branch.shape[0], _samples(gate, scale), frames, tokens),
         num_warps=config.num_warps,
         EPS=eps,
         RMS=rms,
@@ -470,6 +478,7 @@ def backward(
     """
     grad_x_new, grad_h, branch = (None if g is None else row_contiguous(g) for g in (grad_x_new, grad_h, branch))
     gate, scale = (None if m is None else row_contiguous(m) for m in (gate, scale))
+    stream_scale, sample_index = _dense(stream_scale), _dense(sample_index)
     x = row_contiguous(x)
     sequences, frames, width = x.shape
     config = config or configuration("residual_backward", width, x.device)
@@ -477,17 +486,16 @@ def backward(
     device = x.device
     per_sequence, tokens = chunks(sequences, frames, config)
     programs = sequences * per_sequence
-    modulation = gate if scale is None else scale
-    samples = modulation.shape[0]
+    samples = _samples(gate, scale)
 
     grad_x = grad_branch = grad_gate = grad_shift = grad_scale = stream = None
     shift_rows = scale_rows = gate_rows = None
-    if grad_h is not None:
+    if grad_h is not None and scale is not None:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=device)
         shift_rows, scale_rows = torch.empty((2, programs, width), dtype=dtype, device=device)
         grad_shift = torch.empty((samples, width), dtype=scale.dtype, device=device)
         grad_scale = torch.empty((samples, width), dtype=scale.dtype, device=device)
-    if branch is not None:
+    if branch is not None and gate is not None:
         grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=device)
         gate_rows = torch.empty((programs, width), dtype=dtype, device=device)
         grad_gate = torch.empty((samples, width), dtype=gate.dtype, device=device)
@@ -502,7 +510,8 @@ def backward(
         _backward_kernel,
         device,
         programs,
-        *(grad_x_new, grad_h, x, branch, gate, scale, stream_scale, sample_index, mean, rstd),
+        *(grad_x_new, grad_h, None if grad_h is None else x),
+        *(branch, gate, scale, stream_scale, sample_index, mean, rstd),
         *(grad_x, grad_branch, shift_rows, scale_rows, gate_rows, stream),
         *(stride // unit for stride in strides),
         *(0 if branch is None else branch.shape[0], samples, frames, tokens),
@@ -527,5 +536,7 @@ def backward(
         UNIT=alignment(width),
         ACC=acc,
     )
-    grad_stream = None if stream is None else stream.sum(dim=1).to(stream_scale.dtype)
+    grad_stream = None
+    if stream is not None and stream_scale is not None:
+        grad_stream = stream.sum(dim=1).to(stream_scale.dtype)
     return grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream

@@ -1,11 +1,14 @@
-"""Launch tables: architecture -> kernel -> largest width -> configuration. Rewritten by `kernels/tune.py`.
+"""Launch tables: architecture -> kernel -> largest width -> configuration. Written by `tune.py`.
 
-All values are start values of that file's rule; none has been measured yet.
+An architecture that is not in MEASURED holds the start values of that file, which no device has confirmed.
 """
 
 from __future__ import annotations
 
 from .launch import LaunchConfig
+
+# Device and versions behind each table.
+MEASURED: dict[str, str] = {}
 
 TABLES: dict[str, dict[str, dict[int, LaunchConfig]]] = {
     "sm80": {

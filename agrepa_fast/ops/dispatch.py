@@ -62,7 +62,7 @@ def _why_not(device: str, dtype: torch.dtype, width: int) -> str | None:
     if not TRITON:
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and INTERPRETED):
-        return f"a tensor is on {device}, the kernels need CUDA (on the CPU: TRITON_INTERPRET=1)"
+        return f"the kernels need CUDA, not {device} (on the CPU: TRITON_INTERPRET=1)"
     if dtype not in DTYPES:
         return f"the kernels do not take {dtype}"
     if width > MAX_WIDTH:

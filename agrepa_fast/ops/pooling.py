@@ -121,10 +121,10 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError, TypeError: when a shape, dtype or device does not fit, naming it.
     """
-    if x.dim() != 3 or 0 in x.shape:
-        raise ValueError(f"x: expected a non-empty [batch, time, width], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x: expected a non-empty [batch, time, width], got {list(x.shape)}")
     _check_mask(mask, x.shape[:2], x.device)
     if use_kernels(x):
         return MASKED_MEAN(x, mask)[0]

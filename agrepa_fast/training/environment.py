@@ -9,6 +9,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..ops.dispatch import explain
 
 PACKAGES = ("torch", "triton", "torchaudio", "transformers", "xformers", "soundfile", "safetensors", "numpy")
 
@@ -48,7 +49,7 @@ def doctor() -> str:
         lines.append(f"  cuda:{index}        {p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         lines.append("  cuda          none")
-    lines += ["", "ops", "  reference path (plain PyTorch) for every op: this version has no fused kernel yet", ""]
+    lines += ["", "ops", *(f"  {line}" for line in explain()), ""]
     lines.append("uses")
     for use, packages in USES.items():
         missing = [name for name in packages if metadata_version(name) is None]

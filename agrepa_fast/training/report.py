@@ -6,22 +6,19 @@ every picture, sound and style inside, and the pictures as PNG next to it.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.report import INK, plot_layer_t_map, plot_scores, unit_weight
+from ..attribution.report import plot_layer_t_map, plot_scores, unit_weight
 from ..attribution.scores import LayerScores, read_scores
 from ..errors import UserError
+from . import page as html
 from .plots import (
     COSINE,
     DOMAIN_LOSS,
@@ -34,7 +31,7 @@ from .plots import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Log = list[dict[str, Any]]
 
@@ -120,7 +117,7 @@ def write_report(run_dir: Path) -> Path:
         # The browser itself holds the promise that the page loads nothing and runs nothing.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; img-src data:; media-src data:\">"
-        f"<title>{name} · agrepa-fast</title><style>{CSS}</style></head><body><main>"
+        f"<title>{name} · agrepa-fast</title><style>{html.CSS}</style></head><body><main>"
         f'<header><p class="kind">Training run</p><h1>{name}</h1>'
         f'<p class="status">{_status(log, whole_log)}</p>'
         f"<nav>{links}</nav></header>"
@@ -129,7 +126,7 @@ def write_report(run_dir: Path) -> Path:
     )
     target = run_dir / "report.html"
     # A name or text with half a surrogate pair must not cost the page.
-    _replace(target, page.encode("utf-8", errors="replace"))
+    html.replace_file(target, page.encode("utf-8", errors="replace"))
     return target
 
 
@@ -145,33 +142,33 @@ def _summary(log: Log, selection: Selection | None, skipped: int) -> str:
     title = "Valid flow loss" if event == "valid" else "Train flow loss" if event else "Flow loss"
     note = ""
     if len(values) > 1:
-        ratio = f"last / first {_figure(values[-1] / values[0], 3)}" if values[0] else "first is zero"
-        note = f"{ratio}, step {_count(steps[0])} to {_count(steps[-1])}"
+        ratio = f"last / first {html.significant(values[-1] / values[0], 3)}" if values[0] else "first is zero"
+        note = f"{ratio}, step {html.count(steps[0])} to {html.count(steps[-1])}"
     elif values:
-        note = f"step {_count(steps[0])}"
-    tiles.append(_tile(title, _span(values), note))
+        note = f"step {html.count(steps[0])}"
+    tiles.append(html.tile(title, html.span(values), note))
 
     first, last, shared, event = _mean_cosines(log)
     note = f"{event}, mean over {shared} teacher/layer pair{'s' if shared != 1 else ''}" if shared else ""
-    tiles.append(_tile("Raw cosine", f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
+    tiles.append(html.tile("Raw cosine", f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
 
     layers = ", ".join(str(layer) for layer in selection.layers) if selection else ""
     weights = ", ".join(f"{weight:.2f}" for weight in selection.weights) if selection else ""
-    tiles.append(_tile("Selected layers", escape(layers), f"weights {weights}" if weights else ""))
+    tiles.append(html.tile("Selected layers", escape(layers), f"weights {weights}" if weights else ""))
 
     train, valid = number(clips.get("train")), number(clips.get("valid"))
-    counts = [f"{_count(valid)} valid"] if valid is not None else []
+    counts = [f"{html.count(valid)} valid"] if valid is not None else []
     if counts or skipped:
-        counts.append(f"{_count(skipped)} skipped")
-    tiles.append(_tile("Training clips", _count(train) if train is not None else "", ", ".join(counts)))
+        counts.append(f"{html.count(skipped)} skipped")
+    tiles.append(html.tile("Training clips", html.count(train) if train is not None else "", ", ".join(counts)))
 
     seconds = number(_last(log, "end").get("seconds"))
     step = _last_step(log)
     tiles.append(
-        _tile(
+        html.tile(
             "Time",
-            _duration(seconds) if seconds is not None else "",
-            f"{_count(step)} steps" if step is not None else "",
+            html.duration(seconds) if seconds is not None else "",
+            f"{html.count(step)} steps" if step is not None else "",
         )
     )
 
@@ -181,8 +178,12 @@ def _summary(log: Log, selection: Selection | None, skipped: int) -> str:
     )
     note = "median"
     if len(frames):
-        note += f", {_count(median(frames))} frames/s"
-    tiles.append(_tile("Samples per second", _figure(median(speed)) if len(speed) else "", note if len(speed) else ""))
+        note += f", {html.count(median(frames))} frames/s"
+    tiles.append(
+        html.tile(
+            "Samples per second", html.significant(median(speed)) if len(speed) else "", note if len(speed) else ""
+        )
+    )
     return "".join(tiles)
 
 
@@ -198,14 +199,14 @@ def _loss_section(run_dir: Path, log: Log) -> str:
             rows.append(
                 [
                     escape(key.removeprefix(DOMAIN_LOSS)) if key != "flow_loss" else "all domains",
-                    _figure(values[0]),
-                    _figure(values[-1]),
-                    _figure(values[-1] / values[0], 3) if values[0] else "",
-                    f"{_figure(values[best])} <span class='quiet'>at {_count(steps[best])}</span>",
+                    html.significant(values[0]),
+                    html.significant(values[-1]),
+                    html.significant(values[-1] / values[0], 3) if values[0] else "",
+                    f"{html.significant(values[best])} <span class='quiet'>at {html.count(steps[best])}</span>",
                 ]
             )
-    table = _table(["valid flow loss", "first", "last", "last / first", "lowest"], rows) if rows else ""
-    return _picture(run_dir / "loss.png", plot_losses(log), "Flow loss over the training steps") + table
+    table = html.table(["valid flow loss", "first", "last", "last / first", "lowest"], rows) if rows else ""
+    return html.picture(run_dir / "loss.png", plot_losses(log), "Flow loss over the training steps") + table
 
 
 def _cosine_section(run_dir: Path, log: Log) -> str:
@@ -218,8 +219,8 @@ def _cosine_section(run_dir: Path, log: Log) -> str:
             rows.append([escape(teacher), escape(layer), event, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     if not rows:
         return MISSING
-    table = _table(["teacher", "layer", "measured in", "first cosine", "last cosine"], rows, text_columns=3)
-    return _picture(run_dir / "cosine.png", plot_cosines(log), "Raw cosine by teacher and layer") + table
+    table = html.table(["teacher", "layer", "measured in", "first cosine", "last cosine"], rows, text_columns=3)
+    return html.picture(run_dir / "cosine.png", plot_cosines(log), "Raw cosine by teacher and layer") + table
 
 
 def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selection | None) -> str:
@@ -227,15 +228,15 @@ def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selectio
         return MISSING
     parts = [
         '<p class="note">Change of the predicted velocity when one layer is switched off, relative to the '
-        f"velocity; {_count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
+        f"velocity; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
         "counted from 0. Whiskers and &plusmn; are one standard error.</p>",
-        _picture(run_dir / "foga.png", plot_scores(scores, selection), "FoG-A score of every layer"),
+        html.picture(run_dir / "foga.png", plot_scores(scores, selection), "FoG-A score of every layer"),
     ]
     if scores.t is None:
         parts.append('<p class="missing">score by layer and t: not recorded in this run</p>')
     else:
         picture = plot_layer_t_map(scores)
-        parts.append(_picture(run_dir / "foga_map.png", picture, "FoG-A score by layer and flow time"))
+        parts.append(html.picture(run_dir / "foga_map.png", picture, "FoG-A score by layer and flow time"))
     return "".join(parts) + _foga_table(scores, selection)
 
 
@@ -246,24 +247,26 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
     rows, chosen = [], []
     for unit, name in enumerate(scores.names):
         weight = unit_weight(name, selection)
-        cells = [escape(name), _count(1 + int((means > means[unit]).sum()))]
+        cells = [escape(name), html.count(1 + int((means > means[unit]).sum()))]
         for mean, stderr in columns:
             spread = float(stderr[unit])
-            error = f" <span class='quiet'>&plusmn; {_figure(spread, 2)}</span>" if math.isfinite(spread) else ""
-            cells.append(_figure(float(mean[unit])) + error)
+            error = (
+                f" <span class='quiet'>&plusmn; {html.significant(spread, 2)}</span>" if math.isfinite(spread) else ""
+            )
+            cells.append(html.significant(float(mean[unit])) + error)
         rows.append([*cells, "" if weight is None else f"{weight:.3f}"])
         chosen.append(weight is not None)
     unit_title = "branch" if any("." in name for name in scores.names) else "layer"
     header = [unit_title, "rank", "score", *map(escape, domains), "weight"]
-    return _table(header, rows, chosen)
+    return html.table(header, rows, chosen)
 
 
 def _selection_section(log: Log, selection: Selection | None, problem: str) -> str:
     parts = [problem]
     if selection is not None:
         rows = [[str(layer), f"{weight:.4f}"] for layer, weight in zip(selection.layers, selection.weights)]
-        parts.append(_table(["layer", "weight"], rows))
-        parts.append(_facts(selection.facts.items()))
+        parts.append(html.table(["layer", "weight"], rows))
+        parts.append(html.facts(selection.facts.items()))
     probes = [entry for entry in log if entry.get("event") == "probe"]
     if probes:
         rows = []
@@ -272,17 +275,19 @@ def _selection_section(log: Log, selection: Selection | None, problem: str) -> s
             layers, weights = choice.get("layers"), choice.get("weights")
             rows.append(
                 [
-                    _shown(probe.get("step")),
+                    html.shown(probe.get("step")),
                     escape(", ".join(map(str, layers))) if isinstance(layers, list) else "",
-                    escape(", ".join(_shown(weight) for weight in weights)) if isinstance(weights, list) else "",
-                    _shown(probe.get("seconds")),
-                    _shown(probe.get("block_evaluations")),
+                    escape(", ".join(html.shown(weight) for weight in weights)) if isinstance(weights, list) else "",
+                    html.shown(probe.get("seconds")),
+                    html.shown(probe.get("block_evaluations")),
                 ]
             )
         older = len(probes) - len(rows)
-        parts.append(f"<h3>Probes</h3>{_table(['step', 'layers', 'weights', 'seconds', 'block evaluations'], rows)}")
+        parts.append(
+            f"<h3>Probes</h3>{html.table(['step', 'layers', 'weights', 'seconds', 'block evaluations'], rows)}"
+        )
         if older:
-            parts.append(f'<p class="note">{_count(older)} earlier probes are in log.jsonl.</p>')
+            parts.append(f'<p class="note">{html.count(older)} earlier probes are in log.jsonl.</p>')
     return "".join(parts) or MISSING
 
 
@@ -290,7 +295,11 @@ def _samples_section(run_dir: Path, log: Log) -> str:
     prompts: dict[tuple[str, str, str], dict[Any, str]] = {}
     for entry in log:
         if entry.get("event") == "sample" and isinstance(entry.get("path"), str):
-            prompt = (_text(entry.get("text")), _text(entry.get("domain")), _text(entry.get("reference")))
+            prompt = (
+                html.words(entry.get("text")),
+                html.words(entry.get("domain")),
+                html.words(entry.get("reference")),
+            )
             step = number(entry.get("step"))
             prompts.setdefault(prompt, {})[step] = entry["path"]
     if not prompts:
@@ -301,12 +310,13 @@ def _samples_section(run_dir: Path, log: Log) -> str:
         steps = sorted(by_step, key=lambda step: -1.0 if step is None else step)
         count = min(STEPS_PER_PROMPT, len(steps))
         picked = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count - 1)] + [steps[-1]]
-        clips = [_player(run_dir, reference, "reference")] if reference else []
+        clips = [html.player(run_dir, reference, "reference")] if reference else []
         clips += [
-            _player(run_dir, by_step[step], f"step {_count(step)}" if step is not None else "sample") for step in picked
+            html.player(run_dir, by_step[step], f"step {html.count(step)}" if step is not None else "sample")
+            for step in picked
         ]
         left = len(steps) - len(picked)
-        note = f'<p class="note">{_count(left)} more steps are in the run folder.</p>' if left else ""
+        note = f'<p class="note">{html.count(left)} more steps are in the run folder.</p>' if left else ""
         label = f'<span class="pill">{escape(domain)}</span>' if domain else ""
         words = escape(text) if text else '<span class="missing">no text</span>'
         cards.append(
@@ -315,7 +325,7 @@ def _samples_section(run_dir: Path, log: Log) -> str:
         )
     left = len(prompts) - len(cards)
     if left:
-        cards.append(f'<p class="note">Samples of {_count(left)} more texts are in the run folder.</p>')
+        cards.append(f'<p class="note">Samples of {html.count(left)} more texts are in the run folder.</p>')
     return "".join(cards)
 
 
@@ -326,16 +336,16 @@ def _skipped_section(whole_log: Log, skipped: Sequence[dict[str, Any]]) -> str:
         return "<p>No file was skipped.</p>"
     rows = [
         [
-            escape(_text(entry.get("path"))),
-            escape(_text(entry.get("source"))),
-            escape(_text(entry.get("reason"))),
+            escape(html.words(entry.get("path"))),
+            escape(html.words(entry.get("source"))),
+            escape(html.words(entry.get("reason"))),
         ]
         for entry in skipped[:SKIPPED_SHOWN]
     ]
     one = len(skipped) == 1
     shown = f"; the first {SKIPPED_SHOWN} are shown, all are in log.jsonl" if len(skipped) > SKIPPED_SHOWN else ""
-    lead = f"<p>{_count(len(skipped))} file{'' if one else 's'} could not be used{shown}.</p>"
-    return lead + _table(["file", "source", "reason"], rows, text_columns=3)
+    lead = f"<p>{html.count(len(skipped))} file{'' if one else 's'} could not be used{shown}.</p>"
+    return lead + html.table(["file", "source", "reason"], rows, text_columns=3)
 
 
 def _config_section(path: Path) -> str:
@@ -353,7 +363,7 @@ def _versions_section(log: Log) -> str:
     for group, suffix in (("parameters", " parameters"), ("domains", " clips")):
         facts += [(f"{key}{suffix}", value) for key, value in _group(start, group).items()]
     facts += [(key, value) for key, value in _group(start, "versions").items()]
-    return _facts(pair for pair in facts if pair[1] is not None) or MISSING
+    return html.facts(pair for pair in facts if pair[1] is not None) or MISSING
 
 
 def _status(log: Log, whole_log: Log) -> str:
@@ -362,7 +372,7 @@ def _status(log: Log, whole_log: Log) -> str:
         {},
     )
     step = _last_step(log)
-    where = f" at step {_count(step)}" if step is not None else ""
+    where = f" at step {html.count(step)}" if step is not None else ""
     if state.get("event") == "end":
         words = f"Finished{where}"
     elif state.get("event") == "interrupted":
@@ -413,7 +423,7 @@ def _skipped(log: Log) -> list[dict[str, Any]]:
     by_path: dict[str, dict[str, Any]] = {}
     for entry in log:
         if entry.get("event") == "skipped":
-            by_path.setdefault(_text(entry.get("path")), entry)
+            by_path.setdefault(html.words(entry.get("path")), entry)
     return list(by_path.values())
 
 
@@ -458,184 +468,3 @@ def _mean_cosines(log: Log) -> tuple[float, float, int, str]:
                 first, last = (sum(entry[key] for key in shared) / len(shared) for entry in (entries[0], entries[-1]))
                 return first, last, len(shared), event
     return math.nan, math.nan, 0, ""
-
-
-# --- pieces of the page -------------------------------------------------------------------------------------
-
-
-def _picture(path: Path, figure: Figure, label: str) -> str:
-    """Saves `figure` as the PNG `path` and returns it as SVG in the page's own text colour and font."""
-    import matplotlib
-
-    png, vector = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150)
-    _replace(path, png.getvalue())
-    # Text stays text; a fixed salt keeps the ids, and so the whole page, the same at every writing.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(vector, format="svg", dpi=150, transparent=True, metadata=empty)
-    svg = vector.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    # Several pictures share one page, and an id may occur once.
-    for mark in (' id="', "url(#", 'href="#'):
-        svg = svg.replace(mark, f"{mark}{path.stem}-")
-    svg = svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return f'<figure class="picture">{svg}</figure>'
-
-
-def _player(run_dir: Path, name: str, label: str) -> str:
-    path = (run_dir / name).resolve()
-    caption = f"<span>{escape(label)}</span>"
-    # A log says which files are read into the page; nothing outside the run belongs in it.
-    if not path.is_relative_to(run_dir.resolve()):
-        return f'<div class="clip">{caption}<p class="missing">{escape(name)} is not in the run folder</p></div>'
-    try:
-        sound = base64.b64encode(path.read_bytes()).decode("ascii")
-    except (OSError, ValueError):
-        return f'<div class="clip">{caption}<p class="missing">{escape(name)} cannot be read</p></div>'
-    source = f"data:audio/wav;base64,{sound}"
-    return f'<div class="clip">{caption}<audio controls preload="metadata" src="{source}"></audio></div>'
-
-
-def _tile(title: str, value: str, note: str) -> str:
-    shown = f'<p class="value">{value}</p>' if value else '<p class="value missing">not recorded</p>'
-    return f'<div class="tile"><p class="name">{title}</p>{shown}<p class="note">{note}</p></div>'
-
-
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    chosen: Sequence[bool] = (),
-    text_columns: int = 1,
-) -> str:
-    """A table of ready HTML cells; the first `text_columns` columns are words, the others numbers."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = ["" if i < text_columns else ' class="number"' for i in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells))
-
-    marks = [' class="chosen"' if mark else "" for mark in chosen] or [""] * len(rows)
-    body = "".join(f"<tr{mark}>{line(row, 'td')}</tr>" for mark, row in zip(marks, rows, strict=True))
-    head = f"<thead><tr>{line(header, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _facts(pairs: Iterable[tuple[Any, Any]]) -> str:
-    rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_shown(value))}</dd>" for key, value in pairs)
-    return f"<dl>{rows}</dl>" if rows else ""
-
-
-def _span(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return _figure(values[0]) if len(values) == 1 else f"{_figure(values[0])} &rarr; {_figure(values[-1])}"
-
-
-def _figure(value: float, digits: int = 4) -> str:
-    """`value` with so many significant digits."""
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
-def _count(value: float) -> str:
-    return f"{round(value):,}"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _shown(value: Any) -> str:
-    """A value of unknown kind as text: numbers like the others of the page, the rest as JSON or as it is."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return _figure(value)
-    if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False)
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes `content` beside `path` and moves it there in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder and its free space") from error
-
-
-CSS = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1d2129; --quiet: #667080;
-  --line: #e1e4ea; --accent: #b83f77; --wash: #fbeef4; }
-@media (prefers-color-scheme: dark) { :root { --page: #121418; --card: #1a1d23; --ink: #e4e7ec;
-  --quiet: #939cab; --line: #2c313a; --accent: #e57fae; --wash: #33222c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 36px 24px 72px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; font-weight: 650; letter-spacing: -0.01em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0 0 14px; font-weight: 650; }
-h3 { font-size: 14px; margin: 22px 0 8px; font-weight: 650; }
-p { margin: 0 0 10px; }
-section > :last-child { margin-bottom: 0; }
-.kind { color: var(--quiet); margin: 0; font-size: 13px; }
-.status { color: var(--quiet); margin: 4px 0 14px; }
-nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13.5px; margin-bottom: 22px; }
-nav a { color: var(--quiet); text-decoration: none; border-bottom: 1px solid var(--line); }
-nav a:hover { color: var(--accent); border-color: var(--accent); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px;
-  margin-bottom: 18px; }
-section.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1px; padding: 0; overflow: hidden;
-  background: var(--line); }
-@media (max-width: 760px) { section.tiles { grid-template-columns: repeat(2, 1fr); } }
-.tile { background: var(--card); padding: 15px 20px 12px; }
-.tile p { margin: 0; }
-.tile .name { color: var(--quiet); font-size: 13px; }
-.tile .value { font-size: 22px; font-weight: 600; letter-spacing: -0.01em;
-  font-variant-numeric: tabular-nums; }
-.tile .value.missing { font-size: 15px; font-weight: 400; padding: 5px 0; letter-spacing: 0; }
-.note, .quiet { color: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums; }
-.tile .note { min-height: 20px; }
-.missing { color: var(--quiet); font-style: italic; }
-.picture { margin: 0 0 14px; color: var(--ink); }
-.picture svg { display: block; width: 100%; height: auto; }
-.picture svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th { color: var(--quiet); font-weight: 500; text-align: left; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th, td { padding: 5px 22px 5px 8px; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-tr.chosen td { background: var(--wash); }
-tr.chosen td:first-child, tr.chosen td:last-child { color: var(--accent); font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 24px; margin: 12px 0 0;
-  font-size: 13.5px; }
-dt { color: var(--quiet); }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.card { border-top: 1px solid var(--line); padding: 14px 0 6px; }
-.card:first-of-type { border-top: 0; padding-top: 0; }
-.words { max-width: 75ch; overflow-wrap: anywhere; }
-.pill { font-size: 12px; border: 1px solid var(--line); border-radius: 99px; padding: 1px 9px;
-  margin-right: 10px; color: var(--quiet); }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 10px 14px; }
-.clip span { display: block; font-size: 13px; color: var(--quiet); }
-.clip audio { width: 100%; height: 36px; }
-summary { cursor: pointer; color: var(--quiet); }
-pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
-  margin: 12px 0 0; tab-size: 2; }
-@media print { section { break-inside: avoid; } nav { display: none; } }
-"""

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
-from .config import OptimizerConfig, RunConfig, TeacherConfig, dump_config
+from .config import RunConfig, TeacherConfig, dump_config
 from .environment import pick_device, versions
 from .inference import generate, score_layers
 from .log import RunLog, average
 from .objective import Backbone, Objective, domain_tables, teacher_targets
+from .optimizer import build_optimizer, one_cycle
 from .report import write_report
 from .vocoder import build_vocoder
 
@@ -431,39 +432,6 @@ def build_cached(name: str, teacher: TeacherConfig, config: RunConfig, first: Pa
     if config.alignment.pool is None and not cached.rate:
         raise UserError(f"alignment.teachers.{name}: its cached features are pooled; alignment.pool=null needs frames")
     return cached
-
-
-def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW: decay on the backbone's matrices only; the heads are a group of their own, without decay."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    tables = {id(m.weight) for m in objective.backbone.modules() if isinstance(m, nn.Embedding)}
-    for parameter in objective.backbone.parameters():
-        decayed = parameter.dim() >= 2 and id(parameter) not in tables
-        (matrices if decayed else rest).append(parameter)
-    o = config.optimizer
-    groups = [
-        {"params": matrices, "weight_decay": o.weight_decay, "name": "matrices"},
-        {"params": rest, "weight_decay": 0.0, "name": "biases, norms, embeddings"},
-        {"params": list(objective.heads().parameters()), "weight_decay": 0.0, "name": "heads"},
-    ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas)
-
-
-def one_cycle(optimizer: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Factor on `lr` by step: half a cosine from initial_lr up, then one down to final_lr at the last step.
-
-    (torch's OneCycleLR divides by zero when the warm-up is a single step.)"""
-    warmup = max(1, round(optimizer.warmup_share * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            begin, end, progress = optimizer.initial_lr, optimizer.lr, step / warmup
-        else:
-            begin, end, progress = optimizer.lr, optimizer.final_lr, (step - warmup) / max(1, steps - 1 - warmup)
-        return (end + (begin - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))) / optimizer.lr
-
-    return factor
 
 
 def _progress(start: int, total: int) -> Any:

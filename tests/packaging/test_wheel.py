@@ -19,18 +19,20 @@ from packaging.requirements import Requirement
 
 import agrepa_fast
 
-EXTRAS = {"audio", "train", "teachers", "xformers", "bench", "dev"}
+EXTRAS = {"audio", "train", "teachers", "xformers", "bench", "docs", "dev"}
 
 
 @pytest.fixture(scope="session")
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources: a build leaves files behind, and must not find those of an earlier one."""
+    """A copy of the sources: a build leaves files behind, and must not find those of an earlier one.
+
+    bench/test_view is pytest's view of the benchmarks, for a checkout; it is not installed."""
     copy = tmp_path_factory.mktemp("source")
     for entry in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / entry, copy)
     for folder in ("agrepa_fast", "kernels", "bench", "tests", "docs"):
         if (root / folder).is_dir():
-            shutil.copytree(root / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(root / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "test_view"))
     return copy
 
 

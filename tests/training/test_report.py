@@ -301,7 +301,7 @@ def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agrepa_fast.training.report.os.replace", full)
+    monkeypatch.setattr("agrepa_fast.training.page.os.replace", full)
     with pytest.raises(UserError, match="No space left"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before

@@ -17,8 +17,9 @@ from agrepa_fast.attribution.scores import read_scores
 from agrepa_fast.errors import UserError
 from agrepa_fast.training.checkpoint import checkpoints, load_checkpoint
 from agrepa_fast.training.config import OptimizerConfig
+from agrepa_fast.training.optimizer import build_optimizer, one_cycle
 from agrepa_fast.training.report import read_log
-from agrepa_fast.training.trainer import Trainer, build_optimizer, one_cycle, resume_run, start_run
+from agrepa_fast.training.trainer import Trainer, resume_run, start_run
 
 
 def state_bits(run_dir) -> dict:

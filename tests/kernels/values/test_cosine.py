@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from agrepa_fast.kernels import cosine as kernels
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.kernels import cosine as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -83,6 +83,8 @@ def test_strided_inputs(bench, device) -> None:
     case.x = wide[:, :, 8:32].transpose(0, 1)
     case.branch = torch.randn(3, 5, 48, device=device)[:, :, ::2]
     case.shift = torch.randn(1, 24, device=device).expand(2, 24)
+    case.stream_scale = torch.tensor([0.5, 9.0, -2.0, 9.0, 1.0], device=device)[::2]
+    case.sample_index = torch.tensor([1, 9, 0, 9, 1], device=device)[::2]
     bench.check(case, "gated_residual_norm")
 
 

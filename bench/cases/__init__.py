@@ -1,0 +1,31 @@
+"""The cases, in order. They take turns problem by problem, each beginning with what matters most in it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from agrepa_fast.errors import UserError
+
+from . import alignment, demo, foga, residual, sampler, scaling, train_step
+
+CASES: dict[str, ModuleType] = {
+    "residual": residual,
+    "foga": foga,
+    "alignment": alignment,
+    "train_step": train_step,
+    "sampler": sampler,
+    "scaling": scaling,
+    "demo": demo,
+}
+
+
+def find(names: list[str]) -> dict[str, ModuleType]:
+    """The named cases, or all for "all".
+
+    Raises:
+        UserError: an unknown name.
+    """
+    for name in names:
+        if name != "all" and name not in CASES:
+            raise UserError(f"{name!r}: no such case; expected all or some of {', '.join(CASES)}")
+    return CASES if "all" in names else {name: CASES[name] for name in CASES if name in names}

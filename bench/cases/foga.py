@@ -1,0 +1,221 @@
+"""FoG-A on a whole network: every engine of this library, the released loop, an SDPA loop, a compiled loop, captum.
+
+x_t [B, T, M] -> scores [L, B]. Least work: L (L + 1) / 2 block evaluations of B sequences (what shared prefixes
+leave), each reading its weights once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agrepa_fast.attribution.runner import attribute_layers
+from agrepa_fast.models.dit import PRESETS, DiTConfig
+from agrepa_fast.models.flow import SIGMA
+
+from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of, optional
+from ..published import PublishedDiT, foga_loop, published, random_dit
+
+TITLE = "FoG-A attribution"
+AFFORDABLE_FLOPS = 3e13  # a reference loop in float64 up to here, in float32 beyond
+BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
+
+TOY = DiTConfig(depth=3, width=32, heads=2, mels=8, cond=12, dropout=0.0)
+COMPACT = PRESETS["small"]  # 12 x 384
+PAPER = PRESETS["paper"]  # 24 x 1024
+
+
+def problems(scale: str, device: torch.device) -> list[Problem]:
+    if scale == "toy":
+        return [problem("toy", TOY, 2, 16, "float32")]
+    if device.type == "cpu":
+        sizes = [("compact", COMPACT, 1, 64)] if scale == "quick" else [("compact", COMPACT, 4, 256)]
+        return [problem(*size, "float32") for size in sizes]
+    found = [problem("compact", COMPACT, 4, 256, "bfloat16"), problem("paper", PAPER, 4, 938, "bfloat16")]
+    if scale == "full":  # the slow rivals once is enough
+        rivals = ("SDPA loop", "compiled loop")
+        found += [problem("paper", PAPER, batch, 938, "bfloat16", rivals) for batch in (2, 8)]
+    return found
+
+
+def problem(
+    name: str, config: DiTConfig, batch: int, frames: int, dtype: str, rivals: tuple[str, ...] | None = None
+) -> Problem:
+    """A probe of a network of `config`; `rivals` limits the providers beside ours to these names."""
+    return Problem(
+        params={
+            "scale": name,
+            "layers": config.depth,
+            "width": config.width,
+            "frames": frames,
+            "batch": batch,
+            "dtype": dtype,
+        },
+        dtype=dtype,
+        bytes=probe_bytes(config, batch, frames, dtype_of(dtype).itemsize),
+        flops=probe_flops(config, batch, frames),
+        build=functools.partial(build, config, batch, frames, dtype, rivals),
+    )
+
+
+def block_flops(config: DiTConfig, sequences: int, frames: int) -> int:
+    """Multiply-adds of one block, twice: its four matrices on every frame, and attention's two products."""
+    matrices = (4 + 2 * config.ff_ratio) * config.width**2
+    return 2 * sequences * frames * matrices + 4 * sequences * frames**2 * config.width
+
+
+def ends_flops(config: DiTConfig, sequences: int, streams: int, frames: int) -> int:
+    """Input Linear, time embedding, modulation of all blocks; output Linear for every stream."""
+    width = config.width
+    entry = 2 * sequences * frames * (config.mels + config.cond) * width
+    time = 2 * sequences * (8 * width**2 + config.depth * 6 * width**2)
+    return entry + time + 2 * streams * sequences * frames * width * config.mels
+
+
+def probe_flops(config: DiTConfig, batch: int, frames: int) -> int:
+    evaluations = config.depth * (config.depth + 1) // 2
+    return evaluations * block_flops(config, batch, frames) + ends_flops(config, batch, config.depth + 1, frames)
+
+
+def probe_bytes(config: DiTConfig, batch: int, frames: int, size: int) -> int:
+    """Weights once, and per block evaluation the streams in and out of its two branches (6 passes of B T D each)."""
+    weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
+    evaluations = config.depth * (config.depth + 1) // 2
+    return size * (weights + evaluations * 12 * batch * frames * config.width)
+
+
+def precision(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 autocast over float32 weights, as training runs; nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype_of(dtype))
+
+
+def draw_inputs(config: DiTConfig, batch: int, frames: int, device: torch.device) -> dict[str, Tensor]:
+    draw = functools.partial(torch.randn, device=device)
+    return {
+        "x_t": SIGMA * draw(batch, frames, config.mels),
+        "t": torch.rand(batch, device=device),
+        "cond": draw(batch, frames, config.cond),
+    }
+
+
+def build(
+    config: DiTConfig, batch: int, frames: int, dtype: str, rivals: tuple[str, ...] | None, device: torch.device
+) -> Setup:
+    model = random_dit(config).to(device).eval()
+    inputs = draw_inputs(config, batch, frames, device)
+
+    def engine(name: str) -> Run:
+        def run() -> Outputs:
+            with precision(dtype, device):
+                return (attribute_layers(model, inputs, engine=name).by_sample,)
+
+        return run
+
+    def loop(keep_weights: bool, wrap: Callable[[Any], Any] | None = None, **options: Any) -> Run:
+        network = published(model, keep_weights)
+        # The authors probe a network in training mode (only there does torch keep attention's weights); the
+        # dropout that comes with it is left out, so that the numbers can be compared.
+        network.train(keep_weights)
+        _without_dropout(network)
+        if wrap is not None:
+            block = wrap(type(network.blocks[0]).forward)
+            options["run_block"] = lambda module, x, embedded: block(module, x, embedded)
+        context = contextlib.nullcontext if keep_weights else functools.partial(precision, dtype, device)
+
+        def run() -> Outputs:
+            with context():
+                return (foga_loop(network, inputs, **options),)
+
+        return run
+
+    def reference() -> Outputs:
+        wide = torch.float64 if probe_flops(config, batch, frames) < AFFORDABLE_FLOPS else torch.float32
+        network = published(model, keep_weights=False).to(wide).eval()
+        return (foga_loop(network, {name: value.to(wide) for name, value in inputs.items()}),)
+
+    graphed = [Provider("compiled loop, graphed", "rival", lambda: _graphed(loop(False, compiled)))]
+    providers = [
+        Provider("ours", "ours", lambda: engine("auto")),
+        Provider("stacked engine", "engine", lambda: engine("stacked")),
+        Provider("loop engine", "engine", lambda: engine("loop")),
+        Provider("released loop", "published", lambda: loop(True, host_sync=True)),
+        Provider("SDPA loop", "rival", lambda: loop(False)),
+        Provider("compiled loop", "rival", lambda: loop(False, compiled)),
+        *(graphed if device.type == "cuda" else ()),
+        Provider("captum", "rival", lambda: _captum(published(model, keep_weights=False).eval(), inputs, dtype)),
+    ]
+    kept = tuple(p for p in providers if p.role == "ours" or rivals is None or p.name in rivals)
+    return Setup(kept, reference, {"scores": BOUND[dtype]})
+
+
+def _without_dropout(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+
+
+def _graphed(run: Run) -> Run:
+    """The whole loop as one CUDA graph; its outputs live in the graph's memory."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        outputs = run()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _captum(network: PublishedDiT, inputs: dict[str, Tensor], dtype: str) -> Run:
+    """LayerFeatureAblation, one layer after another: a block's output is replaced by its input.
+
+    captum compares a scalar per sample, so the forward function returns minus the score itself.
+    """
+    ablation = optional("captum.attr").LayerFeatureAblation
+    device = inputs["x_t"].device
+
+    def run() -> Outputs:
+        with torch.no_grad(), precision(dtype, device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before: dict[int, Tensor] = {}
+            handles = [
+                block.register_forward_pre_hook(lambda _, given, layer=layer: before.update({layer: given[0]}))
+                for layer, block in enumerate(network.blocks)
+            ]
+            base, _ = network(**inputs)
+            for handle in handles:
+                handle.remove()
+            energy = base.float().square().mean((-2, -1))
+
+            floor = 1e-4 / ((energy + 1e-8).sqrt() + 1e-8)
+
+            def minus_score(x_t: Tensor) -> Tensor:
+                velocity, _ = network(x_t, inputs["t"], inputs["cond"])
+                change = (velocity.float() - base.float()).square().mean((-2, -1))
+                return -(change + 1e-8).sqrt() / ((energy + 1e-8).sqrt() + 1e-8)
+
+            scores = []
+            for layer, block in enumerate(network.blocks):
+                whole = torch.zeros(1, *before[layer].shape[1:], dtype=torch.long, device=device)
+                effect = ablation(minus_score, block).attribute(
+                    inputs["x_t"], layer_baselines=before[layer], layer_mask=whole
+                )
+                # Every element carries the group's effect: the score, less what an unchanged velocity scores.
+                scores.append(effect.flatten(1)[:, 0] + floor)
+            return (torch.stack(scores),)
+
+    return run

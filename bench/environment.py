@@ -1,0 +1,159 @@
+"""What a result was measured on: versions, device, git revision, and the card's clocks, power and energy (NVML).
+
+Everything here reads; the card's settings are never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agrepa_fast import __version__
+
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "xformers", "captum", "nvidia-ml-py")
+
+
+def checkout() -> Path | None:
+    """The root of the checkout this package runs from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "bench").is_dir() else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and git revision; see schema.json, "environment"."""
+    return {
+        "agrepa_fast": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": Nvml(device).driver(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "git": revision(checkout()),
+    }
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What may change while a run lasts: load of the host; clocks, temperature and power of the card."""
+    nvml = Nvml(device)
+    return {
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "sm_mhz": nvml.clock("SM"),
+        "memory_mhz": nvml.clock("MEM"),
+        "celsius": nvml.celsius(),
+        "watts": nvml.watts(),
+        "throttle": nvml.throttle(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's model and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def revision(root: Path | None) -> dict[str, Any]:
+    """{"revision": commit or None, "dirty": whether tracked files differ from it, or None where unknown}."""
+    if root is None:
+        return {"revision": None, "dirty": None}
+    commit = _git(root, "rev-parse", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"revision": commit, "dirty": None if commit is None or changed is None else bool(changed)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Nvml:
+    """Readings of the card that `device` is, matched by UUID; every one is None where NVML cannot give it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle: Any = None
+        self.nvml: Any = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            # CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.nvml = pynvml
+        except Exception:  # no package, no library, no permission: readings are optional
+            self.handle = None
+
+    def _read(self, name: str, *arguments: Any) -> Any:
+        if self.handle is None:
+            return None
+        try:
+            return getattr(self.nvml, name)(self.handle, *arguments)
+        except (self.nvml.NVMLError, AttributeError):  # not on this card, or not in this version of the package
+            return None
+
+    def driver(self) -> str | None:
+        if self.handle is None:
+            return None
+        try:
+            found = self.nvml.nvmlSystemGetDriverVersion()
+        except self.nvml.NVMLError:
+            return None
+        return found.decode() if isinstance(found, bytes) else found
+
+    def clock(self, domain: str) -> int | None:
+        """MHz now; domain "SM" or "MEM"."""
+        if self.handle is None:
+            return None
+        return self._read("nvmlDeviceGetClockInfo", getattr(self.nvml, f"NVML_CLOCK_{domain}"))
+
+    def celsius(self) -> int | None:
+        return None if self.handle is None else self._read("nvmlDeviceGetTemperature", 0)
+
+    def watts(self) -> float | None:
+        milliwatts = self._read("nvmlDeviceGetPowerUsage")
+        return None if milliwatts is None else milliwatts / 1e3
+
+    def joules(self) -> float | None:
+        """Energy since the driver was loaded."""
+        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1e3
+
+    def throttle(self) -> str | None:
+        """Why the clocks are held back, as a hexadecimal mask; None where unknown."""
+        mask = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if mask is None else f"{mask:#x}"

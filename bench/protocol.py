@@ -1,0 +1,305 @@
+"""How a call is timed, so that nobody can argue with it: interleaved variants, medians, a noise floor.
+
+Times are seconds per call. Variants take turns, round after round, in a rotated and then reversed order; one of
+them appears twice (A/A), and what the two differ by is noise by definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+GRAPH_BELOW = 100e-6  # shorter CUDA work is replayed from a graph: its launches would be most of what is timed
+CALLS_PER_GRAPH = 10
+SHORTEST_SAMPLE = 2e-3  # on the CPU, calls are repeated until a sample is this long
+LEAST_FLOOR = 0.01  # no claim is made on less than 1 %
+SPREADS = 3.0  # standard errors that the noise floor covers
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a problem may be timed: rounds of all variants until `seconds`, between the two bounds."""
+
+    seconds: float
+    least_rounds: int = 5
+    most_rounds: int = 60
+
+    def rounds(self, round_seconds: float) -> int:
+        """Rounds that fit, given what one round of all variants takes."""
+        return max(self.least_rounds, min(self.most_rounds, int(self.seconds / max(round_seconds, 1e-9))))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one variant: one sample per round, in the order of the rounds."""
+
+    samples: tuple[float, ...]
+    calls: int  # calls in a sample
+    timer: str  # "perf_counter", "events" or "graph"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def percentile(self, share: float) -> float:
+        """Linear interpolation between order statistics; share in [0, 1]."""
+        ordered = sorted(self.samples)
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def order(names: Sequence[str], round_number: int) -> list[str]:
+    """The order of a round: rotated by one every second round, and every odd round runs backwards.
+
+    Over 2 n rounds each of the n variants stands in each place equally often and precedes each other one
+    as often as it follows it, so that drift and neighbours favour nobody.
+    """
+    shift = (round_number // 2) % len(names)
+    rotated = [*names[shift:], *names[:shift]]
+    return rotated[::-1] if round_number % 2 else rotated
+
+
+def noise_floor(first: Timing, second: Timing) -> float:
+    """The relative difference that says nothing, from two timings of the same work, taken in the same rounds.
+
+    The larger of: what the two medians differ by; three standard errors of the median of the rounds' log ratios
+    (the normal one, 1.2533 s / sqrt(n), with s from the median absolute deviation); 1 %.
+    """
+    ratios = [a / b for a, b in zip(first.samples, second.samples, strict=True)]
+    centre = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median(abs(ratio - centre) for ratio in ratios)
+    spread = SPREADS * 1.2533 * deviation / len(ratios) ** 0.5
+    return max(difference(first, second), spread, LEAST_FLOOR)
+
+
+def difference(first: Timing, second: Timing) -> float:
+    """How far two medians lie apart, relative to the smaller."""
+    low, high = sorted((first.median, second.median))
+    return high / low - 1
+
+
+def verdict(speedup: float, floor: float) -> str:
+    """ "win", "tie" or "loss" of ours at a speed-up: a tie is anything within the noise floor."""
+    if speedup > 1 + floor:
+        return "win"
+    return "loss" if speedup < 1 / (1 + floor) else "tie"
+
+
+def measure(
+    variants: dict[str, Call], device: torch.device, effort: Effort, capturable: frozenset[str] = frozenset()
+) -> dict[str, Timing]:
+    """Time warmed-up variants against each other.
+
+    Args:
+        variants: {name: call}; every one has run at these shapes before (the gate saw to it), and all run once
+            more, to see how long they take, before the first is timed.
+        device: where the work runs; "cuda" uses events with a cold L2, or graph replay for short work.
+        effort: how long.
+        capturable: names whose calls do not synchronise and may be captured in a CUDA graph.
+    """
+    if device.type == "cuda":
+        return measure_cuda(variants, device, effort, capturable)
+    return measure_cpu(variants, effort)
+
+
+def measure_cpu(
+    variants: dict[str, Call], effort: Effort, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """`perf_counter` samples; short calls are repeated within a sample."""
+    calls = dict.fromkeys(variants, 1)
+    lasted = 0.0
+    for name, call in variants.items():
+        if effort.most_rounds == 1:  # a call too long to be made for calibration
+            break
+        began = clock()
+        call()
+        once = clock() - began
+        calls[name] = max(1, int(SHORTEST_SAMPLE / max(once, 1e-9)))
+        lasted += once * calls[name]
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(effort.rounds(lasted)):
+        for name in order(list(variants), number):
+            call = variants[name]
+            began = clock()
+            for _ in range(calls[name]):
+                call()
+            samples[name].append((clock() - began) / calls[name])
+    return {name: Timing(tuple(samples[name]), calls[name], "perf_counter") for name in variants}
+
+
+class ColdCache:
+    """Evicts the L2 cache: writes a buffer of twice its size (at least 64 MiB)."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
+        self.buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        self.buffer.zero_()
+
+
+@contextlib.contextmanager
+def lane(device: torch.device) -> Iterator[None]:
+    """One side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a
+    graph can only be captured on a stream that is not the default one. Nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+    torch.cuda.synchronize(device)
+
+
+def measure_cuda(
+    variants: dict[str, Call], device: torch.device, effort: Effort, capturable: frozenset[str]
+) -> dict[str, Timing]:
+    """CUDA events around each call, the L2 evicted before it. Work below 100 us is replayed from a graph of ten
+    calls, each between its own event nodes and behind its own eviction: neither launches nor a warm cache
+    are timed. Call inside `lane`."""
+    cold = ColdCache(device)
+    runners: dict[str, Callable[[], list[float]]] = {}
+    lasted = 0.0
+    for name, call in variants.items():
+        runner = _events(call, cold)
+        once = runner()[0]
+        if once < 10 * GRAPH_BELOW:  # the first is the least steady, and where it is short more cost nothing
+            once = statistics.median(runner()[0] for _ in range(3))
+        if once < GRAPH_BELOW and name in capturable:
+            runner = _graph(call, cold) or runner
+        runners[name] = runner
+        began = time.perf_counter()
+        runner()
+        lasted += time.perf_counter() - began
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(effort.rounds(lasted)):
+        for name in order(list(variants), number):
+            samples[name].append(statistics.median(runners[name]()))
+    return {
+        name: Timing(
+            tuple(samples[name]),
+            CALLS_PER_GRAPH if isinstance(runners[name], _Replay) else 1,
+            "graph" if isinstance(runners[name], _Replay) else "events",
+        )
+        for name in variants
+    }
+
+
+def _events(call: Call, cold: ColdCache) -> Callable[[], list[float]]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run() -> list[float]:
+        cold()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return [start.elapsed_time(end) * 1e-3]
+
+    return run
+
+
+class _Replay:
+    """A captured graph of calls between event nodes; a run replays it and reads the events."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        self.graph = graph
+        self.events = events
+
+    def __call__(self) -> list[float]:
+        self.graph.replay()
+        torch.cuda.current_stream().synchronize()
+        return [start.elapsed_time(end) * 1e-3 for start, end in self.events]
+
+
+def _graph(call: Call, cold: ColdCache) -> _Replay | None:
+    """Capture ten calls, or None where the work cannot be captured (the events then time it)."""
+    # External events become record nodes of the graph and can be read after a replay.
+    events = [
+        (torch.cuda.Event(enable_timing=True, external=True), torch.cuda.Event(enable_timing=True, external=True))
+        for _ in range(CALLS_PER_GRAPH)
+    ]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for start, end in events:
+                cold()
+                start.record()
+                call()
+                end.record()
+        replay = _Replay(graph, events)
+        usable = all(sample > 0 for sample in replay())
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return replay if usable else None
+
+
+def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
+    """Seconds the host spends on a call before it returns (launches, and syncs if it has any); None on the CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    lasted = time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    return lasted / calls
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """Kernels, copies and fills that a call puts on the device; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(
+        event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        for event in recorded.events()
+    )
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most bytes of tensors a call holds at once, beyond what is there before it; its results count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = call()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that events of earlier cycles are dropped: there is one cycle
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            kept = call()
+    del kept
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,148 @@
+"""The network and the probe in their published, straightforward form: the rivals, and an independent reference.
+
+A second writing of arXiv 2603.01006 in plain torch.nn, with the parameter names of the released checkpoints. Shapes as
+`agrepa_fast.DiT`: x_t [B, T, M], t [B], cond [B, T, C] -> velocity [B, T, M].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agrepa_fast.models.dit import DiT, DiTConfig, released_names
+
+
+class Block(nn.Module):
+    """x [B, T, D], time embedding [B, D] -> [B, T, D]. `keep_weights`: attention through its weights, as released."""
+
+    def __init__(self, config: DiTConfig, keep_weights: bool) -> None:
+        super().__init__()
+        width, inner = config.width, config.ff_ratio * config.width
+        self.keep_weights = keep_weights
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = nn.MultiheadAttention(width, config.heads, dropout=config.dropout, batch_first=True)
+        self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, width))
+        self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        modulation = self.time_mlp(embedded).unsqueeze(1).chunk(6, dim=-1)
+        scale_attn, shift_attn, scale_ff, shift_ff, gate_attn, gate_ff = modulation
+        h = self.norm1(x) * (1 + scale_attn) + shift_attn
+        x = x + gate_attn * self._attend(h)
+        h = self.norm2(x) * (1 + scale_ff) + shift_ff
+        return x + gate_ff * self.ff(h)
+
+    def _attend(self, h: Tensor) -> Tensor:
+        if self.keep_weights:
+            mixed, _ = self.attn(h, h, h, need_weights=True)
+            return mixed
+        batch, frames, width = h.shape
+        heads = self.attn.num_heads
+        qkv = F.linear(h, self.attn.in_proj_weight, self.attn.in_proj_bias)
+        q, k, v = (part.view(batch, frames, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        dropout = self.attn.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.attn.out_proj(mixed.transpose(1, 2).reshape(batch, frames, width))
+
+
+class PublishedDiT(nn.Module):
+    """The network as one writes it down from the paper: a modulation Linear per block, eager norms and gates."""
+
+    pos_emb: Tensor
+
+    def __init__(self, config: DiTConfig, keep_weights: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.input_proj = nn.Linear(config.mels + config.cond, width)
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        self.blocks = nn.ModuleList(Block(config, keep_weights) for _ in range(config.depth))
+        self.output_layer = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, config.mels))
+        angle = torch.arange(config.max_frames, dtype=torch.float64)[:, None] * _rates(width)
+        table = torch.empty(config.max_frames, width, dtype=torch.float64)
+        table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+        self.register_buffer("pos_emb", table.float(), persistent=False)
+
+    def begin(self, x_t: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream before block 0 [B, T, D] and the time embedding [B, D]."""
+        x = self.input_proj(torch.cat([x_t, cond], dim=-1)) + self.pos_emb[: x_t.shape[1]].to(x_t.dtype)
+        width = self.config.width
+        angle = t[:, None] * _rates(width).to(t)
+        return x, self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        skip: int | None = None,
+        hidden_layers: Sequence[int] = (),
+        run_block: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Velocity, with block `skip` switched off, and the hidden states asked for.
+
+        run_block: how a block is called (a compiled one), or None for plainly."""
+        x, embedded = self.begin(x_t, t, cond)
+        hidden = {}
+        for layer, block in enumerate(self.blocks):
+            if layer != skip:
+                x = block(x, embedded) if run_block is None else run_block(block, x, embedded)
+            if layer in hidden_layers:
+                hidden[layer] = x
+        return self.output_layer(x), hidden
+
+
+def _rates(width: int) -> Tensor:
+    """The width / 2 frequencies 10000^(-2 i / width), float64."""
+    return torch.exp(torch.arange(width // 2, dtype=torch.float64) * (-2 * math.log(10000.0) / width))
+
+
+def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
+    """A DiT with random weights throughout: at adaLN-zero's initialisation it would compute nothing but zeros."""
+    model = DiT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            std = parameter.shape[1] ** -0.5 if parameter.dim() > 1 else 0.02
+            parameter.normal_(std=std, generator=generator)
+        model.output_norm.weight.add_(1.0)
+    return model
+
+
+def published(model: DiT, keep_weights: bool) -> PublishedDiT:
+    """The published form with the same weights, device and dtype."""
+    network = PublishedDiT(model.config, keep_weights)
+    released: dict[str, Tensor] = {}
+    own = model.state_dict()
+    for name, sources in released_names(model.config).items():
+        released |= zip(sources, own[name].chunk(len(sources)))
+    network.load_state_dict(released)
+    parameter = next(model.parameters())
+    return network.to(parameter.device, parameter.dtype)
+
+
+@torch.no_grad()
+def foga_loop(
+    network: PublishedDiT,
+    inputs: Mapping[str, Tensor],
+    host_sync: bool = False,
+    run_block: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """FoG-A as a loop: one forward for the baseline and one per layer, the layer's block left out -> scores [L, B].
+
+    host_sync: read every score off the device at once, as the released code does."""
+    base, _ = network(**inputs, run_block=run_block)
+    energy = (base.float() if base.dtype != torch.float64 else base).square().mean((-2, -1))
+    scores: list[Any] = []
+    for layer in range(network.config.depth):
+        velocity, _ = network(**inputs, skip=layer, run_block=run_block)
+        change = (velocity - base).to(energy.dtype).square().mean((-2, -1))
+        score = (change + 1e-8).sqrt() / ((energy + 1e-8).sqrt() + 1e-8)
+        scores.append(score.cpu() if host_sync else score)
+    return torch.stack(scores)

@@ -1,0 +1,285 @@
+"""Writes what the docs say about speed: tables between markers, figures in docs/figures, all from bench/results.
+
+A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agrepa_fast.errors import UserError
+
+from . import figures, results
+from .cases import CASES
+from .tables import UNMEASURED, amount, cells, columns, duration, gate_line, markdown, speedup
+from .targets import TARGETS, ours, shares_of_step
+
+MARK = re.compile(r"^(<!-- bench:([a-z_]+) -->\n)(.*?)^(<!-- /bench -->)$", re.DOTALL | re.MULTILINE)
+OPENED = re.compile(r"^<!-- bench:", re.MULTILINE)
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+Stored = Mapping[str, Mapping[str, Any]]  # {file name: result}
+
+
+def load(root: Path) -> dict[str, dict[str, Any]]:
+    """{stem: result} of bench/results/*.json, by name. Toy results mean nothing and are refused.
+
+    Raises:
+        UserError: a file that is no result, or a toy one.
+    """
+    found = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
+    for name, result in found.items():
+        if result["scale"] == "toy":
+            raise UserError(f"bench/results/{name}.json: toy sizes say nothing about speed; run --quick or full sizes")
+    return found
+
+
+def write_report(root: Path, check: bool = False) -> list[Path]:
+    """Bring tables and figures up to date; returns the files that were not. `check` changes nothing.
+
+    Raises:
+        UserError: a marker that names no table, or a marker without an end.
+    """
+    stored = load(root)
+    blocks = tables(stored)
+    changed = []
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text, blocks, path.name)
+        if filled != text:
+            changed.append(path)
+            if not check:
+                path.write_text(filled, encoding="utf-8")
+    for stem, result in stored.items():
+        for name in figures.DRAWINGS:
+            for kind in ("png", "svg"):
+                path = root / "docs" / "figures" / f"bench-{name}-{stem}.{kind}"
+                if figures.stored_digest(path) != figures.digest(name, result):
+                    changed.append(path)
+                    if not check:
+                        figures.draw(name, result, path)
+    kept = {f"bench-{name}-{stem}" for stem in stored for name in figures.DRAWINGS}
+    for path in sorted((root / "docs" / "figures").glob("bench-*")):
+        if path.stem not in kept:
+            changed.append(path)
+            if not check:
+                path.unlink()
+    return changed
+
+
+def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
+    """`text` with every marked block replaced; UserError names the file of a marker that does not fit."""
+    if len(OPENED.findall(text)) != len(MARK.findall(text)):
+        raise UserError(f"{name}: a <!-- bench:NAME --> without its <!-- /bench -->")
+
+    def replace(found: re.Match[str]) -> str:
+        if found[2] not in blocks:
+            raise UserError(f"{name}: no table {found[2]!r}; expected one of {', '.join(blocks)}")
+        return f"{found[1]}{blocks[found[2]]}\n{found[4]}"
+
+    return MARK.sub(replace, text)
+
+
+def tables(stored: Stored) -> dict[str, str]:
+    """Every table the docs may ask for, by name."""
+    blocks = {
+        "machines": machines(stored),
+        "roofline": rooflines(stored),
+        "headline": headline(stored),
+        "targets": targets(stored),
+        "summary": summary(stored),
+        "exponents": exponents(stored),
+        "figures": pictures(stored),
+    }
+    for case in CASES:
+        blocks[f"case_{case}"] = case_tables(case, stored)
+    return blocks
+
+
+def machines(stored: Stored) -> str:
+    """What every result was measured on."""
+    rows = []
+    for name, result in stored.items():
+        e = result["environment"]
+        commit = (e["git"]["revision"] or "unknown")[:10] + (" + changes" if e["git"]["dirty"] else "")
+        load_ = [result["conditions"][when] for when in ("before", "after")]
+        clocks = " to ".join(str(c["sm_mhz"]) for c in load_ if c and c["sm_mhz"]) or "-"
+        loads = " to ".join(f"{c['load']:.1f}" for c in load_ if c and c["load"] is not None) or "-"
+        floor = "-" if result["noise_floor"] is None else f"{result['noise_floor']:.1%}"
+        packages = e["packages"]
+        rows.append(
+            [
+                f"{name}, {result['scale']}" + ("" if result["complete"] else " (cut short)"),
+                e["device"],
+                f"{packages['torch']} / {packages['triton'] or 'none'} / {e['python']}",
+                e["driver"] or "-",
+                clocks,
+                loads,
+                floor,
+                commit,
+                result["started"][:10],
+            ]
+        )
+    header = ["result", "device", "torch / triton / Python", "driver", "SM MHz", "host load", "noise", "commit", "date"]
+    return "\n\n".join([markdown(header, rows), *_missing(stored)])
+
+
+def rooflines(stored: Stored) -> str:
+    """Copy bandwidth and matmul rate, as measured at the start of each run."""
+    rows = []
+    for name, result in stored.items():
+        limit = result["roofline"]
+        for dtype, rate in limit["matmul_flops_per_s"].items():
+            ridge = f"{limit['ridge_flops_per_byte'][dtype]:.1f}"
+            rows.append([name, f"{limit['copy_bytes_per_s'] / 1e9:.1f}", dtype, f"{rate / 1e12:.3g}", ridge])
+    header = ["result", "copy GB/s", "matmul dtype", "TFLOP/s", "ridge FLOP/byte"]
+    return "\n\n".join([markdown(header, rows), *_missing(stored)])
+
+
+def _missing(stored: Stored) -> list[str]:
+    present = {result["environment"]["device_type"] for result in stored.values()}
+    return [f"{KINDS[kind]}: {UNMEASURED}." for kind in KINDS if kind not in present]
+
+
+HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
+    ("FoG-A scores of all layers", "foga", {}, ("released loop", "SDPA loop", "compiled loop")),
+    (
+        "Alignment loss, forward and backward",
+        "alignment",
+        {"part": "op", "mode": "both"},
+        ("per-sample loop", "vectorised, compiled"),
+    ),
+    (
+        "Training step with alignment",
+        "train_step",
+        {"align": "on"},
+        ("released form", "SDPA form", "SDPA form, compiled"),
+    ),
+    (
+        "Residual + norm, forward and backward",
+        "residual",
+        {"op": "gated_residual_norm", "mode": "both"},
+        ("eager", "compiled"),
+    ),
+)
+
+
+def headline(stored: Stored) -> str:
+    """The short table of the README: wins, ties and losses alike, the first fitting problem of each result."""
+    rows = []
+    for kind, title in KINDS.items():
+        of_kind = [r for r in stored.values() if r["environment"]["device_type"] == kind]
+        for work, case, match, providers in HEADLINE:
+            if not of_kind:
+                rows.append([work, title, UNMEASURED, ""])
+            for result in of_kind:
+                problem = next(
+                    (
+                        p
+                        for p in result["problems"]
+                        if p["case"] == case and all(p["params"].get(k) == v for k, v in match.items())
+                    ),
+                    None,
+                )
+                if problem is None:
+                    rows.append([work, result["environment"]["device"], UNMEASURED, ""])
+                    continue
+                said = [
+                    f"{speedup(row)} against {row['provider']}"
+                    for name in providers
+                    for row in problem["rows"]
+                    if row["provider"] == name and row["speedup"] is not None
+                ]
+                verdicts = "; ".join(said) if problem["gate"]["passed"] else gate_line(problem)
+                rows.append([work, result["environment"]["device"], duration(ours(problem)["median_us"]), verdicts])
+    return markdown(["work", "device", "ours", "ours is"], rows)
+
+
+def targets(stored: Stored) -> str:
+    """Every target with what was measured."""
+    measured = list(stored.values())
+    rows = []
+    for target in TARGETS:
+        value, word = target.verdict(measured)
+        rows.append([target.work, KINDS[target.device], target.claim, value, word])
+    for work, claim, value, word in shares_of_step(measured, "cuda"):
+        rows.append([work, KINDS["cuda"], claim, value, word])
+    return markdown(["work", "device", "target", "measured (worst fitting problem)", ""], rows)
+
+
+def summary(stored: Stored) -> str:
+    """Wins, ties and losses of ours against each provider, and the geometric mean of the speed-ups."""
+    rows = []
+    for name, result in stored.items():
+        tally: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for problem in result["problems"]:
+            for row in problem["rows"]:
+                if row["speedup"] is not None:
+                    tally.setdefault((problem["case"], row["provider"]), []).append((row["speedup"], row["verdict"]))
+        for (case, provider), found in tally.items():
+            mean = math.exp(sum(math.log(value) for value, _ in found) / len(found))
+            counts = [str(sum(word == wanted for _, word in found)) for wanted in ("win", "tie", "loss")]
+            rows.append([f"{name}: {case}", provider, *counts, f"{mean:.2f}x"])
+    header = ["result and case", "against", "wins", "ties", "losses", "geometric mean"]
+    return "\n\n".join([markdown(header, rows), *_missing(stored)])
+
+
+def exponents(stored: Stored) -> str:
+    """p of time and memory as size^p, along each axis of the scaling case."""
+    rows = []
+    for name, result in stored.items():
+        time, memory = (figures.curves(result, column) for column in ("median_us", "peak_bytes"))
+        for axis, providers in time.items():
+            for provider, (sizes, values) in providers.items():
+                if len(set(sizes)) < 2:
+                    continue
+                held = memory.get(axis, {}).get(provider)
+                fitted = f"{figures.exponent(*held):.2f}" if held and len(set(held[0])) > 1 else "-"
+                span = f"{sizes[0]:g} to {sizes[-1]:g}"
+                ends = f"{duration(values[0])} to {duration(values[-1])}"
+                most = amount(held[1][-1]) if held else "-"
+                rows.append(
+                    [f"{name}: {axis}", span, provider, ends, f"{figures.exponent(sizes, values):.2f}", most, fitted]
+                )
+    header = ["result and axis", "sizes", "provider", "time", "p of time", "most memory", "p of memory"]
+    return "\n\n".join([markdown(header, rows), *_missing(stored)])
+
+
+def pictures(stored: Stored) -> str:
+    """The figures, for a page in docs/."""
+    titles = {"speedups": "Ours against each provider", "roofline": "Roofline", "scaling": "Scaling of FoG-A"}
+    return "\n\n".join(
+        f"![{titles[name]}, {stem}](figures/bench-{name}-{stem}.png)" for stem in stored for name in figures.DRAWINGS
+    )
+
+
+def case_tables(case: str, stored: Stored) -> str:
+    """All problems of a case, result by result, rival by rival."""
+    parts: list[str] = []
+    for name, result in stored.items():
+        problems: Sequence[Mapping[str, Any]] = [p for p in result["problems"] if p["case"] == case]
+        skipped = [item for item in result["skipped"] if item["case"] == case]
+        if problems or skipped:
+            parts.append(f"### {name}: {result['environment']['device']}")
+        for problem in problems:
+            shown = columns(problem)
+            params = ", ".join(f"{key} {value}" for key, value in problem["params"].items())
+            parts.append(f"**{params}** ({gate_line(problem)})")
+            parts.append(markdown(shown, [cells(row, shown) for row in problem["rows"]]))
+        parts += [f"Skipped: {item['key']}: {item['reason']}." for item in skipped]
+    return "\n\n".join([*parts, *_missing_case(case, stored)])
+
+
+def _missing_case(case: str, stored: Stored) -> list[str]:
+    present = {
+        result["environment"]["device_type"]
+        for result in stored.values()
+        if any(problem["case"] == case for problem in result["problems"])
+    }
+    return [f"{KINDS[kind]}: {UNMEASURED}." for kind in KINDS if kind not in present]

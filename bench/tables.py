@@ -1,0 +1,151 @@
+"""Text and Markdown tables of results: what a run prints, what the docs show, what `compare` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+UNMEASURED = "not yet measured"
+
+
+def duration(microseconds: float | None) -> str:
+    """A time with three significant digits and its unit."""
+    if microseconds is None:
+        return ""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{_three(microseconds / size)} {unit}"
+    return f"{_three(microseconds)} µs"
+
+
+def amount(size: float | None) -> str:
+    """Bytes in MiB or GiB."""
+    if size is None:
+        return ""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def speedup(row: Mapping[str, Any]) -> str:
+    """Of ours over this row, with the word for what it is worth; empty where none may be claimed."""
+    return "" if row["speedup"] is None else f"{row['speedup']:.2f}x {row['verdict']}"
+
+
+COLUMNS = ("provider", "median", "p20 to p80", "GB/s", "TFLOP/s", "of limit", "peak memory", "ours is")
+DEVICE_COLUMNS = ("launches", "host", "energy", "power", "timer")
+
+
+def columns(problem: Mapping[str, Any]) -> tuple[str, ...]:
+    """The table's columns: those of the card only where there was one."""
+    return COLUMNS + DEVICE_COLUMNS if any(row["launches"] is not None for row in problem["rows"]) else COLUMNS
+
+
+def cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """A row as text, in the order of `columns`."""
+    if row["median_us"] is None:
+        reason = row["reason"] or "not timed: the gate refused ours"
+        return [row["provider"], f"{row['status']}: {reason}", *("" for _ in names[2:])]
+    texts = {
+        "provider": row["provider"],
+        "median": duration(row["median_us"]),
+        "p20 to p80": f"{duration(row['p20_us'])} to {duration(row['p80_us'])}",
+        "GB/s": "" if row["gb_per_s"] is None else _three(row["gb_per_s"]),
+        "TFLOP/s": "" if row["tflop_per_s"] is None else f"{row['tflop_per_s']:.3g}",
+        "of limit": "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%} ({row['bound_by']})",
+        "peak memory": amount(row["peak_bytes"]),
+        "ours is": speedup(row),
+        "launches": "" if row["launches"] is None else str(row["launches"]),
+        "host": duration(row["host_us"]),
+        "energy": "" if row["joules"] is None else f"{row['joules'] * 1e3:.3g} mJ",
+        "power": "" if row["watts"] is None else f"{row['watts']:.0f} W",
+        "timer": row["timer"] or "",
+    }
+    return [texts[name] for name in names]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
+
+
+def gate_line(problem: Mapping[str, Any]) -> str:
+    """What the gate and the A/A row say of a problem."""
+    if not problem["gate"]["passed"]:
+        return f"REFUSED, no speed-up is claimed: {problem['gate']['reason']}"
+    return f"outputs checked; noise floor {problem['noise_floor']:.1%}"
+
+
+def problem_table(problem: Mapping[str, Any]) -> str:
+    """A problem as aligned text, for the terminal."""
+    names = columns(problem)
+    rows = [list(names), *(cells(row, names) for row in problem["rows"])]
+    timed = [row for row, source in zip(rows[1:], problem["rows"]) if source["median_us"] is not None]
+    widths = [max(len(row[i]) for row in [rows[0], *timed]) for i in range(len(names))]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = [f"{problem['case']} {problem['key']}  ({gate_line(problem)})"]
+    for row in rows:
+        if len(row) > 1 and row not in timed and row is not rows[0]:
+            lines.append(f"  {row[0]:<{widths[0]}}  {row[1]}")
+        else:
+            lines.append(
+                "  " + f"{row[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:]))
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any], floor: float) -> str:
+    """ "faster", "slower" or "same" of two rows' medians, by the larger noise floor."""
+    ratio = before["median_us"] / after["median_us"]
+    return "faster" if ratio > 1 + floor else "slower" if ratio < 1 / (1 + floor) else "same"
+
+
+def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Two results, row by row: medians, their ratio, and whether it is more than noise. Differing conditions first."""
+    lines = []
+    for name in ("device", "threads", "driver", "python", "packages", "git"):
+        old, new = before["environment"][name], after["environment"][name]
+        if old != new:
+            lines.append(f"{name} differs: {_differing(old, new)}")
+    found = {(p["case"], p["key"]): p for p in after["problems"]}
+    header = ["case and problem", "provider", "before", "after", "speed-up", "floor", ""]
+    rows = []
+    tally = {"faster": 0, "slower": 0, "same": 0}
+    missing = []
+    for problem in before["problems"]:
+        other = found.pop((problem["case"], problem["key"]), None)
+        if other is None:
+            missing.append(f"only before: {problem['case']} {problem['key']}")
+            continue
+        floor = max(problem["noise_floor"] or 0.0, other["noise_floor"] or 0.0)
+        others = {row["provider"]: row for row in other["rows"]}
+        for row in problem["rows"]:
+            new_row = others.get(row["provider"])
+            if new_row is None or row["median_us"] is None or new_row["median_us"] is None or row["role"] == "again":
+                continue
+            word = change(row, new_row, floor)
+            tally[word] += 1
+            rows.append(
+                [
+                    f"{problem['case']} {problem['key']}",
+                    row["provider"],
+                    duration(row["median_us"]),
+                    duration(new_row["median_us"]),
+                    f"{row['median_us'] / new_row['median_us']:.2f}x",
+                    f"{floor:.1%}",
+                    word,
+                ]
+            )
+    missing += [f"only after: {case} {key}" for case, key in found]
+    summary = ", ".join(f"{count} {word}" for word, count in tally.items())
+    return "\n".join([*lines, *([markdown(header, rows)] if rows else []), *missing, summary])
+
+
+def _differing(old: Any, new: Any) -> str:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+    return f"{old} -> {new}"
