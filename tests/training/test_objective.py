@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from agrepa_fast import LayerSelection
 from agrepa_fast.data.audio import read_audio
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.flow import SIGMA, path
@@ -177,3 +178,13 @@ def test_a_trainer_takes_cached_features_and_refuses_others(setup, clips, tiny_c
         Trainer(tiny_config(*changes, "alignment.pool=null"), tmp_path / "run")
     with pytest.raises(UserError, match="made with layer '', this run has '3'"):
         Trainer(tiny_config(*changes, "alignment.teachers.spectral.options={layer: 3}"), tmp_path / "run")
+
+
+def test_a_policy_decides_the_layers_after_the_probe(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny_config("alignment.policy=deepest"), tmp_path / "run")
+    trainer._probe()
+    assert trainer.selection == LayerSelection((1, 2), (0.5, 0.5), "deepest")
+    assert trainer.objective.alignment.weights.tolist() == [0, 0.5, 0.5]
+    with pytest.raises(UserError, match=r"alignment.policy: expected even, .* got 'stored'"):
+        Trainer(tiny_config("alignment.policy=stored"), tmp_path / "run")
