@@ -12,9 +12,9 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "pyproject
 
 from . import ops  # noqa: E402
 from .alignment.loss import AlignmentLoss, InterfaceLoss  # noqa: E402
-from .alignment.policy import LayerSelection, select_layers  # noqa: E402
+from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
-from .alignment.schedule import AlignmentSchedule  # noqa: E402
+from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
 from .attribution.plan import AblationPlan  # noqa: E402
 from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scores import LayerScores  # noqa: E402
@@ -30,9 +30,13 @@ __all__ = [
     "InterfaceLoss",
     "LayerScores",
     "LayerSelection",
+    "SimilarityStop",
     "TokenConditioner",
     "align_time",
     "attribute_layers",
+    "choose_layers",
+    "layer_sensitivity",
     "ops",
     "select_layers",
+    "timestep_weight",
 ]

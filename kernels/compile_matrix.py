@@ -48,6 +48,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 

@@ -9,6 +9,7 @@ by name, never by position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import UserError
-from .heads import MLPHead
+from .heads import HEADS, grouped
 from .policy import LayerSelection
 
 Domains = Mapping[str, Tensor] | Sequence[str] | None
@@ -100,6 +101,7 @@ class AlignmentLoss(nn.Module):
         teachers: {name: width of its features}.
         selection: the layers that get heads, and their weights.
         pool: "mean" over the valid frames (AG-REPA; targets [B, W]), or None, frame by frame (REPA; [B, T, W]).
+        head: "mlp" (AG-REPA's), "repa", "linear", "low-rank", or, frame by frame, "conv"; see `heads`.
     """
 
     weights: Tensor
@@ -110,9 +112,14 @@ class AlignmentLoss(nn.Module):
         teachers: Mapping[str, int],
         selection: LayerSelection,
         pool: str | None = "mean",
+        head: str = "mlp",
     ) -> None:
         super().__init__()
         _check_pool(pool)
+        if head not in HEADS:
+            raise UserError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+        if head == "conv" and pool is not None:
+            raise UserError('head: "conv" runs over time, which pool="mean" leaves none of: use pool=None')
         _check_teachers(teachers)
         self.width = width
         self.teachers = dict(teachers)
@@ -121,7 +128,7 @@ class AlignmentLoss(nn.Module):
         self.pool = pool
         self.heads = nn.ModuleDict(
             {
-                name: nn.ModuleDict({str(layer): MLPHead(width, size) for layer in self.layers})
+                name: nn.ModuleDict({str(layer): HEADS[head](width, size) for layer in self.layers})
                 for name, size in self.teachers.items()
             }
         )
@@ -174,27 +181,67 @@ class AlignmentLoss(nn.Module):
         if mask is not None and (mask.shape != any_hidden.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         kept = _domain_weights(list(self.teachers), domains, any_hidden)
+        rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        distances = (self._pooled if self.pool is not None else self._framewise)(hidden, targets, mask, rows)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         for layer in self.active:
-            x = hidden[layer]
-            if self.pool is not None:
-                x = ops.masked_mean(x, mask)
-            elif mask is not None:
-                # Before the norm: the gradient of a padded frame that holds nan is nan, even where the loss is 0.
-                x = torch.where(mask.unsqueeze(-1), x, 0)
-            # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
-            x = F.layer_norm(x.to(self.weights.dtype), (self.width,))
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
-                head = self.heads.get_submodule(f"{name}.{layer}")
-                assert isinstance(head, MLPHead)
-                target = targets[name].detach()
-                rows = _row_mask(kept[name], mask, target)
-                distance = _mean(head.loss(x, target, rows), rows)
-                metrics[f"cosine/{name}/{layer}"] = _cosine(distance, rows)
+                distance = distances[name, layer]
+                metrics[f"cosine/{name}/{layer}"] = _cosine(distance, rows[name])
                 loss = loss + weight * distance
         return loss, metrics
+
+    def _norm(self, x: Tensor) -> Tensor:
+        # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
+        return F.layer_norm(x.to(self.weights.dtype), (self.width,))
+
+    def _framewise(
+        self,
+        hidden: Mapping[int, Tensor],
+        targets: Mapping[str, Tensor],
+        mask: Tensor | None,
+        rows: Mapping[str, Tensor | None],
+    ) -> dict[tuple[str, int], Tensor]:
+        """Mean distance of each teacher and layer, one head after the other: {(teacher, layer): []}."""
+        distances = {}
+        for layer in self.active:
+            x = hidden[layer]
+            if mask is not None:
+                # Before the norm: the gradient of a padded frame that holds nan is nan, even where the loss is 0.
+                x = torch.where(mask.unsqueeze(-1), x, 0)
+            x = self._norm(x)
+            for name in self.teachers:
+                head: Any = self.heads.get_submodule(f"{name}.{layer}")
+                distances[name, layer] = head.loss(x, targets[name].detach(), rows[name])
+        return distances
+
+    def _pooled(
+        self,
+        hidden: Mapping[int, Tensor],
+        targets: Mapping[str, Tensor],
+        mask: Tensor | None,
+        rows: Mapping[str, Tensor | None],
+    ) -> dict[tuple[str, int], Tensor]:
+        """The same of pooled states: all heads in a batched GEMM per Linear, at shapes that the batch cannot change."""
+        x = self._norm(torch.stack([ops.masked_mean(hidden[layer], mask) for layer in self.active]))
+        keys = [(name, layer) for name in self.teachers for layer in self.active]
+        heads: list[Any] = [self.heads.get_submodule(f"{name}.{layer}") for name, layer in keys]
+        distances: dict[tuple[str, int], Tensor] = {}
+        for members, y in grouped(heads, x.repeat(len(self.teachers), 1, 1)):
+            names = [keys[i][0] for i in members]
+            target = torch.stack([targets[name].detach() for name in names])
+            # Which rows count may be said for one teacher and not for another.
+            counted = [rows[name] for name in names]
+            row = None
+            if any(r is not None for r in counted):
+                every = y.new_ones(y.shape[1], dtype=torch.bool)
+                row = torch.stack([every if r is None else r for r in counted])
+            loss = ops.cosine_loss(y, target, mask=row, reduction="none").sum(1)
+            means = loss / (y.shape[1] if row is None else row.sum(1).clamp_min(1))
+            distances |= {keys[i]: mean for i, mean in zip(members, means.unbind())}
+        return distances
 
 
 class InterfaceLoss(nn.Module):

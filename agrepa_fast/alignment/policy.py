@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
 
 from ..errors import UserError
 
@@ -49,6 +53,16 @@ class LayerSelection:
     @classmethod
     def from_state(cls, state: dict) -> LayerSelection:
         return cls(tuple(state["layers"]), tuple(state["weights"]), state.get("method", "fixed"))
+
+    def synchronised(self, device: torch.device | None = None) -> LayerSelection:
+        """Rank 0's selection on every rank of the default process group; itself where there is none.
+
+        Every rank must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        box = [self.state()]
+        distributed.broadcast_object_list(box, src=0, device=device)
+        return LayerSelection.from_state(box[0])
 
     @classmethod
     def from_json(cls, path: str | Path) -> LayerSelection:
@@ -93,3 +107,89 @@ def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
     chosen = sorted(sorted(by_layer, key=lambda layer: (-by_layer[layer], layer))[:k])
     total = sum(by_layer[layer] for layer in chosen)
     return LayerSelection(tuple(chosen), tuple(by_layer[layer] / total for layer in chosen), "foga")
+
+
+# What a policy needs beside the depth and k.
+POLICIES = {
+    "fixed": "layers",
+    "even": "",
+    "random": "",
+    "deepest": "",
+    "shallowest": "",
+    "stored": "values",
+    "gradient-norm": "values",
+    "first-order": "values",
+    "foga": "scores",
+    "foga-soft": "scores",
+}
+
+
+def choose_layers(
+    policy: str,
+    depth: int,
+    k: int = 3,
+    *,
+    layers: Sequence[int] = (),
+    values: Sequence[float] | Tensor = (),
+    scores: LayerScores | None = None,
+    seed: int = 0,
+) -> LayerSelection:
+    """AG-REPA's choice and the controls it is compared with, each in one line.
+
+    Args:
+        policy: "fixed" (`layers`); "even" (k layers in the middles of k equal parts of the depth); "random" (`seed`);
+            "deepest"; "shallowest"; the k highest of `values`: "stored" (LASP), "gradient-norm" and "first-order"
+            (`layer_sensitivity`); from `scores`: "foga" (`select_layers`) and "foga-soft" (every scored layer,
+            weighted by its score). All but FoG-A's weigh their layers equally.
+        depth: number of layers. k: how many to choose.
+        values: [depth] what a layer stores, or how the loss reacts to it.
+
+    Raises:
+        UserError: an unknown policy, a k or layer outside the depth, or what the policy needs is not given.
+    """
+    if policy not in POLICIES:
+        raise UserError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    given = {"layers": len(layers) > 0, "values": len(values) > 0, "scores": scores is not None, "": True}
+    if not given[POLICIES[policy]]:
+        raise UserError(f"policy {policy!r} needs {POLICIES[policy]}")
+    if not 1 <= k <= depth:
+        raise UserError(f"k: expected 1 to {depth} layers, got {k}")
+    if scores is not None and policy == "foga":
+        return select_layers(scores, k)
+    if scores is not None and policy == "foga-soft":
+        soft = select_layers(scores, len(set(scores.layers)))
+        return soft if soft.method == "uniform" else LayerSelection(soft.layers, soft.weights, policy)
+    if policy == "fixed":
+        outside = [layer for layer in layers if not 0 <= layer < depth]
+        if outside or len(set(layers)) != len(layers):
+            raise UserError(f"layers: expected distinct layers from 0 to {depth - 1}, got {list(layers)}")
+        chosen = list(layers)
+    elif policy == "even":
+        chosen = [(2 * i + 1) * depth // (2 * k) for i in range(k)]
+    elif policy == "random":
+        chosen = random.Random(seed).sample(range(depth), k)
+    elif policy in ("deepest", "shallowest"):
+        chosen = list(range(depth))[-k:] if policy == "deepest" else list(range(k))
+    else:
+        numbers = [float(value) for value in values]
+        if len(numbers) != depth or not all(value == value for value in numbers):
+            raise UserError(f"values: expected {depth} numbers, one a layer, got {numbers}")
+        chosen = sorted(range(depth), key=lambda layer: (-numbers[layer], layer))[:k]
+    return LayerSelection.uniform(chosen, policy)
+
+
+def layer_sensitivity(loss: Tensor, hidden: Sequence[Tensor], block_input: Tensor) -> tuple[Tensor, Tensor]:
+    """How a loss reacts to each block, from one backward pass: ([L] gradient norms, [L] first-order scores).
+
+    gradient norm: |dL/dh_l|. First order: |<dL/dh_l, h_l - h_{l-1}>|, the change of the loss that a linear expansion
+    predicts when block l is switched off (m_l = 0 in FoG-A's gate view). FoG-A measures that change instead.
+
+    Args:
+        loss: a scalar on the graph of `hidden`.
+        hidden: the outputs of all blocks in order, [B, T, D] each. block_input: what enters block 0 [B, T, D].
+    """
+    grads = torch.autograd.grad(loss, list(hidden), retain_graph=True)
+    wide = [grad.detach().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    steps = [h.detach() - before.detach() for h, before in zip(hidden, [block_input, *hidden])]
+    norms = torch.stack([grad.norm() for grad in wide])
+    return norms, torch.stack([(grad * step.to(grad.dtype)).sum().abs() for grad, step in zip(wide, steps)])

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class AlignmentSchedule:
     """Factor on the alignment loss by step.
 
-    0 before `start`; then a linear ramp over `ramp` steps, 1 until `decay_start`, a cosine decay to 0 at `stop`.
+    0 before `start`; then a linear ramp over `ramp` steps, 1 until `decay_start`, a decay to 0 at `stop`, along a
+    cosine or a line. decay_start == stop is a hard stop.
     """
 
     start: int
     ramp: int
     decay_start: int
     stop: int
+    decay: str = "cosine"  # or "linear"
 
     def __post_init__(self) -> None:
         if self.ramp < 0 or not 0 <= self.start <= self.decay_start <= self.stop:
             raise ValueError(f"schedule: expected 0 <= start <= decay_start <= stop and ramp >= 0, got {self}")
+        if self.decay not in ("cosine", "linear"):
+            raise UserError(f'decay: expected "cosine" or "linear", got {self.decay!r}')
+
+    @classmethod
+    def constant(cls, start: int = 0, ramp: int = 0) -> AlignmentSchedule:
+        """After the ramp 1 for ever."""
+        return cls(start, ramp, sys.maxsize, sys.maxsize)
 
     def __call__(self, step: int) -> float:
         """The factor in [0, 1] at a 0-based step."""
@@ -30,4 +45,47 @@ class AlignmentSchedule:
         if step < self.decay_start:
             return ramped
         progress = (step - self.decay_start) / (self.stop - self.decay_start)
-        return ramped * 0.5 * (1 + math.cos(math.pi * progress))
+        return ramped * (1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class SimilarityStop(nn.Module):
+    """1 until the running mean of the cosine has reached a threshold, 0 from then on; all of it on the device.
+
+    Args:
+        threshold: the mean cosine at which alignment has done its work.
+        momentum: of the running mean, which starts at the first cosine.
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+    def __init__(self, threshold: float, momentum: float = 0.99) -> None:
+        super().__init__()
+        if not (-1 <= threshold <= 1 and 0 <= momentum < 1):
+            raise UserError(f"expected threshold in [-1, 1] and momentum in [0, 1), got {threshold} and {momentum}")
+        self.threshold, self.momentum = threshold, momentum
+        self.register_buffer("mean", torch.tensor(torch.nan))
+        self.register_buffer("factor", torch.tensor(1.0))
+
+    @torch.no_grad()
+    def forward(self, cosine: Tensor) -> Tensor:
+        """Take a step's mean cosine (a scalar; nan is passed over) and return the factor for the next, a scalar."""
+        cosine = cosine.to(self.mean.dtype)
+        moved = torch.where(self.mean.isnan(), cosine, self.mean.lerp(cosine, 1 - self.momentum))
+        self.mean.copy_(torch.where(cosine.isnan(), self.mean, moved))
+        self.factor.mul_(~(self.mean >= self.threshold))
+        return self.factor.clone()
+
+
+TIMESTEP_WEIGHTS = ("uniform", "data", "noise", "middle")
+
+
+def timestep_weight(t: Tensor, kind: str = "uniform") -> Tensor:
+    """A weight for each sample by its time, mean 1 over t ~ U(0, 1): [B] -> [B].
+
+    t 0 is noise and 1 is data. "data": 2 t; "noise": 2 (1 - t); "middle": 6 t (1 - t)."""
+    if kind not in TIMESTEP_WEIGHTS:
+        raise UserError(f"timestep weighting: expected one of {', '.join(TIMESTEP_WEIGHTS)}, got {kind!r}")
+    if kind == "uniform":
+        return torch.ones_like(t)
+    return {"data": 2 * t, "noise": 2 * (1 - t), "middle": 6 * t * (1 - t)}[kind]

@@ -45,6 +45,7 @@ class Batch:
     audio_lengths: Tensor  # [B] int64, samples
     clips: list[Clip]
     indices: Tensor  # [B] int64, index of the clip in the dataset
+    starts: Tensor  # [B] int64, the clip's mel frame where the crop begins
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -72,6 +73,7 @@ class Sample(TypedDict):
     audio: Tensor  # [n] float32
     clip: Clip
     index: int
+    start: int  # of the crop, in mel frames of the clip
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class ClipDataset:
         tokens, vocabulary = self._tokens(clip)
         total = self.mel_config.frames(waveform.shape[0])
         frames = min(total, self.max_frames)
+        start = 0
         if total > frames:
             start = int(torch.randint(total - frames + 1, (), generator=generator))
             first = start * self.mel_config.hop_length
@@ -201,6 +204,7 @@ class ClipDataset:
             "audio": waveform,
             "clip": clip,
             "index": index,
+            "start": start,
         }
 
     def _check_vocabulary(self, clip: Clip) -> None:
@@ -397,6 +401,7 @@ def collate(samples: Sequence[Sample], frames: int, domains: tuple[str, ...], me
         audio_lengths=torch.tensor([sample["audio"].shape[0] for sample in samples]),
         clips=[sample["clip"] for sample in samples],
         indices=torch.tensor([sample["index"] for sample in samples]),
+        starts=torch.tensor([sample["start"] for sample in samples]),
     )
 
 

@@ -80,6 +80,7 @@ class TeacherConfig:
     source: str = "spectral"  # a registered name, a transformers model by folder or name
     domains: tuple[str, ...] = ()  # empty: all
     options: dict[str, str | int] = field(default_factory=dict)  # e.g. {layer: 12}
+    cached: bool = False  # read features from files beside the audio; the teacher itself is not loaded
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,14 @@ class AlignmentConfig:
     teachers: dict[str, TeacherConfig] = field(default_factory=lambda: {"spectral": TeacherConfig()})
     weight: float = 0.5
     pool: str | None = "mean"  # "mean": one vector a clip; null: frame by frame
+    head: str = "mlp"  # or "repa", "linear", "low-rank", and frame by frame "conv"
     mask: str = "valid"  # frames to align: "valid", or "span" (not the ones shown as reference)
+    policy: str = "foga"  # or "foga-soft", or a control: "even", "random", "deepest", "shallowest" (probe.k layers)
     selection: str = ""  # a selection.json to use in place of the probe's
     ramp: int = 100  # steps from nothing to full weight, after the probe
     decay_start: float = 0.6  # as shares of all steps: where the weight starts to fall,
     stop: float = 0.9  # and where it has reached zero
+    decay: str = "cosine"  # or "linear"
     bitc: bool = False  # BiT-C: align the pooled token embedding too
     bitc_weights: dict[str, float] = field(default_factory=lambda: {"speech": 0.5, "audio": 1.0})
 

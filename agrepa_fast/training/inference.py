@@ -121,5 +121,6 @@ def text_batch(
         "audio": torch.zeros(0),
         "clip": Clip(Path(), words, domain, None, None, "--text"),
         "index": 0,
+        "start": 0,
     }
     return collate([sample_], frames, (domain,), config.mel)

@@ -19,6 +19,7 @@ from ..models.conditioning import TokenConditioner, assemble_condition
 from ..models.dit import DiT
 from ..models.flow import SIGMA, flow_matching_loss, path
 from ..ops import masked_mean
+from ..teachers.cache import CachedTeacher
 from ..teachers.registry import Teacher
 from .config import RunConfig
 
@@ -56,12 +57,9 @@ class Objective(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         every_layer = LayerSelection.uniform(range(config.model.depth))
-        self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, config.alignment.pool)
-        self.interface = (
-            InterfaceLoss(config.model.token_width, teachers, config.alignment.bitc_weights)
-            if config.alignment.bitc
-            else None
-        )
+        a = config.alignment
+        self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, a.pool, a.head)
+        self.interface = InterfaceLoss(config.model.token_width, teachers, a.bitc_weights) if a.bitc else None
 
     def heads(self) -> nn.ModuleDict:
         """The alignment heads: trained along, saved apart, absent at inference."""
@@ -132,15 +130,23 @@ def pool_target(target: Tensor, mask: Tensor) -> Tensor:
 
 
 def teacher_targets(
-    teachers: Mapping[str, Teacher], batch: Batch, config: RunConfig
+    teachers: Mapping[str, Teacher | CachedTeacher], batch: Batch, config: RunConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Features of the batch's clean audio, {teacher: [B, W] or [B, T, W]}, and the frames to align [B, T].
 
-    Pooled targets are means over the frames in which the teacher heard audio."""
+    Pooled targets are means over the frames in which the teacher heard audio. Cached features are of whole clips:
+    frames are read at the crop's times, a pooled vector stands for any crop of its clip."""
     mask = batch.mask & ~batch.prompt if config.alignment.mask == "span" else batch.mask
     targets = {}
     for name, teacher in teachers.items():
-        features, valid = teacher(batch.audio, batch.audio_lengths, config.mel.sample_rate)
+        start = torch.zeros(batch.mel.shape[0], device=batch.mel.device)
+        if isinstance(teacher, CachedTeacher):
+            features, valid = teacher.load([clip.path for clip in batch.clips], batch.mel.device)
+            if teacher.rate:
+                start = batch.starts / config.mel.frame_rate
+                valid = valid & _heard(batch, start, features.shape[1], teacher.rate, config.mel.sample_rate)
+        else:
+            features, valid = teacher(batch.audio, batch.audio_lengths, config.mel.sample_rate)
         if config.alignment.pool is not None:
             targets[name] = masked_mean(features, valid)
             continue
@@ -150,12 +156,20 @@ def teacher_targets(
             student_rate=config.mel.frame_rate,
             frames=batch.mel.shape[1],
             # The mel's frames are centred on j / rate, half a frame before align_time's convention.
-            offset=features.new_full((features.shape[0],), -0.5 / config.mel.frame_rate),
+            offset=start - 0.5 / config.mel.frame_rate,
             teacher_mask=valid,
             student_mask=batch.mask,
         )
         mask = mask & heard
     return targets, mask
+
+
+def _heard(batch: Batch, start: Tensor, frames: int, rate: float, sample_rate: int) -> Tensor:
+    """[B, frames] bool: a frame of the clip's features begins within the crop; `start` [B] in seconds."""
+    begin = torch.arange(frames, device=start.device) / rate
+    stop = start + batch.audio_lengths / sample_rate
+    # A frame that begins when the crop does is within it, whatever the last bit of the division says.
+    return (begin >= start.unsqueeze(1) - 1e-4) & (begin < stop.unsqueeze(1) - 1e-4)
 
 
 def domain_tables(config: RunConfig, domains: Sequence[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..alignment.policy import LayerSelection, select_layers
+from ..alignment.policy import POLICIES, LayerSelection, choose_layers
 from ..alignment.schedule import AlignmentSchedule
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
@@ -29,10 +29,11 @@ from ..data.batches import Batch, BucketBatches, iterate
 from ..data.mel import LogMel
 from ..errors import UserError
 from ..models.flow import SIGMA
+from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
-from .config import RunConfig, dump_config
+from .config import RunConfig, TeacherConfig, dump_config
 from .environment import pick_device, versions
 from .inference import generate, score_layers
 from .log import RunLog, average
@@ -56,8 +57,13 @@ class Trainer:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.data = load_data(config, run_dir)
-        teachers = {name: build_teacher(t.source, **t.options) for name, t in config.alignment.teachers.items()}
-        self.teachers = {name: teacher.to(self.device) for name, teacher in teachers.items()}
+        teachers = {
+            name: build_cached(name, t, config, self.data.train.clips[0].path)
+            if t.cached
+            else build_teacher(t.source, **t.options).to(self.device)
+            for name, t in config.alignment.teachers.items()
+        }
+        self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
         torch.manual_seed(config.train.seed)
@@ -79,6 +85,9 @@ class Trainer:
             self._select(LayerSelection.from_json(config.alignment.selection))
         if resume is not None:
             self._restore(resume)
+        if POLICIES.get(config.alignment.policy) not in ("", "scores"):
+            usable = [name for name, needs in POLICIES.items() if needs in ("", "scores")]
+            raise UserError(f"alignment.policy: expected {', '.join(usable)}, got {config.alignment.policy!r}")
         self.schedule = self._schedule()
         self.log = RunLog(run_dir, config)
 
@@ -188,7 +197,8 @@ class Trainer:
         probe = self.config.probe
         began = time.perf_counter()
         self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
-        chosen = select_layers(self.scores, probe.k)
+        policy, depth = self.config.alignment.policy, self.config.model.depth
+        chosen = choose_layers(policy, depth, probe.k, scores=self.scores, seed=self.config.train.seed).synchronised()
         if self.selection is None:
             self._select(chosen)
         self.scores.to_csv(self.run_dir / "foga.csv")
@@ -224,7 +234,7 @@ class Trainer:
                 f"probe.start: the selection comes at step {start}, but alignment stops at {stop} "
                 f"(alignment.stop {a.stop:g} of train.steps {steps}): probe earlier or train longer"
             )
-        return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop)
+        return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -407,6 +417,21 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def build_cached(name: str, teacher: TeacherConfig, config: RunConfig, first: Path) -> CachedTeacher:
+    """The cached features of a teacher: made with its source and its options, and with nothing else.
+
+    Raises:
+        UserError: no features beside the first clip, made otherwise, or pooled where frames are aligned.
+    """
+    options = dict(teacher.options)
+    revision, layer = str(options.pop("revision", "")), str(options.pop("layer", ""))
+    preprocessing = json.dumps(options, sort_keys=True) if options else ""
+    cached = CachedTeacher(name, FeatureKey(teacher.source, revision, layer, preprocessing), first)
+    if config.alignment.pool is None and not cached.rate:
+        raise UserError(f"alignment.teachers.{name}: its cached features are pooled; alignment.pool=null needs frames")
+    return cached
 
 
 def _progress(start: int, total: int) -> Any:

@@ -39,6 +39,7 @@ def batch(config, device) -> Batch:
         audio_lengths=torch.ones(SIZE, dtype=torch.int64),
         clips=[],
         indices=torch.arange(SIZE),
+        starts=torch.zeros(SIZE, dtype=torch.int64),
     ).to(device)
 
 

@@ -1,0 +1,160 @@
+"""Teacher features beside the audio: `clip.wav` -> `clip.<name>.safetensors`, pooled [W] or frame by frame [T, W].
+
+The header holds a key: what the features were made with. Features made with anything else are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+FORMAT = "agrepa-fast features 1"
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What decides a teacher's features of a sound.
+
+    Attributes:
+        teacher: registered name, folder or hub name. revision: of its weights, "" where there is none.
+        layer: which hidden state, "" for the teacher's own output. preprocessing: anything else that changes the
+            features, such as the resampler. rate: feature frames per second, 0 for one pooled vector a clip.
+    """
+
+    teacher: str
+    revision: str = ""
+    layer: str = ""
+    preprocessing: str = ""
+    rate: float = 0.0
+
+
+def feature_path(audio: str | Path, name: str) -> Path:
+    """Where the features of a sound file lie: beside it, with the name the run gives the teacher."""
+    audio = Path(audio)
+    return audio.with_name(f"{audio.stem}.{name}.safetensors")
+
+
+def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8: bool = False) -> None:
+    """Write the features of one clip, in their own dtype or as int8 with a float32 scale for each frame.
+
+    features: [W] when key.rate is 0, else [T, W]; floating and finite.
+
+    Raises:
+        ValueError: features that do not fit the key. UserError: the file cannot be written.
+    """
+    if features.dim() != (2 if key.rate else 1) or 0 in features.shape or not features.is_floating_point():
+        form = "[frames, width]" if key.rate else "[width]"
+        raise ValueError(f"features: expected floating {form}, got {features.dtype} {list(features.shape)}")
+    features = features.detach().cpu().contiguous()
+    if not features.isfinite().all():
+        raise ValueError("features: not finite")
+    tensors = {"features": features}
+    if int8:
+        wide = features.float()
+        scale = wide.abs().amax(-1) / 127
+        steps = wide / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+        tensors = {"features": steps.round().to(torch.int8), "scale": scale.clone()}
+    library = _safetensors()
+    try:
+        library.torch.save_file(tensors, str(path), {"format": FORMAT, "key": json.dumps(asdict(key))})
+    except (OSError, library.SafetensorError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | None]:
+    """The features of one clip as written, and the scale [T] (pooled: []) of int8 ones, else None.
+
+    Raises:
+        UserError: no such file, not a feature file, or one made with another key; names the file and the difference.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no cached features here; extract them, or use the teacher itself")
+    library = _safetensors()
+    try:
+        with library.safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        found = json.loads(header["key"])
+        if header.get("format") != FORMAT:
+            raise KeyError("format")
+        features = tensors["features"]
+    except (OSError, KeyError, ValueError, library.SafetensorError) as error:
+        raise UserError(f"{path}: not a feature file ({error})") from None
+    for name, wanted in asdict(key).items():
+        if found.get(name) != wanted:
+            raise UserError(
+                f"{path}: made with {name} {found.get(name)!r}, this run has {wanted!r}: extract the features again"
+            )
+    scale = tensors.get("scale")
+    if features.dim() != (2 if key.rate else 1) or (features.dtype == torch.int8) != (scale is not None):
+        raise UserError(f"{path}: not a feature file (features {features.dtype} {list(features.shape)})")
+    if scale is not None and scale.shape != features.shape[:-1]:
+        raise UserError(f"{path}: not a feature file (scale {list(scale.shape)} for {list(features.shape)})")
+    return features, scale
+
+
+class CachedTeacher:
+    """Features from files in place of an encoder.
+
+    The first clip's file says the width and the rate; every file must have been made with one key.
+
+    Args:
+        name: the teacher's name in the run, part of the files' names.
+        key: what this run expects; its rate is taken from the first file.
+        first: a clip of the run.
+    """
+
+    def __init__(self, name: str, key: FeatureKey, first: Path) -> None:
+        path = feature_path(first, name)
+        rate = _header_rate(path)
+        self.name = name
+        self.key = replace(key, rate=rate)
+        self.rate = rate
+        self.width = read_features(path, self.key)[0].shape[-1]
+
+    def load(self, clips: Sequence[Path], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Whole clips, float32 on `device`: features [B, T', width] and mask [B, T'] bool; T' is 1 where pooled."""
+        rows = [dequantise(*read_features(feature_path(clip, self.name), self.key)) for clip in clips]
+        for clip, row in zip(clips, rows):
+            if row.shape[-1] != self.width:
+                path = feature_path(clip, self.name)
+                raise UserError(f"{path}: features of width {row.shape[-1]}, the other clips' have {self.width}")
+        rows = [row.view(-1, self.width) for row in rows]
+        lengths = torch.tensor([len(row) for row in rows])
+        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(features.shape[1]) < lengths.unsqueeze(1)
+        return features.to(device), mask.to(device)
+
+
+def _header_rate(path: Path) -> float:
+    if not path.is_file():
+        raise UserError(f"{path}: no cached features here; extract them, or use the teacher itself")
+    library = _safetensors()
+    try:
+        with library.safe_open(str(path), "pt") as file:
+            return float(json.loads((file.metadata() or {})["key"])["rate"])
+    except (OSError, KeyError, ValueError, TypeError, library.SafetensorError) as error:
+        raise UserError(f"{path}: not a feature file ({error})") from None
+
+
+def dequantise(features: Tensor, scale: Tensor | None) -> Tensor:
+    """What `read_features` gave, as float32: features [..., W], scale [...] or None."""
+    return features.float() if scale is None else features.float() * scale.unsqueeze(-1)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError("cached features need safetensors: pip install 'agrepa-fast[train]'") from error
+    return safetensors
