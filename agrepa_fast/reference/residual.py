@@ -24,15 +24,18 @@ def _add_branch(
     """x + stream_scale * gate * branch in float32 or wider; sequences past the branch's end pass through."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     active = branch.shape[0]
-    head = x[:active].to(dtype)
-    rows = _rows(gate, sample_index, dtype)[:active]
+    if active < x.shape[0]:
+        index = None if sample_index is None else sample_index[:active]
+        rows = gate[:active] if sample_index is None else gate
+        streams = None if stream_scale is None else stream_scale[:active]
+        return torch.cat([_add_branch(x[:active], branch, rows, streams, index), x[active:].to(dtype)])
+    # Nothing is sliced here: the gradient of a slice is one more pass over the stream.
+    x, branch, rows = x.to(dtype), branch.to(dtype), _rows(gate, sample_index, dtype)
     if stream_scale is None:
-        moved = torch.addcmul(head, rows, branch.to(dtype))
-    else:
-        s = stream_scale[:active].to(dtype)[:, None, None]
-        # A stream that sits the branch out must not see it at all: 0 * inf would be nan.
-        moved = head + s * rows * torch.where(s == 0, 0.0, branch.to(dtype))
-    return moved if active == x.shape[0] else torch.cat([moved, x[active:].to(dtype)])
+        return torch.addcmul(x, rows, branch)
+    s = stream_scale.to(dtype)[:, None, None]
+    # A stream that sits the branch out must not see it at all: 0 * inf would be nan.
+    return x + s * rows * torch.where(s == 0, 0.0, branch)
 
 
 def _norm_modulate(
