@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,15 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = _one_line_warning
-    if argv and argv[0] == "bench":
-        from .bench.cli import main as bench  # it has commands of its own
-
-        return bench(argv[1:])
-    arguments = _parser().parse_args(argv)
     try:
+        if argv and argv[0] == "bench":
+            from .bench.cli import main as bench  # it has commands of its own
+
+            return bench(argv[1:])
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except UserError as error:
         print(f"agrepa: error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`): nothing is left to say, nor to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"agrepa: error: {where}{error.strerror or error}", file=sys.stderr)
