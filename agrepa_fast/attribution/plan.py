@@ -119,8 +119,9 @@ class AblationPlan:
             log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
             branch = (2 + 2 * sizes.ff_ratio) * r if i % 2 else 7 * r + log_sums
             kept_later = kept - joining
+            # Where streams join, the sum of the others lives beside the two together; what it was made of is gone.
             added = s + r + (wide * s if joining else 0)
-            added += wide * (2 * r + joining) if wide > 1 else r
+            added += wide * (s if joining else 2 * r) if wide > 1 else r
             opened = s + r + 3 * wide * s + (s if wide > 1 else 0)
             if i + 1 == 2 * self.depth:
                 opened = 0

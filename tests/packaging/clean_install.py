@@ -20,7 +20,7 @@ def main() -> None:
     import agrepa_fast as ag
     from agrepa_fast.kernels import compile_matrix
 
-    assert not Path(ag.__file__).is_relative_to(CHECKOUT), ag.__file__
+    assert Path(ag.__file__).parent != CHECKOUT / "agrepa_fast", "the checkout was imported, not the installed wheel"
     installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
     extras = installed & {"torchaudio", "soundfile", "transformers", "safetensors", "pyyaml", "matplotlib", "tqdm"}
     assert not extras, f"not a base installation: {sorted(extras)}"
@@ -45,6 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Without the checkout's root or this folder on the path.
-    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(CHECKOUT)]
+    # Neither the checkout's root nor this folder may be on the path; the environment may lie inside the checkout.
+    own = {CHECKOUT, Path(__file__).resolve().parent}
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in own]
     main()
