@@ -27,6 +27,7 @@ from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
 # Decoded waveforms kept in memory, per process: 1 GiB is 3 hours at 24 kHz.
 CACHE_BYTES = 1 << 30
 TOKEN_MULTIPLE = 16
+MAX_RESTARTS = 3
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Batch:
     clips: list[Clip]
     indices: Tensor  # [B] int64, index of the clip in the dataset
     starts: Tensor  # [B] int64, the clip's mel frame where the crop begins
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)  # clips that others of the batch stand in for
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -133,6 +135,7 @@ class ClipDataset:
             self._check_vocabulary(clip)
         self._log_mel = LogMel(mel_config)
         self._samples: dict[Path, int] = {}
+        self._token_counts: dict[Clip, int] = {}
         self._cache: dict[Path, Tensor] | None = {} if cache else None
         self._cached_bytes = 0
 
@@ -149,6 +152,18 @@ class ClipDataset:
             if clip.path not in self._samples:
                 self._remember(clip.path, self._read(clip.path))
         return [min(self.mel_config.frames(self._samples[clip.path]), self.max_frames) for clip in self.clips]
+
+    @property
+    def token_lengths(self) -> list[int]:
+        """Tokens that a crop of each clip has at most; reads those that `check` has not already read."""
+        longest = []
+        for clip, frames in zip(self.clips, self.lengths):
+            if clip not in self._token_counts:
+                self._tokens(clip)
+            count, total = self._token_counts[clip], self.mel_config.frames(self._samples[clip.path])
+            # A crop's first and last token may be cut in two: see the class.
+            longest.append(count if frames == total else min(count, count * frames // total + 2))
+        return longest
 
     def check(self, max_share: float) -> list[Skipped]:
         """Read every clip once, drop those that cannot be read, and return them with the reasons.
@@ -228,9 +243,9 @@ class ClipDataset:
     def _tokens(self, clip: Clip) -> tuple[Tensor, int]:
         name = self._vocabulary_of[clip.domain]
         number = self.vocabulary_names.index(name)
-        if clip.tokens is None:
-            return encode_text(clip.text), number
-        return read_tokens(clip.tokens, self.vocabularies[name]), number
+        tokens = encode_text(clip.text) if clip.tokens is None else read_tokens(clip.tokens, self.vocabularies[name])
+        self._token_counts[clip] = tokens.shape[0]
+        return tokens, number
 
     def _try(self, clip: Clip) -> Tensor | str:
         try:
@@ -268,6 +283,7 @@ class BucketBatches:
     balance: every domain (domains: one name per clip) is drawn equally often over an epoch and spread evenly
     through the batches of each bucket, the clips of smaller domains several times; one batch holds what its
     bucket holds, so short clips of one domain make batches of that domain.
+    tokens: of each clip; a bucket's batches are all padded to its clips' most, so that their shapes are one.
     Of `world_size` ranks, all get the same bucket at each step and different parts of its order.
 
     ValueError when a clip is longer than the longest bucket, or for sizes that make no sense.
@@ -282,6 +298,7 @@ class BucketBatches:
         seed: int,
         domains: Sequence[str] | None = None,
         balance: bool = False,
+        tokens: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -299,6 +316,8 @@ class BucketBatches:
             raise ValueError("balance needs the domain of each clip")
         if domains is not None and len(domains) != len(lengths):
             raise ValueError(f"{len(domains)} domains for {len(lengths)} clips")
+        if tokens is not None and len(tokens) != len(lengths):
+            raise ValueError(f"{len(tokens)} token counts for {len(lengths)} clips")
         self.seed = seed
         self.frames_per_batch = frames_per_batch
         self.rank, self.world_size = rank, world_size
@@ -317,6 +336,11 @@ class BucketBatches:
                     groups.append((members, max(draws, len(members))))
             if groups:
                 self._buckets.append((frames, groups))
+        # {frames: tokens}
+        self.tokens: dict[int, int] = {}
+        if tokens is not None:
+            counts = np.asarray(tokens)
+            self.tokens = {f: max(int(counts[members].max()) for members, _ in g) for f, g in self._buckets}
         self.steps_per_epoch = sum(
             -(-sum(draws for _, draws in groups) // (self.batch_size(frames) * world_size))
             for frames, groups in self._buckets
@@ -363,13 +387,15 @@ class BucketBatches:
         return [plan[position] for position in rng.permutation(len(plan))]
 
 
-def collate(samples: Sequence[Sample], frames: int, domains: tuple[str, ...], mel_config: MelConfig) -> Batch:
-    """Samples padded to `frames` frames; tokens to the longest, rounded up to a multiple of 16 (at least 16).
+def collate(
+    samples: Sequence[Sample], frames: int, domains: tuple[str, ...], mel_config: MelConfig, tokens_at_least: int = 1
+) -> Batch:
+    """Samples padded to `frames` frames; tokens to the longest, rounded up to a multiple of 16.
 
     ValueError when a sample is longer than `frames`.
     """
     count = len(samples)
-    longest = max(1, *(sample["tokens"].shape[0] for sample in samples))
+    longest = max(1, tokens_at_least, *(sample["tokens"].shape[0] for sample in samples))
     tokens = torch.zeros(
         count,
         -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE,
@@ -406,18 +432,32 @@ def collate(samples: Sequence[Sample], frames: int, domains: tuple[str, ...], me
 
 
 def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: int) -> Batch:
-    """Batch number `step`. Crop and prompt of a clip come from (seed, step, index) and nothing else."""
+    """Batch number `step`. Crop and prompt of a clip come from (seed, step, index) and nothing else.
+
+    For a clip that cannot be read (any more) the next one of the batch stands in; `Batch.skipped` names it.
+    UserError when none of the batch can be read.
+    """
     frames, indices = batches.batch(step)
     threads = torch.get_num_threads()
     # One thread, as in a worker process: the sums, and so the bits, do not depend on where this runs.
     torch.set_num_threads(1)
     try:
-        samples = []
-        for index in indices:
+        samples: list[Sample] = []
+        skipped: list[Skipped] = []
+        for place, index in enumerate(indices):
             state = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-            samples.append(dataset.item(index, generator))
-        return collate(samples, frames, dataset.domains, dataset.mel_config)
+            for other in (*indices[place:], *indices[:place]):
+                generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+                try:
+                    samples.append(dataset.item(other, generator))
+                    break
+                except UserError as error:
+                    clip = dataset.clips[other]
+                    skipped.append(Skipped(clip.path, clip.source, str(error).removeprefix(f"{clip.path}: ")))
+            else:
+                raise UserError(f"batch {step}: none of its clips can be read; the first: {skipped[0].reason}")
+        batch = collate(samples, frames, dataset.domains, dataset.mel_config, batches.tokens.get(frames, 1))
+        return dataclasses.replace(batch, skipped=list(dict.fromkeys(skipped)))
     finally:
         torch.set_num_threads(threads)
 
@@ -438,11 +478,22 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def iterate(
-    dataset: ClipDataset, batches: BucketBatches, *, start: int, stop: int, workers: int = 0
+    dataset: ClipDataset,
+    batches: BucketBatches,
+    *,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    notice: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
     """Batches number `start` to `stop` - 1 in order, the same for any number of worker processes.
 
-    The random state of the calling process is neither used nor changed. UserError when a clip cannot be read.
+    A worker that dies (out of memory, killed) costs a restart of all: `notice` is told, and the batches go on where
+    they were. The random state of the calling process is neither used nor changed.
+
+    Raises:
+        UserError: no clip of a batch can be read, or workers died MAX_RESTARTS times for one batch.
     """
     if not 0 <= start <= stop or workers < 0:
         raise ValueError(f"need 0 <= start <= stop and workers >= 0, got {start}, {stop}, {workers}")
@@ -450,15 +501,29 @@ def iterate(
         for step in range(start, stop):
             yield load_batch(dataset, batches, step, batches.seed)
         return
-    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-        _Steps(dataset, batches),
-        sampler=range(start, stop),
-        batch_size=None,
-        num_workers=workers,
-        # Otherwise the loader draws its base seed from the global generator.
-        generator=torch.Generator(),
-    )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
+    step, died = start, 0
+    while step < stop:
+        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            _Steps(dataset, batches),
+            sampler=range(step, stop),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            # Otherwise the loader draws its base seed from the global generator.
+            generator=torch.Generator(),
+        )
+        read = iter(loader)
+        while step < stop:
+            try:
+                batch = next(read)
+            except RuntimeError as error:
+                died += 1
+                if "worker" not in str(error) or died > MAX_RESTARTS:
+                    raise UserError(f"data.workers: {error} (batch {step}); use fewer workers, or 0") from error
+                if notice is not None:
+                    notice(str(error))
+                break
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+            step, died = step + 1, 0

@@ -1,12 +1,15 @@
 """Checkpoints: a folder `step_000600` with weights as safetensors, the rest of the state apart, the config beside.
 
 model.safetensors, ema.safetensors (network and token conditioner), heads.safetensors (alignment heads),
-state.pt (step, optimizer, schedule, random state, selection; tensors and plain containers only), config.yaml.
-A checkpoint is written under another name, flushed to disk and renamed: it is whole or absent.
+state.pt (step, optimizer, schedule, random state, selection; tensors and plain containers only), config.yaml, and
+manifest.json with the size and SHA-256 of each. A checkpoint is written under another name, flushed to disk and
+renamed: it is whole or absent. What a disk damages later is found by the manifest, and the one before is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,16 +25,20 @@ from ..errors import UserError
 from .config import RunConfig, dump_config, load_config
 
 WEIGHTS = ("model", "ema", "heads")
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: state dicts by name (see WEIGHTS), the training state, the configuration."""
+    """A checkpoint read back: state dicts by name (see WEIGHTS), the training state, the configuration.
+
+    damaged: why each newer checkpoint of the run was passed over."""
 
     path: Path
     weights: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     config: RunConfig
+    damaged: tuple[str, ...] = ()
 
 
 def _safetensors() -> Any:
@@ -58,7 +65,7 @@ def save_checkpoint(
     building = folder / f".{target.name}.{os.getpid()}"
     safetensors = _safetensors()
     try:
-        shutil.rmtree(building, ignore_errors=True)
+        _sweep(folder)
         building.mkdir(parents=True)
         for name, tensors in weights.items():
             # Cloned: safetensors refuses tensors that share memory.
@@ -66,18 +73,64 @@ def save_checkpoint(
             safetensors.torch.save_file(own, building / f"{name}.safetensors")
         torch.save(dict(state), building / "state.pt")
         (building / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_manifest(building)
         for file in building.iterdir():
             _flush(file)
         _flush(building)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(building, target)
+        if target.exists():
+            # A folder cannot be replaced in one move; `find_checkpoint` knows the names it has in between.
+            os.rename(target, folder / f".{target.name}.old")
+        os.rename(building, target)
         _flush(folder)
+        _sweep(folder)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # The last two are how torch and safetensors report a failed write.
         shutil.rmtree(building, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{target}: cannot write the checkpoint ({reason}); earlier ones are kept") from error
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """After an end in the middle of a write or a removal: what is whole gets its name back, the rest goes."""
+    for path in sorted(folder.glob(".step_*")):
+        whole = _whole_name(path)
+        if whole.exists() or _flaw(path) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, whole)
+
+
+def _whole_name(path: Path) -> Path:
+    return path.with_name(path.name.removeprefix(".").partition(".")[0])
+
+
+def write_manifest(path: Path) -> None:
+    """Record size and SHA-256 of every file of a checkpoint."""
+    files = {file.name: _fingerprint(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
+    (path / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def _fingerprint(file: Path) -> dict[str, int | str]:
+    with open(file, "rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _flaw(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when each is as it was written."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, written in files.items():
+            # The size first: it costs nothing, and most damage shows in it.
+            if (path / name).stat().st_size != written["bytes"] or _fingerprint(path / name) != written:
+                return f"{path / name}: damaged (not the bytes that were written)"
+    except FileNotFoundError as error:
+        return f"{error.filename}: no such file"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path / MANIFEST}: damaged"
+    return None
 
 
 def _flush(path: Path) -> None:
@@ -89,7 +142,7 @@ def _flush(path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first."""
+    """Checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
@@ -98,40 +151,51 @@ def checkpoints(folder: Path) -> list[Path]:
 def drop_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+        # Renamed first: a folder that is half gone must not have a checkpoint's name.
+        going = path.with_name(f".{path.name}.old")
+        os.rename(path, going)
+        shutil.rmtree(going)
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's folder, or the newest checkpoint of a run's folder.
+def find_checkpoint(path: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """A checkpoint's folder, or the newest intact one of a run's folder; and why newer ones were passed over.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none is intact.
     """
     path = Path(path)
     if (path / "state.pt").is_file():
-        return path
-    found = checkpoints(path / "checkpoints")
-    if not found:
-        raise UserError(f"{path}: neither a checkpoint nor a run with checkpoints/step_* in it")
-    return found[-1]
+        if flaw := _flaw(path):
+            raise UserError(flaw)
+        return path, ()
+    damaged: list[str] = []
+    folder = path / "checkpoints"
+    # A name with a dot: whole, if the run ended between two renames. Under way, if it is running.
+    for candidate in sorted([*checkpoints(folder), *folder.glob(".step_*")], key=_whole_name, reverse=True):
+        flaw = _flaw(candidate)
+        if flaw is None:
+            return candidate, tuple(damaged)
+        if candidate == _whole_name(candidate):
+            damaged.append(flaw)
+    if damaged:
+        raise UserError(f"{path}: no checkpoint is intact: {'; '.join(damaged)}")
+    raise UserError(f"{path}: neither a checkpoint nor a run with checkpoints/step_* in it")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, or the newest one of a run. Nothing in it is executed.
+    """Read a checkpoint, or the newest intact one of a run. Nothing in it is executed.
 
     Raises:
         UserError: a file is missing, damaged, or not what its name says; names it.
     """
-    folder = find_checkpoint(path)
+    folder, damaged = find_checkpoint(path)
     weights = {name: read_weights(folder / f"{name}.safetensors") for name in WEIGHTS}
     file = folder / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     except Exception as error:
-        raise UserError(f"{file}: damaged, or not a training state ({_first_line(error)})") from None
-    return Checkpoint(folder, weights, state, load_config(folder / "config.yaml"))
+        raise UserError(f"{file}: not a training state ({_first_line(error)})") from None
+    return Checkpoint(folder, weights, state, load_config(folder / "config.yaml"), damaged)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

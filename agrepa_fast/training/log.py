@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ from .config import RunConfig, dump_config
 class RunLog:
     """Appends one JSON object per event to `run_dir/log.jsonl`; numbers go to the other writers too."""
 
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
-        self._file = open(run_dir / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+    def __init__(self, run_dir: Path, config: RunConfig, resume: tuple[int, int] | None = None) -> None:
+        """resume: step and log position (see `position`) of the checkpoint that the run goes on from. What was
+        logged after it is dropped: those steps come again."""
+        path = run_dir / "log.jsonl"
+        if resume is not None and path.exists() and path.stat().st_size > resume[1]:
+            os.truncate(path, resume[1])
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.train.tensorboard:
@@ -26,7 +32,8 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("train.tensorboard: pip install tensorboard") from error
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+            purge = None if resume is None else resume[0] + 1
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if config.train.wandb:
             try:
                 import wandb
@@ -57,6 +64,11 @@ class RunLog:
                 self._tensorboard.add_scalar(key, value, fields["step"])
         if "step" in fields and self._wandb is not None:
             self._wandb.log(numbers, step=fields["step"])
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()

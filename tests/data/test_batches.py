@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -41,7 +43,7 @@ def clips(tmp_path_factory):
 
 
 def build(clips, **options):
-    dataset = ClipDataset(clips, CONFIG, max_frames=40, **options)
+    dataset = ClipDataset(clips, CONFIG, **{"max_frames": 40, **options})
     batches = BucketBatches(dataset.lengths, buckets=BUCKETS, frames_per_batch=160, seed=5)
     return dataset, batches
 
@@ -205,14 +207,83 @@ def test_the_same_step_is_the_same_batch_in_any_order_and_process(clips):
     assert not torch.equal(other.prompt, straight[0].prompt)
 
 
-def test_an_unreadable_clip_is_one_line_from_a_worker_too(tmp_path):
+def test_a_clip_that_became_unreadable_is_stood_in_for_and_named(tmp_path):
     clips = [make_clip(tmp_path, number, 1000) for number in range(3)]
     dataset, batches = build(clips, cache=False)
+    [whole] = iterate(dataset, batches, start=0, stop=1)
     clips[1].path.write_bytes(b"")
+    for workers in (0, 1):
+        [batch] = iterate(dataset, batches, start=0, stop=1, workers=workers)
+        drawn = whole.indices.tolist()
+        following = [drawn[place:] + drawn[:place] for place in range(len(drawn))]
+        assert batch.indices.tolist() == [next(index for index in rest if index != 1) for rest in following]
+        [skipped] = batch.skipped
+        assert (skipped.path, skipped.reason) == (clips[1].path, "the file is empty (0 bytes)")
+        kept = whole.indices != 1
+        assert torch.equal(batch.mel[kept], whole.mel[kept])
+
+
+def test_a_batch_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path):
+    clips = [make_clip(tmp_path, number, 1000) for number in range(3)]
+    dataset, batches = build(clips, cache=False)
+    for clip in clips:
+        clip.path.write_bytes(b"")
     for workers in (0, 1):
         with pytest.raises(UserError) as error:
             list(iterate(dataset, batches, start=0, stop=1, workers=workers))
-        assert str(error.value) == f"{clips[1].path}: the file is empty (0 bytes)"
+        assert str(error.value) == "batch 0: none of its clips can be read; the first: the file is empty (0 bytes)"
+
+
+class Deadly(ClipDataset):
+    """Kills its worker process once: at the first item after the file `trap` was made."""
+
+    trap: Path
+
+    def item(self, index, generator):
+        if torch.utils.data.get_worker_info() is not None and self.trap.exists():
+            self.trap.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().item(index, generator)
+
+
+def test_a_dead_worker_is_named_and_survived(clips, tmp_path):
+    dataset, batches = build(clips)
+    straight = list(iterate(dataset, batches, start=0, stop=6))
+    deadly = build(clips)[0]
+    deadly.__class__, deadly.trap = Deadly, tmp_path / "trap"
+    notices: list[str] = []
+    got = []
+    for batch in iterate(deadly, batches, start=0, stop=6, workers=1, notice=notices.append):
+        got.append(batch)
+        if len(got) == 2:
+            deadly.trap.touch()
+    assert len(notices) == 1
+    assert "worker" in notices[0]
+    assert len(got) == 6
+    for one, two in zip(got, straight):
+        same(one, two)
+
+
+def test_every_batch_of_a_bucket_has_the_shape_of_its_longest_text(tmp_path):
+    texts = ["a" * 5, "a" * 40, "a" * 17]
+    clips = [dataclasses.replace(make_clip(tmp_path, n, 1000), text=text) for n, text in enumerate(texts)]
+    dataset, _ = build(clips)
+    lengths = dataset.lengths
+    assert dataset.token_lengths == [5, 40, 17]
+    batches = BucketBatches(
+        lengths, buckets=[max(lengths)], frames_per_batch=max(lengths), seed=0, tokens=dataset.token_lengths
+    )
+    shapes = {load_batch(dataset, batches, step, seed=0).tokens.shape for step in range(6)}
+    assert shapes == {(1, 48, 1)}
+
+
+def test_a_crop_has_no_more_tokens_than_token_lengths_says(tmp_path):
+    clip = dataclasses.replace(make_clip(tmp_path, 0, 24_000), text="a" * 97)
+    dataset, _ = build([clip], max_frames=20)
+    [most] = dataset.token_lengths
+    seen = [dataset.item(0, torch.Generator().manual_seed(seed))["tokens"].shape[0] for seed in range(200)]
+    assert max(seen) <= most < 97
+    assert most - max(seen) <= 1
 
 
 def test_to_moves_every_tensor(clips):

@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from agrepa_fast.cli import main
+from agrepa_fast.training.checkpoint import write_manifest
 from agrepa_fast.training.report import read_log
 from agrepa_fast.training.trainer import start_run
 
@@ -143,6 +144,8 @@ def test_checkpoints_that_do_not_fit(capsys, finished, tmp_path):
     assert "train.steps" in fails(capsys, ["train", "--resume", str(finished), "train.steps=9"])
     with open(newest / "ema.safetensors", "wb") as file:
         pickle.dump({"weights": [1, 2, 3]}, file)
+    assert "ema.safetensors: damaged" in fails(capsys, ["sample", str(newest), "--text", "hi"])
+    write_manifest(newest)
     line = fails(capsys, ["sample", str(finished), "--text", "hi"])
     assert "ema.safetensors" in line
     assert "pickle" in line
@@ -161,6 +164,7 @@ class Canary:
 def test_nothing_in_a_checkpoint_is_executed(capsys, finished, tmp_path):
     newest = finished / "checkpoints" / "step_00000004"
     torch.save({"step": Canary(tmp_path / "canary")}, newest / "state.pt")
+    write_manifest(newest)
     assert "state.pt" in fails(capsys, ["train", "--resume", str(finished)])
     assert not (tmp_path / "canary").exists()
 
