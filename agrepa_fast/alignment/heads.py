@@ -23,12 +23,14 @@ class Head(nn.Module):
         """The Linears in order: the children."""
         return [child for child in self.children() if isinstance(child, nn.Linear)]
 
-    def loss(self, x: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean of 1 - cos(head(x), target) over the rows that count: x [..., D], target [..., W], mask [...] -> []."""
+    def loss(self, x: Tensor, target: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
+        """1 - cos(head(x), target), by default its mean over the rows that count.
+
+        x [..., D], target [..., W], mask [...] -> [] or, with reduction "none", [...]."""
         *inner, last = self.linears()
         for linear in inner:
             x = self.activation(linear(x))
-        return ops.projection_cosine_loss(x, last.weight, last.bias, target, mask=mask)
+        return ops.projection_cosine_loss(x, last.weight, last.bias, target, mask=mask, reduction=reduction)
 
 
 class MLPHead(Head):
@@ -78,9 +80,9 @@ class ConvHead(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(width, teacher_width, 3, padding=1)
 
-    def loss(self, x: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
         """As `Head.loss`: x [B, T, D], zero where a frame is padding; target [B, T, W]."""
-        return ops.cosine_loss(self.conv(x.transpose(1, 2)).transpose(1, 2), target, mask=mask)
+        return ops.cosine_loss(self.conv(x.transpose(1, 2)).transpose(1, 2), target, mask=mask, reduction=reduction)
 
 
 HEADS: dict[str, type[Head] | type[ConvHead]] = {

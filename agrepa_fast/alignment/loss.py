@@ -150,6 +150,7 @@ class AlignmentLoss(nn.Module):
         targets: Mapping[str, Tensor],
         mask: Tensor | None = None,
         domains: Domains = None,
+        sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and metrics.
 
@@ -160,10 +161,12 @@ class AlignmentLoss(nn.Module):
             mask: [B, T] bool, the frames that count.
             domains: which samples count for each teacher: {teacher: [B], 0 where not}, or B names of
                 teachers, one for each sample; None = all samples for all teachers.
+            sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
+                count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
 
         Returns:
-            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine
-            (nan when none of the teacher's samples is in the batch).
+            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine, without
+            weights (nan when none of the teacher's samples is in the batch).
 
         Raises:
             ValueError: a missing layer or teacher, or a shape that does not fit, by name.
@@ -180,18 +183,32 @@ class AlignmentLoss(nn.Module):
         _check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
         if mask is not None and (mask.shape != any_hidden.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        if sample_weight is not None and sample_weight.shape != any_hidden.shape[:1]:
+            raise ValueError(f"sample_weight: expected [{any_hidden.shape[0]}], got {list(sample_weight.shape)}")
         kept = _domain_weights(list(self.teachers), domains, any_hidden)
         rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
-        distances = (self._pooled if self.pool is not None else self._framewise)(hidden, targets, mask, rows)
+        run = self._pooled if self.pool is not None else self._framewise
+        distances = run(hidden, targets, mask, rows, sample_weight)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         for layer in self.active:
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
-                distance = distances[name, layer]
+                distance, weighted = distances[name, layer]
                 metrics[f"cosine/{name}/{layer}"] = _cosine(distance, rows[name])
-                loss = loss + weight * distance
+                loss = loss + weight * weighted
         return loss, metrics
+
+    def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
+        """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
+
+        A scalar on the device; nan when no teacher has a sample in the batch."""
+        total = self.weights.new_zeros(())
+        for layer in self.active:
+            weight = self.weights[self.layers.index(layer)]
+            cosine = torch.stack([metrics[f"cosine/{name}/{layer}"] for name in self.teachers]).nanmean()
+            total = total + torch.where(weight > 0, weight * cosine, 0)
+        return total
 
     def _norm(self, x: Tensor) -> Tensor:
         # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
@@ -203,8 +220,9 @@ class AlignmentLoss(nn.Module):
         targets: Mapping[str, Tensor],
         mask: Tensor | None,
         rows: Mapping[str, Tensor | None],
-    ) -> dict[tuple[str, int], Tensor]:
-        """Mean distance of each teacher and layer, one head after the other: {(teacher, layer): []}."""
+        sample_weight: Tensor | None,
+    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """{(teacher, layer): (mean distance [], the same with the samples' weights [])}, one head after the other."""
         distances = {}
         for layer in self.active:
             x = hidden[layer]
@@ -214,7 +232,13 @@ class AlignmentLoss(nn.Module):
             x = self._norm(x)
             for name in self.teachers:
                 head: Any = self.heads.get_submodule(f"{name}.{layer}")
-                distances[name, layer] = head.loss(x, targets[name].detach(), rows[name])
+                if sample_weight is None:
+                    mean = weighted = head.loss(x, targets[name].detach(), rows[name])
+                else:
+                    row_loss = head.loss(x, targets[name].detach(), rows[name], reduction="none")
+                    mean = _mean(row_loss, rows[name])
+                    weighted = _mean(row_loss * sample_weight.unsqueeze(1), rows[name])
+                distances[name, layer] = mean, weighted
         return distances
 
     def _pooled(
@@ -223,12 +247,13 @@ class AlignmentLoss(nn.Module):
         targets: Mapping[str, Tensor],
         mask: Tensor | None,
         rows: Mapping[str, Tensor | None],
-    ) -> dict[tuple[str, int], Tensor]:
+        sample_weight: Tensor | None,
+    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """The same of pooled states: all heads in a batched GEMM per Linear, at shapes that the batch cannot change."""
         x = self._norm(torch.stack([ops.masked_mean(hidden[layer], mask) for layer in self.active]))
         keys = [(name, layer) for name in self.teachers for layer in self.active]
         heads: list[Any] = [self.heads.get_submodule(f"{name}.{layer}") for name, layer in keys]
-        distances: dict[tuple[str, int], Tensor] = {}
+        distances: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         for members, y in grouped(heads, x.repeat(len(self.teachers), 1, 1)):
             names = [keys[i][0] for i in members]
             target = torch.stack([targets[name].detach() for name in names])
@@ -238,9 +263,12 @@ class AlignmentLoss(nn.Module):
             if any(r is not None for r in counted):
                 every = y.new_ones(y.shape[1], dtype=torch.bool)
                 row = torch.stack([every if r is None else r for r in counted])
-            loss = ops.cosine_loss(y, target, mask=row, reduction="none").sum(1)
-            means = loss / (y.shape[1] if row is None else row.sum(1).clamp_min(1))
-            distances |= {keys[i]: mean for i, mean in zip(members, means.unbind())}
+            loss = ops.cosine_loss(y, target, mask=row, reduction="none")
+            count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
+            means = weighted = (loss.sum(1) / count).unbind()
+            if sample_weight is not None:
+                weighted = ((loss * sample_weight).sum(1) / count).unbind()
+            distances |= {keys[i]: pair for i, pair in zip(members, zip(means, weighted))}
         return distances
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..errors import UserError
 
@@ -51,6 +51,9 @@ class AlignmentSchedule:
 class SimilarityStop(nn.Module):
     """1 until the running mean of the cosine has reached a threshold, 0 from then on; all of it on the device.
 
+    In a process group the cosine is the mean over the ranks that have one, so that all stop at the same step: every
+    rank must call it.
+
     Args:
         threshold: the mean cosine at which alignment has done its work.
         momentum: of the running mean, which starts at the first cosine.
@@ -71,6 +74,11 @@ class SimilarityStop(nn.Module):
     def forward(self, cosine: Tensor) -> Tensor:
         """Take a step's mean cosine (a scalar; nan is passed over) and return the factor for the next, a scalar."""
         cosine = cosine.to(self.mean.dtype)
+        if distributed.is_available() and distributed.is_initialized():
+            found = ~cosine.isnan()
+            both = torch.stack([torch.where(found, cosine, 0), found.to(cosine.dtype)])
+            distributed.all_reduce(both)
+            cosine = both[0] / both[1]  # 0 / 0 where no rank has a sample: nan, passed over
         moved = torch.where(self.mean.isnan(), cosine, self.mean.lerp(cosine, 1 - self.momentum))
         self.mean.copy_(torch.where(cosine.isnan(), self.mean, moved))
         self.factor.mul_(~(self.mean >= self.threshold))

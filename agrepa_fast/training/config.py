@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..alignment.policy import POLICIES
+from ..alignment.schedule import TIMESTEP_WEIGHTS
 from ..data.mel import MEL_PRESETS, MelConfig
 from ..errors import UserError
 from ..models.dit import PRESETS, DiTConfig
@@ -93,12 +95,17 @@ class AlignmentConfig:
     pool: str | None = "mean"  # "mean": one vector a clip; null: frame by frame
     head: str = "mlp"  # or "repa", "linear", "low-rank", and frame by frame "conv"
     mask: str = "valid"  # frames to align: "valid", or "span" (not the ones shown as reference)
-    policy: str = "foga"  # or "foga-soft", or a control: "even", "random", "deepest", "shallowest" (probe.k layers)
-    selection: str = ""  # a selection.json to use in place of the probe's
+    # Who chooses probe.k layers at the probe: "foga", "foga-soft", or a control: "even", "random", "deepest",
+    # "shallowest", "stored" (LASP), "gradient-norm", "first-order".
+    policy: str = "foga"
+    layers: tuple[int, ...] = ()  # these layers, weighted alike, in place of the probe's choice
+    selection: str = ""  # or a selection.json
     ramp: int = 100  # steps from nothing to full weight, after the probe
     decay_start: float = 0.6  # as shares of all steps: where the weight starts to fall,
     stop: float = 0.9  # and where it has reached zero
     decay: str = "cosine"  # or "linear"
+    stop_similarity: float | None = None  # off for good once the running mean of the raw cosine is there
+    timestep_weight: str = "uniform"  # weight of a sample by its t: or "data", "noise", "middle"
     bitc: bool = False  # BiT-C: align the pooled token embedding too
     bitc_weights: dict[str, float] = field(default_factory=lambda: {"speech": 0.5, "audio": 1.0})
 
@@ -400,6 +407,38 @@ def _check(config: RunConfig) -> None:
         (c.probe.metric in ("rms", "squared"), "probe.metric", "rms or squared", c.probe.metric),
         (c.alignment.pool in ("mean", None), "alignment.pool", "mean or null", c.alignment.pool),
         (c.alignment.mask in ("valid", "span"), "alignment.mask", "valid or span", c.alignment.mask),
+        (c.alignment.policy in POLICIES, "alignment.policy", "one of " + ", ".join(POLICIES), c.alignment.policy),
+        (
+            len(set(c.alignment.layers)) == len(c.alignment.layers)
+            and all(0 <= layer < c.model.depth for layer in c.alignment.layers),
+            "alignment.layers",
+            f"distinct layers from 0 to {c.model.depth - 1}",
+            list(c.alignment.layers),
+        ),
+        (
+            not (c.alignment.layers and c.alignment.selection),
+            "alignment.layers, alignment.selection",
+            "one of the two",
+            (list(c.alignment.layers), c.alignment.selection),
+        ),
+        (
+            c.alignment.policy != "fixed" or bool(c.alignment.layers),
+            "alignment.policy",
+            "alignment.layers with it",
+            c.alignment.policy,
+        ),
+        (
+            c.alignment.stop_similarity is None or -1 <= c.alignment.stop_similarity <= 1,
+            "alignment.stop_similarity",
+            "null or a cosine in [-1, 1]",
+            c.alignment.stop_similarity,
+        ),
+        (
+            c.alignment.timestep_weight in TIMESTEP_WEIGHTS,
+            "alignment.timestep_weight",
+            "one of " + ", ".join(TIMESTEP_WEIGHTS),
+            c.alignment.timestep_weight,
+        ),
         (bool(c.alignment.teachers), "alignment.teachers", "at least one", c.alignment.teachers),
         (
             0 <= c.alignment.decay_start <= c.alignment.stop <= 1,

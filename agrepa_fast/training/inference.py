@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..attribution.runner import attribute_layers
+from ..alignment.policy import layer_sensitivity
+from ..attribution.probes import lasp, pooled_hidden
+from ..attribution.runner import _probing, attribute_layers
 from ..attribution.scores import LayerScores
 from ..data.audio import read_audio
 from ..data.batches import Batch, ClipDataset, Sample, collate
@@ -16,11 +18,13 @@ from ..data.manifest import Clip
 from ..data.mel import LogMel
 from ..data.tokens import BYTE_VOCABULARY, encode_text
 from ..errors import UserError
-from ..models.flow import SIGMA, probe_inputs, sample
+from ..models.flow import SIGMA, flow_matching_loss, path, probe_inputs, sample
+from ..teachers.cache import CachedTeacher
+from ..teachers.registry import Teacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig
-from .objective import Backbone
+from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
 def load_backbone(path: str | Path, device: torch.device, weights: str = "ema") -> tuple[Backbone, Checkpoint]:
@@ -61,6 +65,64 @@ def score_layers(
             clips=list(range(len(indices))) * len(probe.t_grid),
             max_samples=len(indices),
         )
+
+
+def layer_values(
+    policy: str,
+    backbone: Backbone,
+    teachers: Mapping[str, Teacher | CachedTeacher],
+    dataset: ClipDataset,
+    config: RunConfig,
+    device: torch.device,
+    bf16: bool = False,
+) -> Tensor:
+    """What a policy that needs values chooses by, [L] float64 on the CPU, on the clips and times of `score_layers`.
+
+    "stored": LASP, the mean over teachers; the head is fitted on every other clip of a teacher's domains.
+    "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, the mean over the grid of t.
+
+    Raises:
+        UserError: too few clips of a teacher's domains for LASP.
+    """
+    [batch] = fixed_batches(dataset, spread(dataset, config.probe.samples), config, one_shape=True)
+    batch = batch.to(device)
+    noise = SIGMA * torch.randn(
+        batch.mel.shape, generator=torch.Generator(device).manual_seed(config.train.seed), device=device
+    )
+    by_time = []
+    with _probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        cond, _ = backbone.condition(batch)
+        for time in config.probe.t_grid:
+            t = torch.full((batch.mel.shape[0],), time, device=device)
+            x_t, velocity_target = path(batch.mel, noise, t)
+            inputs = {"x_t": x_t, "t": t, "cond": cond, "mask": batch.mask}
+            if policy == "stored":
+                by_time.append(pooled_hidden(backbone.network, inputs).double())
+                continue
+            with torch.enable_grad():
+                block_input, _ = backbone.network.open(x_t, t, cond)
+                layers = range(config.model.depth)
+                velocity, hidden = backbone.network(**inputs, hidden_layers=layers)
+                loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()
+                norms, first_order = layer_sensitivity(loss, [hidden[layer] for layer in layers], block_input)
+            by_time.append((norms if policy == "gradient-norm" else first_order).double())
+        if policy != "stored":
+            return torch.stack(by_time).mean(0).cpu()
+        targets, mask = teacher_targets(teachers, batch, config)
+    stored = []
+    for name, table in domain_tables(config, batch.domains).items():
+        clips = table.to(device)[batch.domain].nonzero().squeeze(1)
+        clips = clips[batch.domain[clips].argsort(stable=True)]  # so that both halves hold every domain
+        fitted = (torch.arange(clips.numel(), device=device) % 2 == 0).repeat(len(by_time))
+        if clips.numel() < 2 or fitted.sum() < 2:
+            raise UserError(
+                f"probe.samples: policy 'stored' fits on some of the held-out clips of teacher {name!r} and measures "
+                f"on others, and of {clips.numel()} it cannot: probe more clips or hold out more (data.valid_share)"
+            )
+        hidden_states = torch.cat([states[:, clips] for states in by_time], dim=1)
+        teacher = pool_target(targets[name], mask)[clips].repeat(len(by_time), 1)
+        stored.append(lasp(hidden_states, teacher, fitted).mean(1))
+    return torch.stack(stored).mean(0).cpu()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..alignment.loss import AlignmentLoss, InterfaceLoss
 from ..alignment.policy import LayerSelection
 from ..alignment.resample import align_time
+from ..alignment.schedule import SimilarityStop, timestep_weight
 from ..data.batches import Batch
 from ..errors import UserError
 from ..models.conditioning import TokenConditioner, assemble_condition
@@ -60,12 +61,15 @@ class Objective(nn.Module):
         a = config.alignment
         self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, a.pool, a.head)
         self.interface = InterfaceLoss(config.model.token_width, teachers, a.bitc_weights) if a.bitc else None
+        self.stop = None if a.stop_similarity is None else SimilarityStop(a.stop_similarity)
 
     def heads(self) -> nn.ModuleDict:
-        """The alignment heads: trained along, saved apart, absent at inference."""
+        """The alignment heads, and whether alignment has stopped: trained along, saved apart, absent at inference."""
         parts: dict[str, nn.Module] = {"alignment": self.alignment}
         if self.interface is not None:
             parts["interface"] = self.interface
+        if self.stop is not None:
+            parts["stop"] = self.stop
         return nn.ModuleDict(parts)
 
     def forward(
@@ -95,9 +99,16 @@ class Objective(nn.Module):
         loss = flow_loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()
         metrics = {"flow_loss": flow_loss.detach()}
         if align_weight:
-            aligned, cosines = self.alignment(hidden, targets, target_mask, domains)
-            loss = loss + align_weight * aligned
+            kind = self.config.alignment.timestep_weight
+            by_time = None if kind == "uniform" else timestep_weight(t, kind)
+            aligned, cosines = self.alignment(hidden, targets, target_mask, domains, by_time)
             metrics |= {"align_loss": aligned.detach(), **cosines}
+            if self.stop is not None:
+                # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.
+                metrics["align_factor"] = factor = self.stop.factor.clone()
+                aligned = aligned * factor
+                self.stop(self.alignment.similarity(cosines))
+            loss = loss + align_weight * aligned
         if self.interface is not None:
             pooled = {name: pool_target(target, target_mask) for name, target in targets.items()}
             tied, cosines = self.interface(embedding, pooled, batch.mask, domains, keep_tokens)

@@ -35,7 +35,7 @@ from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
 from .config import RunConfig, TeacherConfig, dump_config
 from .environment import pick_device, versions
-from .inference import generate, score_layers
+from .inference import generate, layer_values, score_layers
 from .log import RunLog, average
 from .objective import Backbone, Objective, domain_tables, teacher_targets
 from .optimizer import build_optimizer, one_cycle
@@ -82,12 +82,11 @@ class Trainer:
         self.seconds_before = 0.0
         self.began = time.perf_counter()
         if config.alignment.selection:
-            self._select(LayerSelection.from_json(config.alignment.selection))
+            self._select(LayerSelection.from_json(config.alignment.selection).synchronised())
+        if config.alignment.layers:
+            self._select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
         if resume is not None:
             self._restore(resume)
-        if POLICIES.get(config.alignment.policy) not in ("", "scores"):
-            usable = [name for name, needs in POLICIES.items() if needs in ("", "scores")]
-            raise UserError(f"alignment.policy: expected {', '.join(usable)}, got {config.alignment.policy!r}")
         self.schedule = self._schedule()
         self.log = RunLog(run_dir, config)
 
@@ -197,8 +196,22 @@ class Trainer:
         probe = self.config.probe
         began = time.perf_counter()
         self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
-        policy, depth = self.config.alignment.policy, self.config.model.depth
-        chosen = choose_layers(policy, depth, probe.k, scores=self.scores, seed=self.config.train.seed).synchronised()
+        a = self.config.alignment
+        values: Tensor | tuple[float, ...] = ()
+        if POLICIES[a.policy] == "values":
+            clips = self.data.valid
+            values = layer_values(
+                a.policy, self.objective.backbone, self.teachers, clips, self.config, self.device, self.bf16
+            )
+        chosen = choose_layers(
+            a.policy,
+            self.config.model.depth,
+            probe.k,
+            layers=a.layers,
+            values=values,
+            scores=self.scores,
+            seed=self.config.train.seed,
+        ).synchronised()
         if self.selection is None:
             self._select(chosen)
         self.scores.to_csv(self.run_dir / "foga.csv")
@@ -225,7 +238,7 @@ class Trainer:
     def _schedule(self) -> AlignmentSchedule:
         """Alignment starts after the probe, or at once when the selection is given."""
         a, steps = self.config.alignment, self.config.train.steps
-        start = 0 if a.selection else self.config.probe.start
+        start = 0 if a.selection or a.layers else self.config.probe.start
         if not a.enabled:
             return AlignmentSchedule(0, 0, 0, 0)
         stop = math.ceil(a.stop * steps)
@@ -266,12 +279,12 @@ class Trainer:
         self.log.write("valid", step=self.step, flow_loss=loss.mean().item(), **by_domain, **average(records))
 
     def _selected(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Metrics without the cosines of layers that are not aligned."""
+        """Metrics without those of layers that are not aligned (their names end in the layer)."""
         layers = {str(layer) for layer in self.selection.layers} if self.selection else set()
         return {
             name: value
             for name, value in metrics.items()
-            if not name.startswith("cosine/") or name.rsplit("/", 1)[1] in layers | {"tokens"}
+            if not (last := name.rsplit("/", 1)[-1]).isdigit() or last in layers
         }
 
     def _samples(self) -> None:

@@ -115,17 +115,21 @@ def test_sensitivity_against_finite_differences():
 
 RANK = """
 import sys
+import torch
 import torch.distributed as distributed
 import agrepa_fast as ag
 rank, file = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
 print(ag.choose_layers("deepest" if rank else "shallowest", 12, 3).synchronised().state())
+stop = ag.SimilarityStop(0.5, momentum=0.0)
+cosines = [[0.2, float("nan"), 0.9, 0.0], [0.6, 0.3, 0.2, 0.0]][rank]
+print([(stop(torch.tensor(cosine)).item(), round(stop.mean.item(), 4)) for cosine in cosines])
 distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_end_with_one_selection(tmp_path: Path):
-    """They choose differently; rank 0's choice holds."""
+def test_two_ranks_end_with_one_selection_and_stop_together(tmp_path: Path):
+    """They choose differently, and rank 0's choice holds; a rank without a sample takes the other's cosine."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK]
     ranks = [
@@ -139,6 +143,7 @@ def test_two_ranks_end_with_one_selection(tmp_path: Path):
     for process, output in zip(ranks, outputs):
         assert process.returncode == 0, output
         assert expected in output
+        assert "[(1.0, 0.4), (1.0, 0.3), (0.0, 0.55), (0.0, 0.0)]" in output
 
 
 def test_one_process_keeps_its_own():

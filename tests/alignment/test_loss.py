@@ -97,6 +97,50 @@ def test_equals_the_loop(pool, mask, form, dtype, tolerance):
 
 
 @pytest.mark.parametrize("pool", ["mean", None])
+def test_samples_with_weights(pool):
+    """Weights of the samples, over the number of rows; the cosines stay raw. By the losses of one sample at a time."""
+    loss_fn = build(pool)
+    hidden, targets = draw(pool)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+    loss, metrics = loss_fn(hidden, targets, MASK, NAMES, weights)
+    plain, raw = loss_fn(hidden, targets, MASK, NAMES)
+    assert metrics == raw
+    expected = 0.0
+    for n in range(BATCH):
+        only = (torch.arange(BATCH) == n).unsqueeze(1)
+        alone = by_loop(
+            loss_fn,
+            dict(zip(SELECTION.layers, SELECTION.weights)),
+            hidden,
+            targets,
+            MASK & only,
+            NAMES,
+        )[0]
+        rows = [i for i in range(BATCH) if NAMES[i] == NAMES[n]]
+        share = 1 / len(rows) if pool else MASK[n].sum().item() / MASK[rows].sum().item()
+        expected += weights[n].item() * share * alone
+    assert loss.item() == pytest.approx(expected, rel=1e-7)
+    assert plain.item() != pytest.approx(expected, rel=1e-2)
+    loss.backward()
+    assert all(h.grad[2].count_nonzero() == 0 for h in hidden.values())
+
+
+@pytest.mark.parametrize("pool", ["mean", None])
+def test_similarity_is_the_mean_cosine_by_the_layers_weights(pool):
+    loss_fn = build(pool)
+    hidden, targets = draw(pool)
+    loss_fn.select(LayerSelection((4, 9), (0.75, 0.25)))
+    _, metrics = loss_fn(hidden, targets, MASK, NAMES)
+    cosines = {layer: np.mean([metrics[f"cosine/{name}/{layer}"].item() for name in TEACHERS]) for layer in (4, 9)}
+    assert loss_fn.similarity(metrics).item() == pytest.approx(0.75 * cosines[4] + 0.25 * cosines[9])
+    _, metrics = loss_fn(hidden, targets, MASK, ["audio"] * BATCH)
+    expected = 0.75 * metrics["cosine/audio/4"] + 0.25 * metrics["cosine/audio/9"]
+    assert loss_fn.similarity(metrics).item() == pytest.approx(expected.item())
+    _, metrics = loss_fn(hidden, targets, torch.zeros_like(MASK))
+    assert loss_fn.similarity(metrics).isnan()
+
+
+@pytest.mark.parametrize("pool", ["mean", None])
 def test_a_domain_that_is_absent_gives_exactly_nothing(pool):
     loss_fn = build(pool)
     hidden, targets = draw(pool)

@@ -38,6 +38,7 @@ def arguments(pool):
         ("domains", {"audio": torch.ones(3)}, r"domains\['audio'\]: expected \[2\], got \[3\]"),
         ("domains", ["speech"], r"expected 2 names among the teachers \['speech', 'audio'\], got \['speech'\]"),
         ("domains", ["speech", "music"], "'music'"),
+        ("sample_weight", torch.ones(3), r"sample_weight: expected \[2\], got \[3\]"),
         ("mask", torch.ones(2, 7), r"mask: expected bool \[2, 7\], got torch.float32"),
         ("mask", torch.ones(2, 6, dtype=torch.bool), r"mask: expected bool \[2, 7\], got torch.bool \[2, 6\]"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
 from agrepa_fast.training.clips import fixed_batches, hold_out, load_data, spread
+from agrepa_fast.training.inference import layer_values
 from agrepa_fast.training.objective import Objective, domain_tables, teacher_targets
 from agrepa_fast.training.trainer import Trainer
 
@@ -186,5 +189,167 @@ def test_a_policy_decides_the_layers_after_the_probe(tiny_config, tmp_path):
     trainer._probe()
     assert trainer.selection == LayerSelection((1, 2), (0.5, 0.5), "deepest")
     assert trainer.objective.alignment.weights.tolist() == [0, 0.5, 0.5]
-    with pytest.raises(UserError, match=r"alignment.policy: expected even, .* got 'stored'"):
-        Trainer(tiny_config("alignment.policy=stored"), tmp_path / "run")
+
+
+def test_given_layers_are_aligned_from_the_start(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny_config("alignment.layers=[2,0]", "alignment.policy=deepest"), tmp_path / "run")
+    assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
+    assert trainer.objective.alignment.weights.tolist() == [0.5, 0, 0.5]
+    assert trainer.schedule(0) > 0
+    trainer._probe()  # writes the policy's choice, and leaves the one that was given
+    assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
+    assert LayerSelection.from_json(tmp_path / "run" / "selection.json").layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["alignment.policy=fog"], "alignment.policy: expected one of fixed, .*, got 'fog'"),
+        (["alignment.policy=fixed"], "alignment.policy: expected alignment.layers with it"),
+        (["alignment.layers=[0,3]"], r"alignment.layers: expected distinct layers from 0 to 2, got \[0, 3\]"),
+        (["alignment.layers=[1,1]"], r"alignment.layers: expected distinct layers .* got \[1, 1\]"),
+        (["alignment.layers=[1]", "alignment.selection=a.json"], "alignment.layers, alignment.selection: .* one of"),
+        (["alignment.stop_similarity=2"], r"alignment.stop_similarity: expected null or a cosine .* got 2.0"),
+        (["alignment.timestep_weight=late"], "alignment.timestep_weight: expected one of uniform, .* got 'late'"),
+    ],
+)
+def test_wrong_choices_are_named(tiny_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        tiny_config(*changes)
+
+
+@pytest.fixture
+def warm(tiny_config, tmp_path):
+    """A trainer whose network is no longer at its zero initialisation, with enough clips for a probe."""
+    (tmp_path / "run").mkdir()
+    changes = ("probe.samples=4", "data.valid_share=0.34", "model.dropout=0.0")
+    trainer = Trainer(tiny_config(*changes), tmp_path / "run")
+    torch.manual_seed(1)
+    for name, parameter in trainer.objective.backbone.network.named_parameters():
+        if name.startswith(("output.", "branches.", "modulation.")):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return trainer
+
+
+def values_of(trainer, policy):
+    parts = (trainer.objective.backbone, trainer.teachers, trainer.data.valid, trainer.config, trainer.device)
+    return layer_values(policy, *parts)
+
+
+def probe_batch(trainer):
+    """The clips of the probe, and at every t of the grid what the network is given and what it should say."""
+    config = trainer.config
+    [batch] = fixed_batches(trainer.data.valid, spread(trainer.data.valid, 4), config, one_shape=True)
+    noise = SIGMA * torch.randn(batch.mel.shape, generator=torch.Generator().manual_seed(config.train.seed))
+    with torch.no_grad():
+        cond, _ = trainer.objective.backbone.condition(batch)
+    return batch, cond, [(t, *path(batch.mel, noise, torch.full((4,), t))) for t in config.probe.t_grid]
+
+
+def test_what_a_layer_stores_decides_at_the_probe(warm):
+    """LASP on the probe's clips by hand: one ridge head for all layers, on one clip of each domain."""
+    batch, cond, times = probe_batch(warm)
+    network = warm.objective.backbone.network.eval()
+    states = []
+    with torch.no_grad():
+        for t, x_t, _ in times:
+            _, hidden = network(x_t, torch.full((4,), t), cond, batch.mask, hidden_layers=range(3))
+            rows = [[hidden[k][n, : int(batch.mask[n].sum())].mean(0).double() for n in range(4)] for k in range(3)]
+            states.append(torch.stack([torch.stack(row) for row in rows]))
+    x = torch.stack(states, dim=1)  # [3 layers, 2 times, 4 clips, width]
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    z, _ = teacher_targets(warm.teachers, batch, warm.config)
+    z = torch.nn.functional.normalize(z["spectral"].double(), dim=-1)
+    by_domain = [[n for n in range(4) if batch.domain[n] == domain] for domain in (0, 1)]
+    fit, out = [[pair[place] for pair in by_domain] for place in (0, 1)]
+    inner, goal = x[:, :, fit].reshape(-1, 16), z[fit].repeat(6, 1)
+    centred = inner - inner.mean(0)
+    gram = centred.T @ centred
+    gram += 1e-2 * gram.diagonal().mean() * torch.eye(16).double()
+    matrix = torch.linalg.inv(gram) @ centred.T @ (goal - goal.mean(0))
+    predicted = (x[:, :, out] - inner.mean(0)) @ matrix + goal.mean(0)
+    cosine = (predicted * z[out]).sum(-1) / predicted.norm(dim=-1) / z[out].norm(dim=-1)
+    expected = cosine.mean((1, 2))
+    warm.objective.train()
+    values = values_of(warm, "stored")
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+    assert all(module.training for module in warm.objective.backbone.modules())
+    assert expected.std() > 1e-4  # the layers differ, or the order below means nothing
+
+
+@pytest.mark.parametrize("policy", ["gradient-norm", "first-order"])
+def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
+    """The loss by hand, clip by clip; what leaves each block keeps its gradient."""
+    batch, cond, times = probe_batch(warm)
+    network = warm.objective.backbone.network.eval()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for t, x_t, target in times:
+        start, _ = network.open(x_t, torch.full((4,), t), cond)
+        velocity, hidden = network(x_t, torch.full((4,), t), cond, batch.mask, hidden_layers=range(3))
+        [h.retain_grad() for h in hidden.values()]
+        lengths = batch.mask.sum(1).tolist()
+        errors = [(velocity[n, :frames] - target[n, :frames]).square().mean() for n, frames in enumerate(lengths)]
+        (sum(errors) / 4).backward()
+        for layer, h in hidden.items():
+            grad, step = h.grad.double(), (h - (hidden[layer - 1] if layer else start)).detach().double()
+            expected[layer] += (grad.norm() if policy == "gradient-norm" else (grad * step).sum().abs()) / len(times)
+    torch.testing.assert_close(values_of(warm, policy), expected, rtol=1e-4, atol=1e-7)
+    assert expected.std() > 1e-4
+    before = network.state_dict()
+    warm.config = dataclasses.replace(warm.config, alignment=dataclasses.replace(warm.config.alignment, policy=policy))
+    warm._probe()
+    assert warm.selection == LayerSelection.uniform(expected.topk(2).indices.tolist(), policy)
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+
+
+def test_lasp_says_when_a_teacher_has_too_few_clips(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny_config("alignment.teachers={spectral: {domains: [audio]}}"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"probe.samples: policy 'stored' .* 'spectral' .* of 1 it cannot"):
+        values_of(trainer, "stored")
+
+
+def test_samples_are_weighed_by_their_time(setup, monkeypatch):
+    """ "data" weighs by 2 t: the loss with given t against the loss of each sample alone."""
+    changes = ("flow.token_dropout=0.0", "flow.prompt_dropout=0.0", "model.dropout=0.0")
+    t = torch.tensor([0.125, 0.75])
+    plain = setup(*changes)[3]
+    config, batch, teachers, objective = setup(*changes, "alignment.timestep_weight=data")
+    monkeypatch.setattr("torch.rand", lambda *size, **_: t.clone())
+    monkeypatch.setattr("torch.randn_like", torch.zeros_like)
+    targets, mask = teacher_targets(teachers, batch, config)
+    both = torch.ones(2, dtype=torch.bool)
+    loss, metrics = objective(batch, targets, mask, {"spectral": both}, 1.0)
+    plain.load_state_dict(objective.state_dict())
+    alone = []
+    for n in range(2):
+        only = torch.arange(2) == n
+        alone.append(plain(batch, targets, mask, {"spectral": only}, 1.0)[1])
+    expected = sum(2 * t[n] * alone[n]["align_loss"] for n in range(2)) / 2
+    torch.testing.assert_close(metrics["align_loss"], expected)
+    torch.testing.assert_close(loss.detach(), metrics["flow_loss"] + expected)
+    raw = sum(record["cosine/spectral/1"] for record in alone) / 2  # without weights
+    torch.testing.assert_close(metrics["cosine/spectral/1"], raw)
+
+
+def test_alignment_stops_by_similarity(setup):
+    """The step that reaches the threshold still counts in full; the next one has no alignment loss in it."""
+    changes = ("flow.token_dropout=0.0", "flow.prompt_dropout=0.0", "model.dropout=0.0")
+    config, batch, teachers, objective = setup(*changes, "alignment.stop_similarity=-1")
+    targets, mask = teacher_targets(teachers, batch, config)
+    domains = {"spectral": torch.ones(2, dtype=torch.bool)}
+    nobody = {"spectral": torch.zeros(2, dtype=torch.bool)}
+    none = objective(batch, targets, mask, nobody, 0.5)[1]  # no cosine: passed over
+    first, before = objective(batch, targets, mask, domains, 0.5)
+    after_loss, after = objective(batch, targets, mask, domains, 0.5)
+    assert [m["align_factor"].item() for m in (none, before, after)] == [1, 1, 0]
+    torch.testing.assert_close(first.detach(), before["flow_loss"] + 0.5 * before["align_loss"])
+    assert after["align_loss"] > 0
+    assert after_loss.item() == after["flow_loss"].item()
+    first.backward()  # the factor has changed since
+    grads = [parameter.grad.clone() for parameter in objective.alignment.parameters()]
+    assert all(grad.any() for grad in grads)
+    objective.zero_grad()
+    after_loss.backward()
+    assert not any(parameter.grad.any() for parameter in objective.alignment.parameters())

@@ -94,6 +94,7 @@ def _no_report(monkeypatch):
 @pytest.mark.parametrize("pool", ["mean", "null"])
 def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(tiny_config, monkeypatch, pool):
     changes = [f"alignment.pool={pool}", "alignment.bitc=true", "train.samples=0", "train.steps=6"]
+    changes += ["alignment.policy=first-order", "alignment.timestep_weight=noise", "alignment.stop_similarity=0.02"]
     whole = start_run(tiny_config(*changes)).run()
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
@@ -105,7 +106,9 @@ def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(tiny_conf
             interrupt_after(patch, 1)
             resume_run(checkpoint).run()
     assert read_log(run_dir / "log.jsonl")[-1]["event"] == "interrupted"
-    assert_same_bits(state_bits(whole), state_bits(run_dir))
+    bits = state_bits(run_dir)
+    assert_same_bits(state_bits(whole), bits)
+    assert bits["heads.stop.mean"].isfinite()
 
 
 @pytest.mark.usefixtures("_no_report")
