@@ -33,7 +33,7 @@ def held(run_dir) -> tuple[int, float]:
     return checkpoint.state["step"], values.pop()
 
 
-def killed_at(call: int, action) -> bool:
+def killed_at(call: int, action, *arguments, **options) -> bool:
     """Run `action` in a child that SIGKILLs itself at its `call`-th system call that changes the disk's names or
     flushes; whether it lived that long."""
     child = os.fork()
@@ -41,16 +41,16 @@ def killed_at(call: int, action) -> bool:
         counter = itertools.count()
 
         def trap(original):
-            def counted(*arguments, **options):
+            def counted(*given, **named):
                 if next(counter) == call:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **options)
+                return original(*given, **named)
 
             return counted
 
         for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
             setattr(os, name, trap(getattr(os, name)))
-        action()
+        action(*arguments, **options)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
@@ -67,7 +67,7 @@ def test_killed_anywhere_in_a_write_the_run_keeps_a_whole_checkpoint(tmp_path):
     save(tmp_path / "run", 1)
     seen = set()
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
-        alive = not killed_at(call, lambda: save(run_dir, 2))
+        alive = not killed_at(call, save, run_dir, 2)
         seen.add(held(run_dir))
         save(run_dir, 3)  # the next write tidies up
         assert held(run_dir) == (3, 3.0)
@@ -82,7 +82,7 @@ def test_killed_anywhere_in_writing_a_step_again_the_step_stays(tmp_path):
     save(tmp_path / "run", 1, value=10)
     seen = set()
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
-        alive = not killed_at(call, lambda: save(run_dir, 1, value=11))
+        alive = not killed_at(call, save, run_dir, 1, value=11)
         seen.add(held(run_dir))
         if alive:
             break
@@ -93,7 +93,7 @@ def test_killed_anywhere_in_a_removal_nothing_else_is_lost(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / "run", step)
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
-        alive = not killed_at(call, lambda: drop_old(run_dir / "checkpoints", keep=1))
+        alive = not killed_at(call, drop_old, run_dir / "checkpoints", keep=1)
         assert held(run_dir) == (3, 3.0)
         save(run_dir, 4)
         drop_old(run_dir / "checkpoints", keep=1)
