@@ -129,24 +129,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .training.checkpoint import load_checkpoint
-    from .training.config import dump_config, load_config, override_config
+    from .training.config import dump_config, load_config
+    from .training.distributed import leave, rank
     from .training.report import read_log
     from .training.trainer import resume_run, start_run
 
     if arguments.resume:
         # With --resume the first positional, if any, is a change like the rest.
         overrides = [arguments.config, *arguments.overrides] if arguments.config else arguments.overrides
-        checkpoint = load_checkpoint(arguments.resume)
-        config = override_config(checkpoint.config, overrides)
-        trainer = resume_run(checkpoint, config)
+        trainer = resume_run(arguments.resume, overrides)
     elif arguments.config:
-        config = load_config(arguments.config, arguments.overrides)
-        trainer = start_run(config)
+        trainer = start_run(load_config(arguments.config, arguments.overrides))
     else:
         raise UserError("train: give a preset or a YAML file, or --resume RUN")
-    print(dump_config(config))
+    first = rank() == 0
+    if first:
+        print(dump_config(trainer.config))
     run_dir = trainer.run()
+    leave()
+    if not first:
+        return 0
     losses = [entry["flow_loss"] for entry in read_log(run_dir / "log.jsonl") if entry["event"] == "valid"]
     if trainer.stopping:
         print(f"stopped after step {trainer.step}; go on with: agrepa train --resume {run_dir}")

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from agrepa_fast.training.nvml import Nvml
+
 from . import gate, protocol
 from .case import Outputs, Problem, Provider, Run, Setup, Unavailable
-from .environment import Nvml
 from .protocol import Effort, Timing
 from .roofline import bound
 

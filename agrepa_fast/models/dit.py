@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 
@@ -128,10 +129,12 @@ class DiT(nn.Module):
     """
 
     positions: Tensor
+    recompute: bool  # activation checkpointing: while training, backward runs each branch's forward again
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         width = config.width
         self.input = nn.Linear(config.mels + config.cond, width)
         self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
@@ -219,7 +222,10 @@ class DiT(nn.Module):
         h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
         last = len(self.branches) - 1
         for i, branch in enumerate(self.branches):
-            out = branch(h, key_mask)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                out = checkpoint(branch, h, key_mask, use_reentrant=False)
+            else:
+                out = branch(h, key_mask)
             gate = modulation[i].gate
             if i < last:
                 opening = modulation[i + 1]

@@ -148,6 +148,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
 
 
+def begun(run_dir: Path) -> bool:
+    """Whether a run has written a checkpoint, whole or not."""
+    return any((run_dir / "checkpoints").glob("*step_*"))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it: it is never there in part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 def drop_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(folder)[:-keep]:

@@ -20,6 +20,8 @@ from ..data.mel import MEL_PRESETS, MelConfig
 from ..errors import UserError
 from ..models.dit import PRESETS, DiTConfig
 
+ENGINES = ("auto", "eager", "compile", "graph")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -73,6 +75,9 @@ class ProbeConfig:
     t_grid: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     metric: str = "rms"  # or "squared"
     k: int = 3  # layers to align
+    every: int = 0  # steps between later probes, which choose again; 0: one probe
+    momentum: float = 0.5  # of the scores' moving average over probes
+    margin: float = 0.1  # a layer takes another's place when its score is higher by more than this share
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,11 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     precision: str = "auto"  # "auto" (bf16 on CUDA), "fp32" or "bf16"
+    engine: str = "auto"  # "eager", "compile", "graph" (CUDA graphs); "auto": what the device allows
+    accumulate: int = 1  # batches a step, their gradients averaged
+    recompute: bool = False  # activation checkpointing: less memory, a third more work
+    max_skipped: int = 20  # steps in a row with gradients that are not finite, before the run stops
+    diagnose_every: int = 0  # steps between measurements of the two losses' gradient cosine; 0: never
     threads: int = 0  # CPU threads; 0: torch's choice
     out: str = "runs"
     name: str = ""  # folder of the run inside `out`; empty: the preset's or file's name
@@ -379,6 +389,19 @@ def _check(config: RunConfig) -> None:
         (c.train.valid_samples >= 1, "train.valid_samples", "at least 1", c.train.valid_samples),
         (c.train.checkpoint_every >= 1, "train.checkpoint_every", "at least 1", c.train.checkpoint_every),
         (c.train.keep >= 1, "train.keep", "at least 1", c.train.keep),
+        (c.train.engine in ENGINES, "train.engine", "one of " + ", ".join(ENGINES), c.train.engine),
+        (c.train.accumulate >= 1, "train.accumulate", "at least 1", c.train.accumulate),
+        (c.train.max_skipped >= 1, "train.max_skipped", "at least 1", c.train.max_skipped),
+        (c.train.diagnose_every >= 0, "train.diagnose_every", "0 or more", c.train.diagnose_every),
+        (c.probe.every >= 0, "probe.every", "0 or more", c.probe.every),
+        (
+            c.probe.every == 0 or POLICIES.get(c.alignment.policy) in ("values", "scores"),
+            "probe.every",
+            f"0, as policy {c.alignment.policy} does not look at scores",
+            c.probe.every,
+        ),
+        (0 <= c.probe.momentum < 1, "probe.momentum", "in [0, 1)", c.probe.momentum),
+        (c.probe.margin >= 0, "probe.margin", "0 or more", c.probe.margin),
         (
             c.train.precision in ("auto", "fp32", "bf16"),
             "train.precision",

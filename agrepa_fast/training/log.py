@@ -18,15 +18,20 @@ from .config import RunConfig, dump_config
 class RunLog:
     """Appends one JSON object per event to `run_dir/log.jsonl`; numbers go to the other writers too."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, resume: tuple[int, int] | None = None) -> None:
-        """resume: step and log position (see `position`) of the checkpoint that the run goes on from. What was
-        logged after it is dropped: those steps come again."""
+    def __init__(self, run_dir: Path | None, config: RunConfig, resume: tuple[int, int] | None = None) -> None:
+        """resume: step and `position` of the checkpoint that the run goes on from. What was
+        logged after it is dropped: those steps come again. Without a run_dir nothing is written."""
+        self.position = 0  # bytes written so far
+        self._file: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if run_dir is None:
+            return
         path = run_dir / "log.jsonl"
         if resume is not None and path.exists() and path.stat().st_size > resume[1]:
             os.truncate(path, resume[1])
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self.position = self._file.tell()
         if config.train.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -51,9 +56,12 @@ class RunLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """One event; lost power costs at most the line being written."""
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps({"event": event, **fields}) + "\n")
             self._file.flush()
+            self.position = self._file.tell()
         except OSError as error:
             raise UserError(f"{self._file.name}: {error.strerror}") from error
         numbers = {
@@ -65,13 +73,9 @@ class RunLog:
         if "step" in fields and self._wandb is not None:
             self._wandb.log(numbers, step=fields["step"])
 
-    @property
-    def position(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
-
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -5,7 +5,10 @@ Backbone (network and token conditioner) and alignment heads are apart: the head
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +40,11 @@ class Backbone(nn.Module):
         self.conditioner = TokenConditioner(sizes, config.model.token_width, second.pop() if second else 0)
         self.network = DiT(config.dit)
 
-    def embed_tokens(self, batch: Batch) -> Tensor:
+    def embed_tokens(self, batch: Batch | StepInputs) -> Tensor:
         """Token embedding per mel frame [B, T, C]."""
         return self.conditioner(batch.tokens, batch.token_lengths, batch.vocabulary, batch.mask)
 
-    def condition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def condition(self, batch: Batch | StepInputs) -> tuple[Tensor, Tensor]:
         """The full condition and guidance's null condition, each [B, T, C + M]; nothing is dropped."""
         embedding = self.embed_tokens(batch)
         return (
@@ -50,12 +53,88 @@ class Backbone(nn.Module):
         )
 
 
-class Objective(nn.Module):
-    """Loss and metrics of a batch. t, noise and condition dropout are drawn on the batch's device."""
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step takes of a batch and of the teachers: tensors alone, of shapes that the bucket decides."""
 
-    def __init__(self, config: RunConfig, teachers: Mapping[str, int]) -> None:
+    mel: Tensor  # [B, T, M]
+    mask: Tensor  # [B, T] bool, real frames
+    prompt: Tensor  # [B, T] bool, reference frames
+    tokens: Tensor  # [B, S, K]
+    token_lengths: Tensor  # [B]
+    vocabulary: Tensor  # [B]
+    targets: dict[str, Tensor]  # {teacher: [B, W] or [B, T, W]}; empty where none is needed
+    target_mask: Tensor  # [B, T] bool, frames to align
+    domains: dict[str, Tensor]  # {teacher: [B] bool}
+
+    @classmethod
+    def of(
+        cls, batch: Batch, targets: dict[str, Tensor], target_mask: Tensor, domains: dict[str, Tensor]
+    ) -> StepInputs:
+        """A batch and what its teachers say."""
+        return cls(
+            batch.mel,
+            batch.mask,
+            batch.prompt,
+            batch.tokens,
+            batch.token_lengths,
+            batch.vocabulary,
+            targets,
+            target_mask,
+            domains,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [t for value in values for t in (value.values() if isinstance(value, dict) else [value])]
+
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(tensor.shape for tensor in self.tensors())
+
+    def clone(self) -> StepInputs:
+        """The same values in memory of its own."""
+        copies: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            mapping = isinstance(value, dict)
+            copies[field.name] = {k: t.clone() for k, t in value.items()} if mapping else value.clone()
+        return StepInputs(**copies)
+
+    def copy_(self, other: StepInputs) -> None:
+        """Take the values of `other`, which has the same shapes."""
+        for own, given in zip(self.tensors(), other.tensors()):
+            own.copy_(given, non_blocking=True)
+
+
+class Draws(NamedTuple):
+    """The random numbers of a step, apart from dropout's."""
+
+    t: Tensor  # [B] in [0, 1)
+    noise: Tensor  # [B, T, M], of standard deviation SIGMA
+    keep_tokens: Tensor  # [B] bool
+    keep_prompt: Tensor  # [B] bool
+
+
+class Objective(nn.Module):
+    """Loss and metrics of a batch.
+
+    generator: draws t, noise and condition dropout on the batch's device. Every rank has the same one and takes its
+    rows out of the global batch's numbers, so they do not depend on how many ranks there are.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teachers: Mapping[str, int],
+        generator: torch.Generator | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.generator = generator or torch.Generator()
+        self.rank, self.ranks = rank, ranks
         self.backbone = Backbone(config)
         every_layer = LayerSelection.uniform(range(config.model.depth))
         a = config.alignment
@@ -72,50 +151,82 @@ class Objective(nn.Module):
             parts["stop"] = self.stop
         return nn.ModuleDict(parts)
 
+    def draw(self, inputs: StepInputs, generator: torch.Generator | None = None) -> Draws:
+        """A step's random numbers, on the device; from `self.generator` unless another is given."""
+        flow = self.config.flow
+        generator = generator or self.generator
+        size, frames, mels = inputs.mel.shape
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=inputs.mel.device)
+
+        total = size * self.ranks
+        mine = slice(self.rank, None, self.ranks)
+        noise = torch.randn(total, frames, mels, generator=generator, device=inputs.mel.device)
+        return Draws(
+            t=uniform(total)[mine],
+            noise=SIGMA * noise[mine],
+            keep_tokens=uniform(total)[mine] >= flow.token_dropout,
+            keep_prompt=uniform(total)[mine] >= flow.prompt_dropout,
+        )
+
     def forward(
-        self,
-        batch: Batch,
-        targets: Mapping[str, Tensor],
-        target_mask: Tensor,
-        domains: Mapping[str, Tensor],
-        align_weight: float,
+        self, inputs: StepInputs, draws: Draws, align_weight: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and detached metrics on the device.
 
-        targets: {teacher: [B, W] or [B, T, W]}; target_mask: [B, T] frames to align; domains: {teacher: [B]};
-        align_weight: 0 leaves alignment out (its forward too).
+        align_weight: a scalar; None leaves alignment out (its forward too). "flow_loss/t0" to "t3" are the
+        flow-matching losses of the samples with t in each quarter of [0, 1), nan where there is none.
         """
-        flow = self.config.flow
-        size, device = batch.mel.shape[0], batch.mel.device
-        keep_tokens = torch.rand(size, device=device) >= flow.token_dropout
-        keep_prompt = torch.rand(size, device=device) >= flow.prompt_dropout
-        t = torch.rand(size, device=device)
-        noise = SIGMA * torch.randn_like(batch.mel)
-        x_t, velocity_target = path(batch.mel, noise, t)
-        embedding = self.backbone.embed_tokens(batch)
-        cond = assemble_condition(embedding, batch.mel, batch.prompt, keep_tokens, keep_prompt)
-        layers = self.alignment.active if align_weight else ()
-        velocity, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=layers)
-        loss = flow_loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()
-        metrics = {"flow_loss": flow_loss.detach()}
-        if align_weight:
+        x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
+        embedding = self.backbone.embed_tokens(inputs)
+        cond = assemble_condition(embedding, inputs.mel, inputs.prompt, draws.keep_tokens, draws.keep_prompt)
+        layers = self.alignment.active if align_weight is not None else ()
+        velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
+        by_sample = flow_matching_loss(velocity, velocity_target, inputs.mask)
+        loss = flow_loss = by_sample.mean()
+        metrics = {"flow_loss": flow_loss.detach(), **_by_time(by_sample.detach(), draws.t)}
+        if align_weight is not None:
             kind = self.config.alignment.timestep_weight
-            by_time = None if kind == "uniform" else timestep_weight(t, kind)
-            aligned, cosines = self.alignment(hidden, targets, target_mask, domains, by_time)
+            by_time = None if kind == "uniform" else timestep_weight(draws.t, kind)
+            aligned, cosines = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time)
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
                 # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.
                 metrics["align_factor"] = factor = self.stop.factor.clone()
                 aligned = aligned * factor
-                self.stop(self.alignment.similarity(cosines))
             loss = loss + align_weight * aligned
         if self.interface is not None:
-            pooled = {name: pool_target(target, target_mask) for name, target in targets.items()}
-            tied, cosines = self.interface(embedding, pooled, batch.mask, domains, keep_tokens)
+            pooled = {name: pool_target(target, inputs.target_mask) for name, target in inputs.targets.items()}
+            tied, cosines = self.interface(embedding, pooled, inputs.mask, inputs.domains, draws.keep_tokens)
             loss = loss + tied
             metrics |= {"bitc_loss": tied.detach(), **cosines}
         metrics["loss"] = loss.detach()
         return loss, metrics
+
+    def observe(self, metrics: Mapping[str, Tensor]) -> None:
+        """After an aligned step: its cosines decide whether the next one is aligned (alignment.stop_similarity)."""
+        if self.stop is not None:
+            self.stop(self.alignment.similarity(metrics))
+
+    def gradient_cosines(self, inputs: StepInputs, draws: Draws) -> dict[str, Tensor]:
+        """Do the two losses pull alike? {"gradient_cosine/<layer>": cosine of their gradients at its hidden state}.
+
+        nan for a layer that nothing aligned depends on. Leaves parameters' gradients and flags alone; call it in
+        evaluation mode, or dropout draws numbers."""
+        x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
+        cond, _ = self.backbone.condition(inputs)
+        layers = self.alignment.active
+        velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
+        flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
+        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
+        states = [hidden[layer] for layer in layers]
+        pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
+        cosines = {}
+        for layer, one, two in zip(layers, *pairs):
+            one, two = one.flatten().float(), two.flatten().float()
+            cosines[f"gradient_cosine/{layer}"] = torch.dot(one, two) / (one.norm() * two.norm())
+        return cosines
 
     @torch.no_grad()
     def validate(
@@ -133,6 +244,16 @@ class Objective(nn.Module):
         velocity, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=self.alignment.active)
         _, cosines = self.alignment(hidden, targets, target_mask, domains)
         return flow_matching_loss(velocity, velocity_target, batch.mask), cosines
+
+
+TIME_BINS = 4
+
+
+def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Mean of the samples' losses [B] by quarter of t [B]; nan where a quarter has none."""
+    inside = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1) == torch.arange(TIME_BINS, device=t.device).unsqueeze(1)
+    means = torch.where(inside, loss, 0).sum(1) / inside.sum(1)
+    return {f"flow_loss/t{number}": mean for number, mean in enumerate(means.unbind())}
 
 
 def pool_target(target: Tensor, mask: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from .config import OptimizerConfig, RunConfig
 from .objective import Objective
 
 
-def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW: decay on the backbone's matrices only; the heads are a group of their own, without decay."""
+def build_optimizer(objective: Objective, config: RunConfig, capturable: bool = False) -> torch.optim.AdamW:
+    """Fused AdamW: decay on the backbone's matrices only; the heads are a group of their own, without decay.
+
+    capturable: for CUDA graphs, with the learning rate in a tensor on the device."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     tables = {id(m.weight) for m in objective.backbone.modules() if isinstance(m, nn.Embedding)}
@@ -26,20 +28,22 @@ def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.Adam
         {"params": rest, "weight_decay": 0.0, "name": "biases, norms, embeddings"},
         {"params": list(objective.heads().parameters()), "weight_decay": 0.0, "name": "heads"},
     ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas)
+    device = next(objective.parameters()).device
+    lr = torch.tensor(o.lr, device=device) if capturable else o.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=o.betas, fused=True, capturable=capturable)
 
 
 def one_cycle(optimizer: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Factor on `lr` by step: half a cosine from initial_lr up, then one down to final_lr at the last step.
+    """The learning rate by step: half a cosine from initial_lr up, then one down to final_lr at the last step.
 
     (torch's OneCycleLR divides by zero when the warm-up is a single step.)"""
     warmup = max(1, round(optimizer.warmup_share * steps))
 
-    def factor(step: int) -> float:
+    def rate(step: int) -> float:
         if step < warmup:
             begin, end, progress = optimizer.initial_lr, optimizer.lr, step / warmup
         else:
             begin, end, progress = optimizer.lr, optimizer.final_lr, (step - warmup) / max(1, steps - 1 - warmup)
-        return (end + (begin - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))) / optimizer.lr
+        return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return factor
+    return rate

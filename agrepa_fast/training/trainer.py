@@ -6,22 +6,22 @@ checkpoint: on the CPU an interrupted and resumed run ends with the bits of an u
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from ..alignment.policy import POLICIES, LayerSelection, choose_layers
+from ..alignment.reselect import average_scores, reselect
 from ..alignment.schedule import AlignmentSchedule
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
@@ -31,18 +31,24 @@ from ..errors import UserError
 from ..models.flow import SIGMA
 from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
-from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
+from .checkpoint import Checkpoint, begun, drop_old, load_checkpoint, restore, save_checkpoint, write_whole
 from .clips import fixed_batches, load_data, spread
-from .config import RunConfig, TeacherConfig, dump_config
+from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
+from .distributed import gather, join, rank, ranks
+from .ema import Ema
 from .environment import pick_device, versions
 from .inference import generate, layer_values, score_layers
 from .log import RunLog, average
-from .objective import Backbone, Objective, domain_tables, teacher_targets
+from .objective import Backbone, Objective, StepInputs, domain_tables, teacher_targets
 from .optimizer import build_optimizer, one_cycle
+from .rates import Rates
 from .report import write_report
+from .step import TrainStep, pick_engine
 from .vocoder import build_vocoder
 
+T = TypeVar("T")
 VALID_TIMES = (0.125, 0.375, 0.625, 0.875)
+REPORT_SECONDS = 60.0  # report.html is at most this much older than the last validation
 
 
 class Trainer:
@@ -51,7 +57,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, resume: Checkpoint | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.device = pick_device(config.train.device)
+        self.device = join(pick_device(config.train.device))
         precision = config.train.precision
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
         if config.train.threads:
@@ -68,27 +74,43 @@ class Trainer:
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
         torch.manual_seed(config.train.seed)
         widths = {name: teacher.width for name, teacher in teachers.items()}
-        self.objective = Objective(config, widths).to(self.device)
-        self.optimizer = build_optimizer(self.objective, config)
-        o = config.optimizer
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, one_cycle(o, config.train.steps))
-        self.ema = AveragedModel(
-            self.objective.backbone, multi_avg_fn=get_ema_multi_avg_fn(o.ema_decay), use_buffers=False
-        )
+        generator = torch.Generator(self.device).manual_seed(config.train.seed)
+        self.objective = Objective(config, widths, generator, rank(), ranks()).to(self.device)
+        self.objective.backbone.network.recompute = config.train.recompute
+        # From here on the global generators are for dropout alone, on each rank its own.
+        torch.manual_seed(config.train.seed + rank())
+        engine = pick_engine(config, self.device, ranks())
+        self.optimizer = build_optimizer(self.objective, config, capturable=engine == "graph")
+        self.learning_rate = one_cycle(config.optimizer, config.train.steps)
+        self.ema = Ema(self.objective.backbone, config.optimizer.ema_decay)
+        self.train_step = TrainStep(self.objective, self.optimizer, self.ema, config, self.device, self.bf16, engine)
         self.step = 0
         self.selection: LayerSelection | None = None
         self.scores: LayerScores | None = None
+        self.average: list[float] | None = None  # of the scores over probes
+        self.probed = -1  # the step of the last probe
+        self.unreadable: set[Path] = set()
         self.stopping = False
         self.seconds_before = 0.0
+        self.probe_seconds = 0.0
         self.began = time.perf_counter()
+        self.reported = 0.0
         if config.alignment.selection:
             self._select(LayerSelection.from_json(config.alignment.selection).synchronised())
         if config.alignment.layers:
             self._select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
+        self.given = self.selection is not None
         if resume is not None:
             self._restore(resume)
         self.schedule = self._schedule()
-        self.log = RunLog(run_dir, config)
+        resumed = None if resume is None else (self.step, resume.state["log_bytes"])
+        if rank() == 0:
+            write_whole(run_dir / "config.yaml", dump_config(config))
+        self.log = RunLog(run_dir if rank() == 0 else None, config, resumed)
+        for flaw in resume.damaged if resume is not None else ():
+            self.log.write("damaged", step=self.step, reason=flaw)
+            if rank() == 0:
+                print(f"passed over: {flaw}", file=sys.stderr)
 
     def run(self) -> Path:
         """Train; every exit but a crash leaves a checkpoint, the log and report.html.
@@ -102,8 +124,8 @@ class Trainer:
             raise UserError(f"{error.filename or self.run_dir}: {error.strerror or error}") from error
 
     def _run(self) -> Path:
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         self.began = time.perf_counter()
+        self.rates = Rates(self.config.dit, self.device, self.bf16)
         if self.step == 0:
             self._log_start()
             self._validate()
@@ -115,116 +137,169 @@ class Trainer:
             self.log.write("interrupted", step=self.step)
         else:
             self._samples()
-            self.log.write("end", step=self.step, seconds=self._seconds())
+            seconds = self._seconds()
+            self.log.write("end", step=self.step, seconds=seconds, probe_share=self.probe_seconds / seconds)
         self.log.close()
-        write_report(self.run_dir)
+        if rank() == 0:
+            write_report(self.run_dir)
         return self.run_dir
 
     def _train(self) -> None:
         train = self.config.train
-        domains = [clip.domain for clip in self.data.train.clips]
-        batches = BucketBatches(
-            self.data.train.lengths,
+        batches = self._batches()
+        progress = _progress(self.step, train.steps)
+        self.rates.go_on()
+        while self.step < train.steps:
+            if self._probe_due():
+                with self._paused():
+                    self._probe()
+            inputs = [self._inputs(batch) for batch in islice(batches, train.accumulate)]
+            self.train_step(inputs, self._align_weight(), self.learning_rate(self.step))
+            self.step += 1
+            progress.update()
+            if train.diagnose_every and self.step % train.diagnose_every == 0 and self._align_weight():
+                with self._paused():
+                    self._diagnose(inputs[0])
+            at_line = self.step % train.log_every == 0 or self.step == train.steps
+            if at_line:
+                self._log_train(progress)
+            if ranks() == 1 or at_line:
+                # Ranks are at different steps when a signal comes; here they are at the same one.
+                self.stopping = any(gather(self.stopping))
+            with self._paused():
+                if self.step % train.valid_every == 0 or self.step == train.steps:
+                    self._validate()
+                if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+                    self._samples()
+                if self.stopping or self.step % train.checkpoint_every == 0 or self.step == train.steps:
+                    self.save()
+            if self.stopping:
+                break
+        progress.close()
+
+    def _batches(self) -> Iterator[Batch]:
+        train, clips = self.config.train, self.data.train
+        plan = BucketBatches(
+            clips.lengths,
             buckets=self.config.bucket_frames,
             frames_per_batch=self.config.data.frames_per_batch,
             seed=train.seed,
-            domains=domains,
+            domains=[clip.domain for clip in clips.clips],
             balance=self.config.data.balance_domains,
+            tokens=clips.token_lengths,
+            rank=rank(),
+            world_size=ranks(),
         )
-        workers = self.config.data.workers
-        stream = iterate(self.data.train, batches, start=self.step, stop=train.steps, workers=workers)
-        progress = _progress(self.step, train.steps)
-        records: list[dict[str, Tensor]] = []
-        samples = frames = 0
-        since = time.perf_counter()
-        for batch in stream:
-            if self.step == self.config.probe.start and self.scores is None:
-                self._probe()
-                since = time.perf_counter()
-                records, samples, frames = [], 0, 0
-            records.append(self._step(batch))
-            samples += batch.mel.shape[0]
-            frames += batch.mel.shape[0] * batch.mel.shape[1]
-            self.step += 1
-            progress.update()
-            if self.step % train.log_every == 0 or self.step == train.steps:
-                seconds = time.perf_counter() - since
-                self._log_train(records, samples / seconds, frames / seconds, progress)
-                records, samples, frames = [], 0, 0
-            paused = time.perf_counter()
-            if self.step % train.valid_every == 0 or self.step == train.steps:
-                self._validate()
-            if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
-                self._samples()
-            if self.stopping or self.step % train.checkpoint_every == 0 or self.step == train.steps:
-                self.save()
-            if self.stopping:
-                break
-            since = time.perf_counter() if not records else since + time.perf_counter() - paused
-        progress.close()
+        return iterate(
+            clips,
+            plan,
+            start=self.step * train.accumulate,
+            stop=train.steps * train.accumulate,
+            workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+            notice=lambda message: self.log.write("worker", step=self.step, reason=message),
+        )
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer step; metrics stay on the device."""
-        self.objective.train()
-        batch = batch.to(self.device, non_blocking=True)
-        weight = self.config.alignment.weight * self.schedule(self.step) if self.selection else 0.0
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            targets, mask = (
-                teacher_targets(self.teachers, batch, self.config) if self._uses_teachers(weight) else ({}, batch.mask)
+    def _inputs(self, batch: Batch) -> StepInputs:
+        """What the step takes of a batch, on the device; clips that could not be read go to the log."""
+        for item in batch.skipped:
+            if item.path not in self.unreadable:
+                self.unreadable.add(item.path)
+                self.log.write("skipped", path=str(item.path), source=item.source, reason=item.reason)
+        share = len(self.unreadable) / len(self.data.train)
+        if share > self.config.data.unreadable_share:
+            raise UserError(
+                f"{len(self.unreadable)} of {len(self.data.train)} clips cannot be read any more, at most "
+                f"{self.config.data.unreadable_share:.0%} may be (data.unreadable_share): {min(self.unreadable)}, ..."
             )
-            loss, metrics = self.objective(batch, targets, mask, self._domains(batch), weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.ema.update_parameters(self.objective.backbone)
-        return metrics
+        batch = batch.to(self.device, non_blocking=True)
+        targets: dict[str, Tensor] = {}
+        target_mask = batch.mask
+        if self._align_weight() or self.objective.interface is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                targets, target_mask = teacher_targets(self.teachers, batch, self.config)
+        return StepInputs.of(batch, targets, target_mask, self._domains(batch))
+
+    def _align_weight(self) -> float:
+        """What alignment's loss is multiplied by at this step; 0 before the selection and after the schedule's end."""
+        return self.config.alignment.weight * self.schedule(self.step) if self.selection else 0.0
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is not training is not in the rates."""
+        self.rates.pause()
+        yield
+        self.rates.go_on()
 
     def _seconds(self) -> float:
         """Wall time of the run so far, over all its sessions."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def _uses_teachers(self, weight: float) -> bool:
-        return weight > 0 or self.objective.interface is not None
-
     def _domains(self, batch: Batch) -> dict[str, Tensor]:
         return {name: table[batch.domain] for name, table in self.domain_tables.items()}
 
+    def _probe_due(self) -> bool:
+        """At probe.start; with probe.every also later, as long as alignment lasts and no selection was given."""
+        start, every = self.config.probe.start, self.config.probe.every
+        if self.step == self.probed or self.step < start:
+            return False
+        again = every > 0 and (self.step - start) % every == 0 and self.step < self.schedule.stop
+        return self.step == start or (again and not self.given)
+
     def _probe(self) -> None:
-        """Score every layer on held-out clips over the grid of t; freeze the selection."""
-        probe = self.config.probe
+        """Score every layer on held-out clips over the grid of t, and choose the layers, or choose them again."""
+        probe, a = self.config.probe, self.config.alignment
         began = time.perf_counter()
         self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
-        a = self.config.alignment
-        values: Tensor | tuple[float, ...] = ()
+        values = self.scores.mean.tolist()
         if POLICIES[a.policy] == "values":
-            clips = self.data.valid
+            clips, backbone = self.data.valid, self.objective.backbone
             values = layer_values(
-                a.policy, self.objective.backbone, self.teachers, clips, self.config, self.device, self.bf16
+                a.policy, backbone, self.teachers, clips, self.config, self.device, self.bf16
+            ).tolist()
+        self.average = average_scores(self.average, values, probe.momentum)
+        if self.selection is None or self.given:
+            chosen = choose_layers(
+                a.policy,
+                self.config.model.depth,
+                probe.k,
+                layers=a.layers,
+                values=values if POLICIES[a.policy] == "values" else (),
+                scores=self.scores,
+                seed=self.config.train.seed,
             )
-        chosen = choose_layers(
-            a.policy,
-            self.config.model.depth,
-            probe.k,
-            layers=a.layers,
-            values=values,
-            scores=self.scores,
-            seed=self.config.train.seed,
-        ).synchronised()
-        if self.selection is None:
+        else:
+            chosen = reselect(self.selection, self.average, probe.margin, weighted=POLICIES[a.policy] == "scores")
+        chosen = chosen.synchronised(self.device)
+        before = self.selection
+        if not self.given:
             self._select(chosen)
-        self.scores.to_csv(self.run_dir / "foga.csv")
-        facts = {**chosen.state(), "metric": probe.metric, "step": self.step}
-        (self.run_dir / "selection.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        self.probed = self.step
+        seconds = time.perf_counter() - began
+        self.probe_seconds += seconds
         self.log.write(
             "probe",
             step=self.step,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
+            share=self.probe_seconds / self._seconds(),
             block_evaluations=self.scores.block_evaluations,
             selection=chosen.state(),
-            scores=self.scores.mean.tolist(),
+            changed=before is not None and before.layers != chosen.layers,
+            scores=values,
+            average=self.average,
         )
+        if rank() == 0:
+            self.scores.to_csv(self.run_dir / "foga.csv")
+            facts = {**chosen.state(), "metric": probe.metric, "step": self.step}
+            write_whole(self.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")
+
+    def _diagnose(self, inputs: StepInputs) -> None:
+        """Log whether the gradients of the two losses agree at the aligned layers."""
+        self.objective.eval()
+        draws = self.objective.draw(inputs, torch.Generator(self.device).manual_seed(self.step))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            cosines = self.objective.gradient_cosines(inputs, draws)
+        self.log.write("gradients", step=self.step, **average([self._selected(cosines)]))
 
     def _select(self, selection: LayerSelection) -> None:
         deep = [layer for layer in selection.layers if layer >= self.config.model.depth]
@@ -251,7 +326,9 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Flow loss on fixed clips, noise and t; the same numbers for any run on the same clips."""
+        """Flow loss on fixed clips, noise and t; the same numbers for any run on the same clips. By rank 0 alone."""
+        if rank():
+            return
         self.objective.eval()
         losses: list[Tensor] = []
         records: list[dict[str, Tensor]] = []
@@ -277,8 +354,11 @@ class Trainer:
             for name in sorted(set(domains))
         }
         self.log.write("valid", step=self.step, flow_loss=loss.mean().item(), **by_domain, **average(records))
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            write_report(self.run_dir)
+            self.reported = time.monotonic()
 
-    def _selected(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _selected(self, metrics: dict[str, T]) -> dict[str, T]:
         """Metrics without those of layers that are not aligned (their names end in the layer)."""
         layers = {str(layer) for layer in self.selection.layers} if self.selection else set()
         return {
@@ -290,7 +370,7 @@ class Trainer:
     def _samples(self) -> None:
         """Generate a few held-out clips from their text and reference with the EMA weights, as WAV files."""
         indices = spread(self.data.valid, self.config.train.samples)
-        if not indices:
+        if not indices or rank():
             return
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
@@ -330,6 +410,9 @@ class Trainer:
             versions=versions(),
             device=str(self.device),
             precision="bf16" if self.bf16 else "fp32",
+            engine=self.train_step.engine,
+            ranks=ranks(),
+            matmul_flops=self.rates.matmul,
             parameters={name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()},
             clips={name: len(listed) for name, listed in clips.items()},
             domains={
@@ -340,36 +423,51 @@ class Trainer:
         for item in self.data.skipped:
             self.log.write("skipped", path=str(item.path), source=item.source, reason=item.reason)
 
-    def _log_train(
-        self,
-        records: list[dict[str, Tensor]],
-        samples_per_second: float,
-        frames_per_second: float,
-        progress: Any,
-    ) -> None:
-        metrics = average([self._selected(record) for record in records])
-        if not math.isfinite(float(torch.stack([record["loss"] for record in records]).sum())):
-            raise UserError(
-                f"the loss is not finite by step {self.step}: lower optimizer.lr, or train.precision=fp32; "
-                f"the last checkpoint is in {self.run_dir / 'checkpoints'}"
-            )
+    def _log_train(self, progress: Any) -> None:
+        """One line: metrics and rates since the last one, averaged and added up over the ranks.
+
+        Raises:
+            UserError: too many steps in a row had gradients that are not finite."""
+        own, (_, longest, skipped) = self.train_step.read()
+        both = gather((self._selected(own), self.rates.read()))
+        names = dict.fromkeys(name for metrics, _ in both for name in metrics)
+        found = {name: [metrics[name] for metrics, _ in both if name in metrics] for name in names}
+        metrics = {name: sum(values) / len(values) for name, values in found.items()}
+        rates = both[0][1]
+        for name in ("samples_per_second", "frames_per_second"):
+            rates[name] = sum(other[name] for _, other in both)
         self.log.write(
             "train",
             step=self.step,
             **metrics,
             align_weight=self.schedule(self.step - 1) if self.selection else 0.0,
-            lr=self.optimizer.param_groups[0]["lr"],
-            samples_per_second=samples_per_second,
-            frames_per_second=frames_per_second,
+            lr=self.learning_rate(self.step - 1),
+            skipped_steps=int(skipped),
+            captures=self.train_step.captures,
+            **rates,
         )
+        if longest >= self.config.train.max_skipped:
+            reason = f"{int(longest)} steps in a row by step {self.step} had gradients that are not finite"
+            self.log.write("stopped", step=self.step, reason=reason)
+            if rank() == 0:
+                write_report(self.run_dir)
+            raise UserError(
+                f"{reason}: lower optimizer.lr, or train.precision=fp32; "
+                f"the last checkpoint is in {self.run_dir / 'checkpoints'}"
+            )
         cosines = [value for name, value in metrics.items() if name.startswith("cosine/")]
-        shown = {"loss": f"{metrics['loss']:.3f}"}
+        shown = {"loss": f"{metrics.get('loss', math.nan):.3f}"}
         if cosines:
             shown["cos"] = f"{sum(cosines) / len(cosines):.3f}"
-        progress.set_postfix(shown | {"samples/s": f"{samples_per_second:.1f}"})
+        progress.set_postfix(shown | {"samples/s": f"{rates['samples_per_second']:.1f}", "mfu": f"{rates['mfu']:.0%}"})
 
-    def save(self) -> Path:
-        """Write a checkpoint of the step just done; keep the newest few."""
+    def save(self) -> None:
+        """Write a checkpoint of the step just done; keep the newest few. Every rank must call it."""
+        rng = gather(
+            (torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
+        )
+        if rank():
+            return
         weights = {
             "model": self.objective.backbone.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -379,18 +477,20 @@ class Trainer:
             "step": self.step,
             "steps": self.config.train.steps,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "skipped": self.train_step.skipped.tolist(),
             "seconds": self._seconds(),
-            "ema_updates": int(self.ema.n_averaged),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "probe_seconds": self.probe_seconds,
+            "log_bytes": self.log.position,
+            "generator": self.objective.generator.get_state(),
+            "rng": [list(states) for states in rng],
             "selection": None if self.selection is None else self.selection.state(),
             "scores": None if self.scores is None else self.scores.state(),
+            "average": self.average,
+            "probed": self.probed,
         }
         folder = self.run_dir / "checkpoints"
-        path = save_checkpoint(folder, self.step, weights, state, self.config)
+        save_checkpoint(folder, self.step, weights, state, self.config)
         drop_old(folder, self.config.train.keep)
-        return path
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint.path, checkpoint.state
@@ -402,18 +502,24 @@ class Trainer:
                 f"train.steps: {path} belongs to a run of {state['steps']} steps, "
                 f"its learning rate schedule does not fit {self.config.train.steps}"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.ema.n_averaged.fill_(state["ema_updates"])
+        # The groups are this run's: what they say depends on the device and on the configuration.
+        own = {"param_groups": self.optimizer.state_dict()["param_groups"]}
+        self.optimizer.load_state_dict(state["optimizer"] | own)
+        self.train_step.skipped.copy_(torch.tensor(state["skipped"]))
         self.step = state["step"]
         self.seconds_before = state["seconds"]
+        self.probe_seconds = state["probe_seconds"]
+        self.average, self.probed = state["average"], state["probed"]
         if state["scores"] is not None:
             self.scores = LayerScores.from_state(state["scores"])
         if state["selection"] is not None:
             self._select(LayerSelection.from_state(state["selection"]))
-        torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        self.objective.generator.set_state(state["generator"])
+        if len(state["rng"]) == ranks():
+            own_cpu, own_cuda = state["rng"][rank()]
+            torch.set_rng_state(own_cpu)
+            if own_cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(own_cuda, self.device)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -452,7 +558,15 @@ def _progress(start: int, total: int) -> Any:
         from tqdm import tqdm
     except ImportError as error:
         raise UserError("tqdm is not installed: pip install 'agrepa-fast[train]'") from error
-    return tqdm(initial=start, total=total, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=1.0)
+    return tqdm(
+        initial=start,
+        total=total,
+        unit="step",
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=1.0,
+        disable=True if rank() else None,
+    )
 
 
 def start_run(config: RunConfig) -> Trainer:
@@ -462,13 +576,27 @@ def start_run(config: RunConfig) -> Trainer:
         UserError: the folder holds a run already.
     """
     run_dir = Path(config.train.out) / config.train.name
-    if (run_dir / "log.jsonl").exists():
+    join(pick_device(config.train.device))
+    if gather((run_dir / "log.jsonl").exists())[0]:
         raise UserError(f"{run_dir}: holds a run already; resume it (--resume {run_dir}) or give train.name=ANOTHER")
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(config, run_dir)
 
 
-def resume_run(checkpoint: Checkpoint, config: RunConfig | None = None) -> Trainer:
-    """Go on with a run from a checkpoint, by default with the checkpoint's own configuration."""
-    run_dir = checkpoint.path.parent.parent
-    return Trainer(config or dataclasses.replace(checkpoint.config), run_dir, checkpoint)
+def resume_run(path: str | Path, overrides: Sequence[str] = ()) -> Trainer:
+    """Go on with a run, from its newest intact checkpoint or from the given one, with its configuration, changed.
+
+    A run that ended before its first checkpoint begins anew.
+
+    Raises:
+        UserError: neither a run nor a checkpoint, or nothing intact in it.
+    """
+    run_dir = Path(path)
+    if (run_dir / "config.yaml").is_file() and not (run_dir / "state.pt").exists() and not begun(run_dir):
+        config = load_config(run_dir / "config.yaml", overrides)
+        join(pick_device(config.train.device))
+        if rank() == 0:
+            (run_dir / "log.jsonl").unlink(missing_ok=True)
+        return Trainer(config, run_dir)
+    checkpoint = load_checkpoint(path)
+    return Trainer(override_config(checkpoint.config, overrides), checkpoint.path.parent.parent, checkpoint)

@@ -16,7 +16,7 @@ from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, 
 from agrepa_fast.teachers.registry import build_teacher
 from agrepa_fast.training.clips import fixed_batches, hold_out, load_data, spread
 from agrepa_fast.training.inference import layer_values
-from agrepa_fast.training.objective import Objective, domain_tables, teacher_targets
+from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
 from agrepa_fast.training.trainer import Trainer
 
 
@@ -31,6 +31,13 @@ def setup(tiny_config, tmp_path):
         return config, batch, teachers, Objective(config, {"spectral": 60})
 
     return build
+
+
+def run(objective, batch, targets, mask, domains, weight=None, draws=None):
+    """Loss and metrics of a batch; weight None leaves alignment out."""
+    given = StepInputs.of(batch, targets, mask, domains)
+    weight = None if weight is None else torch.tensor(weight)
+    return objective(given, objective.draw(given) if draws is None else draws, weight)
 
 
 def test_span_leaves_out_the_frames_shown_as_reference(setup):
@@ -70,7 +77,7 @@ def test_loss_is_flow_plus_weighted_alignment(setup):
     config, batch, teachers, objective = setup("flow.token_dropout=0.0", "flow.prompt_dropout=0.0", "model.dropout=0.0")
     targets, mask = teacher_targets(teachers, batch, config)
     domains = {"spectral": torch.ones(2, dtype=torch.bool)}
-    loss, metrics = objective(batch, targets, mask, domains, 0.25)
+    loss, metrics = run(objective, batch, targets, mask, domains, 0.25)
     expected = metrics["flow_loss"] + 0.25 * metrics["align_loss"]
     torch.testing.assert_close(loss.detach(), expected)
     # at initialisation the velocity is zero, so the flow loss is the mean square of the target
@@ -87,13 +94,13 @@ def test_loss_is_flow_plus_weighted_alignment(setup):
 def test_dropped_tokens_get_no_gradient(setup):
     _, batch, _, objective = setup("flow.token_dropout=0.999999", "alignment.enabled=false")
     torch.nn.init.normal_(objective.backbone.network.output.weight)
-    loss, _ = objective(batch, {}, batch.mask, {}, 0.0)
+    loss, _ = run(objective, batch, {}, batch.mask, {})
     loss.backward()
     table = objective.backbone.conditioner.tables["text"].weight
     assert table.grad.abs().max() == 0
     _, batch, _, objective = setup("flow.token_dropout=0.0", "alignment.enabled=false")
     torch.nn.init.normal_(objective.backbone.network.output.weight)
-    loss, _ = objective(batch, {}, batch.mask, {}, 0.0)
+    loss, _ = run(objective, batch, {}, batch.mask, {})
     loss.backward()
     assert objective.backbone.conditioner.tables["text"].weight.grad.abs().max() > 0
 
@@ -138,8 +145,8 @@ def test_cached_and_live_teachers_give_the_same_loss(setup, clips, pool):
     domains = {"spectral": torch.ones(batch.mel.shape[0], dtype=torch.bool)}
     losses = []
     for targets, mask in (live, cached):
-        torch.manual_seed(0)
-        losses.append(objective(batch, targets, mask, domains, 1.0)[1]["align_loss"].item())
+        objective.generator.manual_seed(0)
+        losses.append(run(objective, batch, targets, mask, domains, 1.0)[1]["align_loss"].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -310,22 +317,21 @@ def test_lasp_says_when_a_teacher_has_too_few_clips(tiny_config, tmp_path):
         values_of(trainer, "stored")
 
 
-def test_samples_are_weighed_by_their_time(setup, monkeypatch):
+def test_samples_are_weighed_by_their_time(setup):
     """ "data" weighs by 2 t: the loss with given t against the loss of each sample alone."""
     changes = ("flow.token_dropout=0.0", "flow.prompt_dropout=0.0", "model.dropout=0.0")
     t = torch.tensor([0.125, 0.75])
     plain = setup(*changes)[3]
     config, batch, teachers, objective = setup(*changes, "alignment.timestep_weight=data")
-    monkeypatch.setattr("torch.rand", lambda *size, **_: t.clone())
-    monkeypatch.setattr("torch.randn_like", torch.zeros_like)
+    draws = Draws(t, torch.zeros_like(batch.mel), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
     targets, mask = teacher_targets(teachers, batch, config)
     both = torch.ones(2, dtype=torch.bool)
-    loss, metrics = objective(batch, targets, mask, {"spectral": both}, 1.0)
+    loss, metrics = run(objective, batch, targets, mask, {"spectral": both}, 1.0, draws)
     plain.load_state_dict(objective.state_dict())
     alone = []
     for n in range(2):
         only = torch.arange(2) == n
-        alone.append(plain(batch, targets, mask, {"spectral": only}, 1.0)[1])
+        alone.append(run(plain, batch, targets, mask, {"spectral": only}, 1.0, draws)[1])
     expected = sum(2 * t[n] * alone[n]["align_loss"] for n in range(2)) / 2
     torch.testing.assert_close(metrics["align_loss"], expected)
     torch.testing.assert_close(loss.detach(), metrics["flow_loss"] + expected)
@@ -340,9 +346,11 @@ def test_alignment_stops_by_similarity(setup):
     targets, mask = teacher_targets(teachers, batch, config)
     domains = {"spectral": torch.ones(2, dtype=torch.bool)}
     nobody = {"spectral": torch.zeros(2, dtype=torch.bool)}
-    none = objective(batch, targets, mask, nobody, 0.5)[1]  # no cosine: passed over
-    first, before = objective(batch, targets, mask, domains, 0.5)
-    after_loss, after = objective(batch, targets, mask, domains, 0.5)
+    none = run(objective, batch, targets, mask, nobody, 0.5)[1]
+    objective.observe(none)  # no cosine: passed over
+    first, before = run(objective, batch, targets, mask, domains, 0.5)
+    objective.observe(before)
+    after_loss, after = run(objective, batch, targets, mask, domains, 0.5)
     assert [m["align_factor"].item() for m in (none, before, after)] == [1, 1, 0]
     torch.testing.assert_close(first.detach(), before["flow_loss"] + 0.5 * before["align_loss"])
     assert after["align_loss"] > 0

@@ -19,7 +19,8 @@ from agrepa_fast.training.checkpoint import checkpoints, load_checkpoint
 from agrepa_fast.training.config import OptimizerConfig
 from agrepa_fast.training.optimizer import build_optimizer, one_cycle
 from agrepa_fast.training.report import read_log
-from agrepa_fast.training.trainer import Trainer, resume_run, start_run
+from agrepa_fast.training.step import TrainStep
+from agrepa_fast.training.trainer import resume_run, start_run
 
 
 def state_bits(run_dir) -> dict:
@@ -28,7 +29,7 @@ def state_bits(run_dir) -> dict:
     flat = {f"{name}.{key}": value for name, part in checkpoint.weights.items() for key, value in part.items()}
     for number, entry in checkpoint.state["optimizer"]["state"].items():
         flat |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
-    return flat | {"rng": checkpoint.state["rng"]}
+    return flat | {"rng": checkpoint.state["rng"][0][0], "generator": checkpoint.state["generator"]}
 
 
 def assert_same_bits(a: dict, b: dict) -> None:
@@ -39,17 +40,17 @@ def assert_same_bits(a: dict, b: dict) -> None:
 
 def interrupt_after(monkeypatch, steps: int) -> None:
     """Raise a real SIGINT during the given step of the session."""
-    original = Trainer._step
+    original = TrainStep.__call__
     done = 0
 
-    def step(self, batch):
+    def step(self, *arguments):
         nonlocal done
         done += 1
         if done == steps:
             signal.raise_signal(signal.SIGINT)
-        return original(self, batch)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(TrainStep, "__call__", step)
 
 
 def test_a_run_leaves_everything(tiny_config):
@@ -104,7 +105,7 @@ def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(tiny_conf
         assert checkpoint.state["step"] == step
         with monkeypatch.context() as patch:
             interrupt_after(patch, 1)
-            resume_run(checkpoint).run()
+            resume_run(checkpoint.path).run()
     assert read_log(run_dir / "log.jsonl")[-1]["event"] == "interrupted"
     bits = state_bits(run_dir)
     assert_same_bits(state_bits(whole), bits)
@@ -191,16 +192,16 @@ def test_weight_decay_spares_biases_norms_and_embeddings(tiny_config):
 @pytest.mark.usefixtures("_no_report")
 def test_ema_is_the_exponential_mean_of_the_weights(tiny_config):
     trainer = start_run(tiny_config("optimizer.ema_decay=0.9", "train.samples=0", "train.steps=5"))
-    followed = None
-    original = trainer.ema.update_parameters
+    backbone = trainer.objective.backbone
+    followed = {k: v.detach().double().clone() for k, v in backbone.named_parameters()}
+    original = trainer.ema.update
 
-    def update(backbone):
-        nonlocal followed
-        original(backbone)
-        now = {k: v.detach().double().clone() for k, v in backbone.named_parameters()}
-        followed = now if followed is None else {k: 0.9 * followed[k] + 0.1 * now[k] for k in now}
+    def update():
+        original()
+        for k, v in backbone.named_parameters():
+            followed[k] = 0.9 * followed[k] + 0.1 * v.detach().double()
 
-    trainer.ema.update_parameters = update
+    trainer.ema.update = update
     trainer.run()
     for name, parameter in trainer.ema.module.named_parameters():
         torch.testing.assert_close(parameter.double(), followed[name], rtol=1e-5, atol=1e-7)
@@ -277,7 +278,7 @@ def test_a_transformers_teacher_from_a_folder(tiny_config, tmp_path):
 def test_the_learning_rate_is_one_cycle(steps):
     optimizer = OptimizerConfig(lr=1e-3, initial_lr=1e-4, final_lr=1e-6, warmup_share=0.1)
     rate = one_cycle(optimizer, steps)
-    rates = [1e-3 * rate(step) for step in range(steps)]
+    rates = [rate(step) for step in range(steps)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) <= 1e-3
     if steps >= 9:

@@ -11,7 +11,7 @@ import agrepa_fast as ag
 from agrepa_fast.data.batches import Batch
 from agrepa_fast.ops import dispatch
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.objective import Objective
+from agrepa_fast.training.objective import Objective, StepInputs
 from agrepa_fast.training.trainer import build_optimizer
 
 FRAMES, SIZE, TEACHER = 6, 2, 12
@@ -46,14 +46,15 @@ def batch(config, device) -> Batch:
 def train(config, device, steps=3):
     """Losses of a few steps, alignment included, and the scores of a probe after them."""
     torch.manual_seed(0)
-    objective = Objective(config, {"spectral": TEACHER}).to(device).train()
+    objective = Objective(config, {"spectral": TEACHER}, torch.Generator(device)).to(device).train()
     optimizer = build_optimizer(objective, config)
     data = batch(config, device)
     targets = {"spectral": torch.randn(SIZE, TEACHER, generator=torch.Generator().manual_seed(1)).to(device)}
     domains = {"spectral": torch.ones(SIZE, device=device)}
     losses = []
     for _ in range(steps):
-        loss, metrics = objective(data, targets, data.mask, domains, 0.5)
+        given = StepInputs.of(data, targets, data.mask, domains)
+        loss, metrics = objective(given, objective.draw(given), torch.tensor(0.5, device=device))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
