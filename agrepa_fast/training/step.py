@@ -84,7 +84,11 @@ class TrainStep:
         self._seen: dict[Hashable, int] = {}
         self._pool: Any = None
         self._topology: Hashable = None
-        self._compiled: Any = torch.compile(objective, dynamic=False) if engine != "eager" else objective
+        # One compiled graph for each batch shape, with and without alignment; never a break in one.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * config.data.buckets + 8)
+        self._compiled: Any = objective
+        if engine != "eager":
+            self._compiled = torch.compile(objective, dynamic=False, fullgraph=True)
         self._forward: Any = self._compiled
 
     def __call__(self, inputs: Sequence[StepInputs], align_weight: float, lr: float) -> None:
@@ -161,11 +165,7 @@ class TrainStep:
         seen = self._seen.get(key, 0)
         self._seen[key] = seen + 1
         if seen < WARMUP:
-            aside = torch.cuda.Stream(self.device)
-            aside.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(aside):
-                self._run([given], aligned)
-            torch.cuda.current_stream(self.device).wait_stream(aside)
+            self._aside(lambda: self._run([given], aligned))
             return
         # Frame by frame, other layers make another graph; the ones before would only hold memory.
         for old in [k for k in self._graphs if k[1] != self._topology]:  # type: ignore[index]
@@ -173,6 +173,14 @@ class TrainStep:
         self.captures += 1
         self._graphs[key] = _Captured(lambda static: self._run([static], aligned), given, self._capture)
         self._graphs[key].replay(given)
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        """Run `work` on another stream than the default one, as what is captured later will."""
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(aside)
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record `work` as a CUDA graph, without running it; returns what runs it."""
