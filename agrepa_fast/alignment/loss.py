@@ -103,7 +103,8 @@ class AlignmentLoss(nn.Module):
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
     `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run and
-    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run.
+    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run and
+    take gradients: DistributedDataParallel, which looks for these once, is to be built after `select`.
 
     Args:
         width: D of the hidden states.
@@ -164,6 +165,9 @@ class AlignmentLoss(nn.Module):
         self.weights.copy_(torch.tensor([weights.get(layer, 0.0) for layer in self.layers]))
         if self.pool is None:
             self.active = selection.layers
+            for heads in self.heads.values():
+                for name, head in heads.items():  # type: ignore[operator]
+                    head.requires_grad_(int(name) in self.active)
 
     def forward(
         self,
