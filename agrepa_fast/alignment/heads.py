@@ -23,8 +23,15 @@ class Head(nn.Module):
         """The Linears in order: the children."""
         return [child for child in self.children() if isinstance(child, nn.Linear)]
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., W]."""
+        *inner, last = self.linears()
+        for linear in inner:
+            x = self.activation(linear(x))
+        return last(x)
+
     def loss(self, x: Tensor, target: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
-        """1 - cos(head(x), target), by default its mean over the rows that count.
+        """1 - cos(head(x), target), by default its mean over the rows that count; `forward`'s output is not kept.
 
         x [..., D], target [..., W], mask [...] -> [] or, with reduction "none", [...]."""
         *inner, last = self.linears()
@@ -80,9 +87,13 @@ class ConvHead(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(width, teacher_width, 3, padding=1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D], zero where a frame is padding, -> [B, T, W]."""
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
     def loss(self, x: Tensor, target: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
-        """As `Head.loss`: x [B, T, D], zero where a frame is padding; target [B, T, W]."""
-        return ops.cosine_loss(self.conv(x.transpose(1, 2)).transpose(1, 2), target, mask=mask, reduction=reduction)
+        """As `Head.loss`: x [B, T, D], target [B, T, W]."""
+        return ops.cosine_loss(self(x), target, mask=mask, reduction=reduction)
 
 
 HEADS: dict[str, type[Head] | type[ConvHead]] = {

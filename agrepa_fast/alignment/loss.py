@@ -2,8 +2,8 @@
 
     L = sum_k lambda_k sum_teacher mean_rows(1 - cos(head_k(norm(pool(h_k))), teacher))
 
-hidden {layer: [B, T, D]}; targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are paired
-by name, never by position.
+or, in place of 1 - cos, a distance between the relations of the rows (`similarity`). hidden {layer: [B, T, D]};
+targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are paired by name, never by position.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from .. import ops
 from ..errors import UserError
 from .heads import HEADS, grouped
 from .policy import LayerSelection
+from .similarity import cka_distance, relation_distance, standardise
 
 Domains = Mapping[str, Tensor] | Sequence[str] | None
+
+OBJECTIVES = ("cosine", "relation", "cka")
+RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
 
 
 def _check_pool(pool: str | None) -> None:
@@ -83,10 +87,15 @@ def _mean(loss: Tensor, rows: Tensor | None) -> Tensor:
     return loss.mean() if rows is None else loss.sum() / rows.sum().clamp_min(1)
 
 
-def _cosine(loss: Tensor, rows: Tensor | None) -> Tensor:
-    """The mean raw cosine behind a mean loss; nan when no row counted."""
-    cosine = 1 - loss.detach()
-    return cosine if rows is None else torch.where(rows.any(), cosine, torch.nan)
+def _similarity(loss: Tensor, rows: Tensor | None) -> Tensor:
+    """The mean raw cosine behind a mean loss (or 1 - another distance); nan when no row counted."""
+    similarity = 1 - loss.detach()
+    return similarity if rows is None else torch.where(rows.any(), similarity, torch.nan)
+
+
+def _comparable(rows: Tensor | None) -> Tensor | None:
+    """Which sets of rows [..., N] -> [...] have two rows to compare."""
+    return None if rows is None else rows.sum(-1) >= 2
 
 
 class AlignmentLoss(nn.Module):
@@ -94,7 +103,8 @@ class AlignmentLoss(nn.Module):
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
     `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run and
-    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run.
+    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run and
+    take gradients: DistributedDataParallel, which looks for these once, is to be built after `select`.
 
     Args:
         width: D of the hidden states.
@@ -102,6 +112,10 @@ class AlignmentLoss(nn.Module):
         selection: the layers that get heads, and their weights.
         pool: "mean" over the valid frames (AG-REPA; targets [B, W]), or None, frame by frame (REPA; [B, T, W]).
         head: "mlp" (AG-REPA's), "repa", "linear", "low-rank", or, frame by frame, "conv"; see `heads`.
+        objective: "cosine"; or how the rows relate, of each clip's frames (or, pooled, of the batch's clips):
+            "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
+        standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
+            (iREPA); frame by frame only.
     """
 
     weights: Tensor
@@ -113,9 +127,15 @@ class AlignmentLoss(nn.Module):
         selection: LayerSelection,
         pool: str | None = "mean",
         head: str = "mlp",
+        objective: str = "cosine",
+        standardise_targets: bool = False,
     ) -> None:
         super().__init__()
         _check_pool(pool)
+        if objective not in OBJECTIVES:
+            raise UserError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        if standardise_targets and pool is not None:
+            raise UserError('standardise_targets: works over time, which pool="mean" leaves none of: use pool=None')
         if head not in HEADS:
             raise UserError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         if head == "conv" and pool is not None:
@@ -126,6 +146,8 @@ class AlignmentLoss(nn.Module):
         self.layers = selection.layers
         self.active = selection.layers
         self.pool = pool
+        self.objective = objective
+        self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
             {
                 name: nn.ModuleDict({str(layer): HEADS[head](width, size) for layer in self.layers})
@@ -143,6 +165,9 @@ class AlignmentLoss(nn.Module):
         self.weights.copy_(torch.tensor([weights.get(layer, 0.0) for layer in self.layers]))
         if self.pool is None:
             self.active = selection.layers
+            for heads in self.heads.values():
+                for name, head in heads.items():  # type: ignore[operator]
+                    head.requires_grad_(int(name) in self.active)
 
     def forward(
         self,
@@ -163,10 +188,12 @@ class AlignmentLoss(nn.Module):
                 teachers, one for each sample; None = all samples for all teachers.
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
+                Not with pooled "relation" and "cka", which compare samples with each other.
 
         Returns:
             The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine, without
-            weights (nan when none of the teacher's samples is in the batch).
+            weights (nan when none of the teacher's samples is in the batch). Of the other objectives
+            "relation/..." and "cka/...", 1 - the mean distance, over the sets of two rows or more.
 
         Raises:
             ValueError: a missing layer or teacher, or a shape that does not fit, by name.
@@ -185,8 +212,13 @@ class AlignmentLoss(nn.Module):
             raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         if sample_weight is not None and sample_weight.shape != any_hidden.shape[:1]:
             raise ValueError(f"sample_weight: expected [{any_hidden.shape[0]}], got {list(sample_weight.shape)}")
+        if sample_weight is not None and self.pool is not None and self.objective != "cosine":
+            raise ValueError(f"sample_weight: pooled {self.objective!r} compares samples with each other")
         kept = _domain_weights(list(self.teachers), domains, any_hidden)
         rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        targets = {name: targets[name].detach() for name in self.teachers}
+        if self.standardise_targets:
+            targets = {name: standardise(target, mask) for name, target in targets.items()}
         run = self._pooled if self.pool is not None else self._framewise
         distances = run(hidden, targets, mask, rows, sample_weight)
         metrics: dict[str, Tensor] = {}
@@ -195,18 +227,19 @@ class AlignmentLoss(nn.Module):
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
                 distance, weighted = distances[name, layer]
-                metrics[f"cosine/{name}/{layer}"] = _cosine(distance, rows[name])
+                counted = rows[name] if self.objective == "cosine" else _comparable(rows[name])
+                metrics[f"{self.objective}/{name}/{layer}"] = _similarity(distance, counted)
                 loss = loss + weight * weighted
         return loss, metrics
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
 
-        A scalar on the device; nan when no teacher has a sample in the batch."""
+        Of another objective what it has in their place. nan when no teacher has a sample in the batch."""
         total = self.weights.new_zeros(())
         for layer in self.active:
             weight = self.weights[self.layers.index(layer)]
-            cosine = torch.stack([metrics[f"cosine/{name}/{layer}"] for name in self.teachers]).nanmean()
+            cosine = torch.stack([metrics[f"{self.objective}/{name}/{layer}"] for name in self.teachers]).nanmean()
             total = total + torch.where(weight > 0, weight * cosine, 0)
         return total
 
@@ -232,10 +265,17 @@ class AlignmentLoss(nn.Module):
             x = self._norm(x)
             for name in self.teachers:
                 head: Any = self.heads.get_submodule(f"{name}.{layer}")
-                if sample_weight is None:
-                    mean = weighted = head.loss(x, targets[name].detach(), rows[name])
+                if self.objective != "cosine":
+                    by_clip = RELATIONAL[self.objective](head(x), targets[name], rows[name])
+                    clips = _comparable(rows[name])
+                    by_clip = by_clip if clips is None else torch.where(clips, by_clip, 0)
+                    mean = weighted = _mean(by_clip, clips)
+                    if sample_weight is not None:
+                        weighted = _mean(by_clip * sample_weight, clips)
+                elif sample_weight is None:
+                    mean = weighted = head.loss(x, targets[name], rows[name])
                 else:
-                    row_loss = head.loss(x, targets[name].detach(), rows[name], reduction="none")
+                    row_loss = head.loss(x, targets[name], rows[name], reduction="none")
                     mean = _mean(row_loss, rows[name])
                     weighted = _mean(row_loss * sample_weight.unsqueeze(1), rows[name])
                 distances[name, layer] = mean, weighted
@@ -256,18 +296,23 @@ class AlignmentLoss(nn.Module):
         distances: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         for members, y in grouped(heads, x.repeat(len(self.teachers), 1, 1)):
             names = [keys[i][0] for i in members]
-            target = torch.stack([targets[name].detach() for name in names])
+            target = torch.stack([targets[name] for name in names])
             # Which rows count may be said for one teacher and not for another.
             counted = [rows[name] for name in names]
             row = None
             if any(r is not None for r in counted):
                 every = y.new_ones(y.shape[1], dtype=torch.bool)
                 row = torch.stack([every if r is None else r for r in counted])
-            loss = ops.cosine_loss(y, target, mask=row, reduction="none")
-            count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
-            means = weighted = (loss.sum(1) / count).unbind()
-            if sample_weight is not None:
-                weighted = ((loss * sample_weight).sum(1) / count).unbind()
+            if self.objective != "cosine":
+                distance = RELATIONAL[self.objective](y, target, row)
+                sets = _comparable(row)
+                means = weighted = (distance if sets is None else torch.where(sets, distance, 0)).unbind()
+            else:
+                loss = ops.cosine_loss(y, target, mask=row, reduction="none")
+                count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
+                means = weighted = (loss.sum(1) / count).unbind()
+                if sample_weight is not None:
+                    weighted = ((loss * sample_weight).sum(1) / count).unbind()
             distances |= {keys[i]: pair for i, pair in zip(members, zip(means, weighted))}
         return distances
 
@@ -330,6 +375,6 @@ class InterfaceLoss(nn.Module):
                 reduction="none",
             )
             mean = _mean(loss, rows)
-            metrics[f"cosine/{name}/tokens"] = _cosine(mean, rows)
+            metrics[f"cosine/{name}/tokens"] = _similarity(mean, rows)
             total = total + self.weights[name] * mean
         return total, metrics

@@ -124,17 +124,28 @@ def _save_projection_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _projection_sum_gradient(ctx: Any, _: Any, grad: Tensor | None, *others: Any) -> Any:
     if grad is None:
         return (None,) * 11
+    held = ctx.saved_tensors
     # In place unless the graph is kept for another backward: the gradient of hidden is the largest tensor here.
-    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    last = not torch.compiler.is_compiling() and _last_backward(ctx)
     grads: list[Tensor | None] = []
-    for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes):
+    for saved, dtype in zip(held, ctx.dtypes):
         if saved.numel() == 0 or dtype is None:
             grads.append(None)
-        elif keep or type(saved) is not Tensor:
-            grads.append((saved * grad).to(dtype))
-        else:
+        elif last and type(saved) is Tensor:
             grads.append(saved.mul_(grad).to(dtype))
+        else:
+            grads.append((saved * grad).to(dtype))
     return (*grads, *(None,) * 8)
+
+
+def _last_backward(ctx: Any) -> bool:
+    """Whether the graph is not kept beyond this backward; its saved tensors then belong to whoever has read them."""
+    ctx.maybe_clear_saved_tensors()
+    try:
+        _ = ctx.saved_tensors
+    except RuntimeError:  # they have been let go of
+        return True
+    return False
 
 
 def _save_projection_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..alignment.loss import OBJECTIVES
 from ..alignment.policy import POLICIES
 from ..alignment.schedule import TIMESTEP_WEIGHTS
 from ..data.mel import MEL_PRESETS, MelConfig
@@ -99,6 +100,8 @@ class AlignmentConfig:
     weight: float = 0.5
     pool: str | None = "mean"  # "mean": one vector a clip; null: frame by frame
     head: str = "mlp"  # or "repa", "linear", "low-rank", and frame by frame "conv"
+    objective: str = "cosine"  # or "relation" (matrices of cosines between frames), "cka"
+    standardise_targets: bool = False  # z-score each channel over the clip's frames (iREPA); with pool: null
     mask: str = "valid"  # frames to align: "valid", or "span" (not the ones shown as reference)
     # Who chooses probe.k layers at the probe: "foga", "foga-soft", or a control: "even", "random", "deepest",
     # "shallowest", "stored" (LASP), "gradient-norm", "first-order".
@@ -429,6 +432,24 @@ def _check(config: RunConfig) -> None:
         ),
         (c.probe.metric in ("rms", "squared"), "probe.metric", "rms or squared", c.probe.metric),
         (c.alignment.pool in ("mean", None), "alignment.pool", "mean or null", c.alignment.pool),
+        (
+            c.alignment.objective in OBJECTIVES,
+            "alignment.objective",
+            "one of " + ", ".join(OBJECTIVES),
+            c.alignment.objective,
+        ),
+        (
+            not c.alignment.standardise_targets or c.alignment.pool is None,
+            "alignment.standardise_targets",
+            "alignment.pool null with it",
+            c.alignment.pool,
+        ),
+        (
+            c.alignment.timestep_weight == "uniform" or c.alignment.objective == "cosine" or c.alignment.pool is None,
+            "alignment.timestep_weight",
+            f"uniform with pooled {c.alignment.objective}, which compares samples with each other",
+            c.alignment.timestep_weight,
+        ),
         (c.alignment.mask in ("valid", "span"), "alignment.mask", "valid or span", c.alignment.mask),
         (c.alignment.policy in POLICIES, "alignment.policy", "one of " + ", ".join(POLICIES), c.alignment.policy),
         (

@@ -138,7 +138,9 @@ class Objective(nn.Module):
         self.backbone = Backbone(config)
         every_layer = LayerSelection.uniform(range(config.model.depth))
         a = config.alignment
-        self.alignment = AlignmentLoss(config.model.width, teachers, every_layer, a.pool, a.head)
+        self.alignment = AlignmentLoss(
+            config.model.width, teachers, every_layer, a.pool, a.head, a.objective, a.standardise_targets
+        )
         self.interface = InterfaceLoss(config.model.token_width, teachers, a.bitc_weights) if a.bitc else None
         self.stop = None if a.stop_similarity is None else SimilarityStop(a.stop_similarity)
 

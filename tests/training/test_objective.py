@@ -218,6 +218,12 @@ def test_given_layers_are_aligned_from_the_start(tiny_config, tmp_path):
         (["alignment.layers=[1,1]"], r"alignment.layers: expected distinct layers .* got \[1, 1\]"),
         (["alignment.layers=[1]", "alignment.selection=a.json"], "alignment.layers, alignment.selection: .* one of"),
         (["alignment.stop_similarity=2"], r"alignment.stop_similarity: expected null or a cosine .* got 2.0"),
+        (["alignment.objective=cosin"], "alignment.objective: expected one of cosine, relation, cka, got 'cosin'"),
+        (["alignment.standardise_targets=true"], "alignment.standardise_targets: expected alignment.pool null"),
+        (
+            ["alignment.objective=cka", "alignment.timestep_weight=data"],
+            "alignment.timestep_weight: expected uniform with pooled cka, .* got 'data'",
+        ),
         (["alignment.timestep_weight=late"], "alignment.timestep_weight: expected one of uniform, .* got 'late'"),
     ],
 )

@@ -165,6 +165,17 @@ def test_alignment_can_be_off(tiny_config):
 
 
 @pytest.mark.usefixtures("_no_report")
+def test_a_run_with_another_objective(tiny_config):
+    """Relations of standardised frames; the metric bears the objective's name, of the chosen layers only."""
+    changes = ("alignment.objective=relation", "alignment.pool=null", "alignment.standardise_targets=true")
+    run_dir = start_run(tiny_config(*changes, "alignment.layers=[1]", "train.samples=0", "train.steps=4")).run()
+    last = next(e for e in reversed(read_log(run_dir / "log.jsonl")) if e["event"] == "train")
+    assert {key for key in last if "/" in key} == {"relation/spectral/1"}
+    assert last["relation/spectral/1"] == pytest.approx(1 - last["align_loss"], abs=1e-6)
+    assert last["align_loss"] > 0.01
+
+
+@pytest.mark.usefixtures("_no_report")
 def test_heads_stay_outside_the_model(tiny_config):
     trainer = start_run(tiny_config("alignment.bitc=true", "train.steps=4", "train.samples=0"))
     heads = {id(p) for p in trainer.objective.heads().parameters()}
