@@ -151,6 +151,7 @@ def _joined(parts: list[LayerScores], layers: Sequence[int], t_points: int) -> L
         for i in range(count)
     ]
     times = [part.t for part in parts if part.t is not None]
+    noises = [part.noise_by_sample for part in parts if part.noise_by_sample is not None]
     floors = [part.floor_by_sample for part in parts if part.floor_by_sample is not None]
     return LayerScores(
         tuple(layers),
@@ -159,4 +160,5 @@ def _joined(parts: list[LayerScores], layers: Sequence[int], t_points: int) -> L
         floor_by_sample=torch.cat(floors),
         t=torch.cat(times) if len(times) == len(parts) else None,
         clips=tuple(clips),
+        noise_by_sample=torch.cat(noises) if len(noises) == len(parts) else None,
     )

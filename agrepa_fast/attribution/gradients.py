@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .. import ops
 from ..models.dit import EPS, DiT
+from .native import between
 from .plan import AblationPlan
-from .runner import _between, _by_name, _probing
+from .runner import by_name, probing
 from .scores import LayerScores, normalised_change
 from .statistics import spearman
 
@@ -67,7 +68,7 @@ def first_order_scores(
         raise ValueError(f"draws: expected at least 2 (the standard error needs them), got {draws}")
     named, plan = _checked(model, inputs, blocks, branches)
     mask = named.get("mask")
-    with _probing(model), torch.enable_grad():
+    with probing(model), torch.enable_grad():
         velocity, gates = _velocity(model, plan, named)
         if generator is None:
             generator = torch.Generator(velocity.device).manual_seed(0)
@@ -105,7 +106,7 @@ def gradient_norm_scores(
     if target.shape != named["x_t"].shape:
         raise ValueError(f"target: expected {list(named['x_t'].shape)} as x_t, got {list(target.shape)}")
     mask = named.get("mask")
-    with _probing(model), torch.enable_grad():
+    with probing(model), torch.enable_grad():
         velocity, gates = _velocity(model, plan, named)
         _, loss = ops.velocity_delta((velocity - target).expand(2, *velocity.shape), mask)
         (gradient,) = torch.autograd.grad(loss.sum(), gates)
@@ -117,7 +118,7 @@ def _checked(
 ) -> tuple[dict[str, Tensor], AblationPlan]:
     if not isinstance(model, DiT):
         raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
-    return _by_name(inputs), AblationPlan.build(model.depth, blocks, branches)
+    return by_name(inputs), AblationPlan.build(model.depth, blocks, branches)
 
 
 def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tupl
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
     for i, branch in enumerate(model.branches):
         scales = [gate for unit, gate in zip(plan.units, gates) if unit.start <= i < unit.stop]
-        x, h = _between(modulation, i, x, branch(h, key_mask), rows, scales[0] if scales else None)
+        x, h = between(modulation, i, x, branch(h, key_mask), rows, scales[0] if scales else None)
     return model.close(x), gates
 
 

@@ -105,35 +105,42 @@ class AblationPlan:
 
         The largest of: a feed-forward's two inner activations; attention's qkv, mixture and output; the op between
         branches in plain PyTorch (fused kernels need less), with statistics in float32 or wider; the change of the
-        velocity. Each on the streams of its time, with the modulation and the baseline's kept state.
+        velocity. Each on the streams of its time and the control, with the modulation.
         """
         e, statistics = sizes.element_bytes, max(4, sizes.element_bytes)
         state = samples * sizes.frames * sizes.width  # elements of one stream's residual state
         wide = statistics // e  # of one state element as a statistic, over one element
         most = 0.0
+        control = 1 / samples  # of the noise floor: one sample more
         for i in range(2 * self.depth):
-            r = self.active(i)
-            kept = sum(unit.start <= i < unit.stop for unit in self.units)
-            joining = sum(unit.stop == i + 1 for unit in self.units)
-            s = r + joining
+            r = self.active(i) + control
+            # Streams that have entered and sit this branch out, and those that enter as it is closed.
+            x = r + sum(unit.start < i < unit.stop for unit in self.units)
+            s = x + sum(unit.start == i for unit in self.units)
             log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
-            branch = (2 + 2 * sizes.ff_ratio) * r if i % 2 else 7 * r + log_sums
-            kept_later = kept - joining
-            # Where streams join, the sum of the others lives beside the two together; what it was made of is gone.
-            added = s + r + (wide * s if joining else 0)
-            added += wide * (s if joining else 2 * r) if wide > 1 else r
+            branch = 2 * x + (2 * sizes.ff_ratio * r if i % 2 else 5 * r + log_sums)
+            # Where streams skip the branch, the sum of the others lives beside the two together.
+            added = s + r + (wide * (r + s) if s > r else wide * 2 * r if wide > 1 else r)
             opened = s + r + 3 * wide * s + (s if wide > 1 else 0)
             if i + 1 == 2 * self.depth:
                 opened = 0
-            most = max(most, branch + kept, added + kept_later, opened + kept_later)
+            most = max(most, branch, added, opened)
         modulation = samples * 6 * self.depth * sizes.width
-        velocity = samples * sizes.frames * sizes.mels * self.streams
-        closing = 2 * self.streams * state + velocity
-        changes = velocity * (self.streams - 1) // self.streams * statistics
-        compared = velocity * e + (3 if sizes.masked else 2) * changes
+        baseline = samples * sizes.frames * sizes.mels
+        velocity = (self.streams + control) * baseline
+        closing = 2 * (self.streams + control) * state + velocity
+        compared = velocity * e + (3 if sizes.masked else 2) * (self.streams - 1) * baseline * statistics
         if statistics > e:
-            compared += velocity // self.streams * statistics  # the baseline's velocity, converted
+            compared += baseline * statistics  # the baseline's velocity, converted
         return int(max(most * state * e + modulation * e, closing * e + modulation * e, compared))
+
+    def flops(self, sizes: Sizes, samples: int) -> int:
+        """Floating-point operations of all branches on `samples` samples and the control: two for each multiply-add of
+        the matrices (12 D^2 a frame at ff_ratio 4) and of attention's two products."""
+        frames, width = sizes.frames, sizes.width
+        attention = 8 * frames * width**2 + 4 * frames**2 * width
+        feed_forward = 4 * sizes.ff_ratio * frames * width**2
+        return sum((self.active(i) * samples + 1) * (attention, feed_forward)[i % 2] for i in range(2 * self.depth))
 
     def __str__(self) -> str:
         return (

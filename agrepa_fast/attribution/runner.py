@@ -1,6 +1,6 @@
-"""Run a plan on a network: velocities of the baseline and of every ablation, in one batched pass.
+"""Score every layer of a network: check the inputs, run the plan pass by pass, read the results off the device once.
 
-Streams are stacked stream-major: [S * B, T, D], sequence s * B + b is stream s of sample b.
+The device work is in `native` (a `DiT`; as a CUDA graph in `graph`) and in `adapters` (any other model).
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..models.dit import EPS, DiT
+from ..models.dit import DiT
+from . import graph, native
 from .adapters import BlockModel, NotAStaircase, eager
 from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change
 
-ENGINES = ("auto", "prefix", "stacked", "loop")
+ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
 
 
 def attribute_layers(
@@ -53,9 +55,10 @@ def attribute_layers(
         metric: "rms" or "squared"; see `scores.normalised_change`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
         branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
-        engine: "prefix" (the staircase: shared prefixes, one batch), "stacked" (all streams from the start) or
-            "loop" (one forward per ablation); "auto" is the staircase, and "stacked" for a model that does something
-            between its blocks (long skips). All give the same scores.
+        engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
+            `attribution.graph`; a `DiT` on a CUDA device), "stacked" (all streams from the start) or "loop" (one
+            forward per ablation). "auto" is the graph where one fits and else the staircase; "stacked" for a model
+            that does something between its blocks (long skips). All give the same scores.
         memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
             `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
             one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
@@ -82,7 +85,7 @@ def attribute_layers(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    with _probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
+    with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
         network: _Native | _Foreign
         if isinstance(model, DiT):
             if block_list is not None:
@@ -103,22 +106,20 @@ def attribute_layers(
         if memory_budget is not None:
             plans, fitting = network.split(plan, memory_budget)
             at_once = min(at_once, fitting)
-        changes, energies = [], []
+        passes = []
         for start in range(0, samples, at_once):
             rows = slice(start, min(start + at_once, samples))
-            frames = None if mask is None else mask[rows]
-            parts = []
-            for part in plans:
-                velocity = network.run(part, rows)
-                parts.append(ops.velocity_delta(velocity, frames))
-            changes.append(torch.cat([change for change, _ in parts]))
-            energies.append(parts[0][1])
-    # The probe's one copy to the host.
-    result = torch.cat([torch.cat(changes, dim=1), torch.cat(energies).unsqueeze(0)]).double().cpu()
-    change, energy = result[:-1], result[-1]
+            measured = [network.measure(part, rows) for part in plans]
+            # Of several parts of the plan, the first one's baseline and control stand for all.
+            passes.append(torch.cat([*(part[:-2] for part in measured), measured[0][-2:]]))
+        frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
+        facts = torch.stack([frames.double(), (frames if t is None else t.detach().float()).double()])
+        # The probe's one copy to the host.
+        result = torch.cat([torch.cat(passes, dim=1).double(), facts.to(passes[0].device)]).cpu()
+    change, energy, noise, frames, flow_time = result[:-4], *result[-4:]
     _check_finite(plan, change, energy)
-    if mask is not None and not mask.any(1).all():
-        empty = (~mask.any(1)).nonzero()[0].item()
+    if not frames.all():
+        empty = int(frames.argmin())
         raise ValueError(f"mask: sample {empty} has no valid frame, so it has no score: leave it out")
     if not energy.any():
         warnings.warn(
@@ -132,18 +133,22 @@ def attribute_layers(
         metric=metric,
         branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
         floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
-        t=None if t is None else t.detach().float().cpu(),
+        noise_by_sample=normalised_change(_carried(noise, energy, at_once), energy, metric),
+        t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=sum(part.block_evaluations for part in plans) if network.engine == "prefix" else None,
+        block_evaluations=(
+            sum(part.block_evaluations for part in plans) if network.engine in ("prefix", "graph") else None
+        ),
     )
-    if torch.finfo(velocity.dtype).bits == 16 and energy.any():
+    if network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2
+        safe = max(safe, scores.noise_floor)
         low = [name for name, mean in zip(scores.names, scores.mean.tolist()) if mean < safe]
         if low:
             warnings.warn(
                 f"layers {', '.join(low)} change the velocity by less than {safe:g}, where the rounding of "
-                f"{str(velocity.dtype).removeprefix('torch.')} decides their order: score them in float32",
+                f"{str(network.dtype).removeprefix('torch.')} decides their order: score them in float32",
                 stacklevel=2,
             )
     return scores
@@ -154,8 +159,7 @@ class _Native:
 
     def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
         self.model = model
-        self.engine = "prefix" if engine == "auto" else engine
-        self.inputs = _by_name(inputs)
+        self.inputs = by_name(inputs)
         self.depth = model.depth
         self.samples = self.inputs["x_t"].shape[0]
         if self.samples == 0:
@@ -165,18 +169,27 @@ class _Native:
                 raise ValueError(f"{name}: expected {self.samples} samples as in x_t, got {list(value.shape)}")
         self.t = self.inputs["t"]
         self.mask = self.inputs.get("mask")
+        device = self.inputs["x_t"].device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else self.inputs["x_t"].dtype
+        obstacle = graph.why_not(model, self.inputs) if engine in ("auto", "graph") else None
+        if engine == "graph" and obstacle is not None:
+            raise ValueError(f"engine: 'graph' cannot capture this probe: {obstacle}; engine='prefix' runs it eagerly")
+        self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
-        if self.engine != "prefix":
+        if self.engine not in ("prefix", "graph"):
             raise ValueError(f"memory_budget: only for the staircase, not for engine={self.engine!r}: use max_samples")
         x_t, config = self.inputs["x_t"], self.model.config
         sizes = Sizes(x_t.shape[1], config.width, config.ff_ratio, config.mels, config.heads, x_t.element_size())
         sizes = dataclasses.replace(sizes, masked=self.mask is not None)
         return split(plan, sizes, self.samples, _bytes(memory_budget, x_t.device))
 
-    def run(self, plan: AblationPlan, rows: slice) -> Tensor:
-        engine = {"prefix": _prefix, "stacked": _stacked, "loop": _loop}[self.engine]
-        return engine(self.model, plan, {name: value[rows] for name, value in self.inputs.items()})
+    def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        if self.engine == "graph":
+            return graph.replayed(self.model, plan, inputs, partial(native.measure, self.model, plan))
+        return native.measure(self.model, plan, inputs, self.engine)
 
 
 class _Foreign:
@@ -185,18 +198,26 @@ class _Foreign:
     def __init__(
         self, model: nn.Module, inputs: Any, engine: str, block_list: str | Sequence[str] | None = None
     ) -> None:
+        if engine == "graph":
+            raise ValueError("engine: 'graph' is only for a DiT; other models are asked questions between their blocks")
         self.blocks = BlockModel(model, inputs, block_list)
         self.depth, self.samples = self.blocks.depth, self.blocks.samples
         self.t, self.mask = self.blocks.t, self.blocks.mask
-        self.blocks.inspect()
+        self.dtype = self.blocks.inspect()
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if self.blocks.not_a_chain else "prefix"
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
         raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")
 
-    def run(self, plan: AblationPlan, rows: slice) -> Tensor:
-        index = torch.arange(self.samples)[rows]
+    def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
+        velocity = self._run(plan, torch.arange(self.samples)[rows])
+        # Frames and bins; an image or a vector counts as one frame.
+        velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
+        change, energy = ops.velocity_delta(velocity, None if self.mask is None else self.mask[rows])
+        return torch.cat([change, energy.unsqueeze(0), (self.blocks.noise * energy[0]).expand(1, energy.shape[0])])
+
+    def _run(self, plan: AblationPlan, index: Tensor) -> Tensor:
         try:
             velocity = self.blocks.run(self.engine, plan, index)
         except NotAStaircase:
@@ -205,8 +226,7 @@ class _Foreign:
             self.engine = "stacked"
             velocity = self.blocks.run(self.engine, plan, index)
         self.settled = True
-        # Frames and bins; an image or a vector counts as one frame.
-        return velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
+        return velocity
 
 
 def _bytes(memory_budget: int | float, device: torch.device) -> int:
@@ -222,7 +242,7 @@ def _bytes(memory_budget: int | float, device: torch.device) -> int:
     return memory_budget
 
 
-def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
     names = ("x_t", "t", "cond", "mask")
     if not isinstance(inputs, Mapping):
         if not isinstance(inputs, tuple | list) or len(inputs) > len(names):
@@ -239,7 +259,7 @@ def _by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tenso
 
 
 @contextlib.contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; training flags and random state are put back on every exit."""
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -252,82 +272,12 @@ def _probing(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _prefix(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
-    """The staircase -> velocity [S, B, T, M]."""
-    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
-    batch = x.shape[0]
-    key_mask = model.key_mask(inputs.get("mask"), x)
-    # Of the baseline, the state before each unit that has started and not yet joined.
-    before: dict[int, Tensor] = {}
-    h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
-    rows = _sample_index(1, batch, x)
-    masks = key_mask
-    for i, branch in enumerate(model.branches):
-        if any(unit.start == i for unit in plan.units):
-            before[i] = x[:batch].clone()  # not a view: that would hold the memory of all streams of its time
-        out = branch(h, masks)
-        del h  # every stream's, so neither it nor `out` may outlive its use
-        joining = [unit for unit in plan.units if unit.stop == i + 1]
-        if joining:
-            # The new streams skip the branch: they enter the op as sequences without branch rows.
-            x = torch.cat([x, *(before.pop(unit.start) for unit in joining)])
-            streams = x.shape[0] // batch
-            rows = _sample_index(streams, batch, x)
-            masks = None if key_mask is None else key_mask.repeat(streams, 1, 1, 1)
-        x, h = _between(modulation, i, x, out, rows)
-        del out
-    del h
-    return model.close(x).unflatten(0, (-1, batch))
+def _carried(noise: Tensor, energy: Tensor, at_once: int) -> Tensor:
+    """The control's change [N], measured on the first sample of each pass, for every sample of the pass.
 
-
-def _stacked(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
-    """All streams from the first branch on, switched by stream_scale -> velocity [S, B, T, M]."""
-    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
-    batch = x.shape[0]
-    rows = _sample_index(plan.streams, batch, x)
-    x = x.repeat(plan.streams, 1, 1)
-    key_mask = model.key_mask(inputs.get("mask"), x[:batch])
-    masks = None if key_mask is None else key_mask.repeat(plan.streams, 1, 1, 1)
-    opening = modulation[0]
-    h = ops.layer_norm_modulate(x, opening.shift, opening.scale, sample_index=rows, eps=EPS)
-    for i, branch in enumerate(model.branches):
-        kept = [1.0] + [float(not unit.start <= i < unit.stop) for unit in plan.units]
-        scale = torch.tensor(kept, device=x.device, dtype=x.dtype).repeat_interleave(batch)
-        x, h = _between(modulation, i, x, branch(h, masks), rows, scale)
-    return model.close(x).unflatten(0, (-1, batch))
-
-
-def _loop(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> Tensor:
-    """One forward for the baseline and one per unit -> velocity [S, B, T, M]."""
-    velocities = []
-    for unit in (None, *plan.units):
-        x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
-        key_mask = model.key_mask(inputs.get("mask"), x)
-        rows = _sample_index(1, x.shape[0], x)
-        h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
-        for i, branch in enumerate(model.branches):
-            skipped = unit is not None and unit.start <= i < unit.stop
-            x, h = _between(modulation, i, x, x[:0] if skipped else branch(h, key_mask), rows)
-        velocities.append(model.close(x))
-    return torch.stack(velocities)
-
-
-def _between(
-    modulation: list[Any], i: int, x: Tensor, out: Tensor, rows: Tensor, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Close branch i and open branch i + 1, or just close the last one."""
-    gate = modulation[i].gate
-    if i + 1 == len(modulation):
-        x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows)
-        return x, x
-    opening = modulation[i + 1]
-    return ops.gated_residual_norm(
-        x, out, gate, opening.shift, opening.scale, stream_scale=scale, sample_index=rows, eps=EPS
-    )
-
-
-def _sample_index(streams: int, batch: int, like: Tensor) -> Tensor:
-    return torch.arange(batch, device=like.device).repeat(streams)
+    Rounding is relative: a sample with twice the energy gets twice the change."""
+    first = torch.arange(energy.shape[0]) // at_once * at_once
+    return (noise / energy[first] * energy).nan_to_num(0.0)
 
 
 def _check_finite(plan: AblationPlan, change: Tensor, energy: Tensor) -> None:

@@ -27,6 +27,7 @@ EPS = 1e-8
 # Relative change of the velocity below which 16-bit rounding can decide ranks.
 SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
+OPTIONAL_COLUMNS = ("clip", "noise")  # which older files may lack
 
 
 def normalised_change(change: Tensor, energy: Tensor, metric: str) -> Tensor:
@@ -56,6 +57,8 @@ class LayerScores:
         metric: "rms" or "squared" (see `normalised_change`).
         floor_by_sample: [N] the score that a unit without any effect gets; None for 0.
         t: [N] or None. domains: N names or None.
+        noise_by_sample: [N] the score that rounding alone makes in this dtype, measured with an identity block that
+            leaves the residual stream a last bit away; None where it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
     """
@@ -69,12 +72,14 @@ class LayerScores:
     domains: tuple[str, ...] | None = None
     block_evaluations: float | None = field(default=None, compare=False)
     clips: tuple[int, ...] | None = None
+    noise_by_sample: Tensor | None = None
 
     def __post_init__(self) -> None:
         units, samples = self.by_sample.shape
         if len(self.layers) != units or (self.branches is not None and len(self.branches) != units):
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
-        for name, value in (("t", self.t), ("floor_by_sample", self.floor_by_sample)):
+        per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
+        for name, value in per_sample:
             if value is not None and value.shape != (samples,):
                 raise ValueError(f"{name}: expected [{samples}], got {list(value.shape)}")
         if self.domains is not None and len(self.domains) != samples:
@@ -120,10 +125,15 @@ class LayerScores:
         return 0.0 if self.floor_by_sample is None else self.floor_by_sample.mean().item()
 
     @property
+    def noise_floor(self) -> float:
+        """The mean score that rounding alone makes, never below `floor`; `floor` where it was not measured."""
+        return self.floor if self.noise_by_sample is None else max(self.floor, self.noise_by_sample.mean().item())
+
+    @property
     def above_floor(self) -> Tensor:
-        """[U] bool: the unit's mean score is above what a unit without effect gets."""
+        """[U] bool: the unit's mean score is above what a unit without effect gets, rounding included."""
         # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
-        return self.mean > self.floor * (1 + 1e-6) + 1e-12
+        return self.mean > self.noise_floor * (1 + 1e-6) + 1e-12
 
     def domain(self, name: str) -> LayerScores:
         """The scores of one domain's samples."""
@@ -155,6 +165,7 @@ class LayerScores:
             None if self.t is None else self.t[index],
             None if self.domains is None else tuple(self.domains[i] for i in samples),
             clips=None if self.clips is None else tuple(self.clips[i] for i in samples),
+            noise_by_sample=None if self.noise_by_sample is None else self.noise_by_sample[index],
         )
 
     def table(self) -> str:
@@ -168,10 +179,10 @@ class LayerScores:
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score, clip."""
+        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow((*COLUMNS, "clip"))
+            writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
             for u, layer in enumerate(self.layers):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
@@ -183,6 +194,7 @@ class LayerScores:
                             "" if self.domains is None else self.domains[n],
                             repr(score),
                             "" if self.clips is None else self.clips[n],
+                            "" if self.noise_by_sample is None else repr(self.noise_by_sample[n].item()),
                         )
                     )
 
@@ -197,7 +209,9 @@ class LayerScores:
             "layers": list(self.layers),
             "branches": None if self.branches is None else list(self.branches),
             "floor": self.floor,
+            "noise_floor": self.noise_floor,
             "floor_by_sample": None if self.floor_by_sample is None else self.floor_by_sample.tolist(),
+            "noise_by_sample": None if self.noise_by_sample is None else self.noise_by_sample.tolist(),
             "block_evaluations": self.block_evaluations,
             "t": None if self.t is None else self.t.tolist(),
             "domains": None if self.domains is None else list(self.domains),
@@ -219,6 +233,9 @@ class LayerScores:
             None if state["domains"] is None else tuple(state["domains"]),
             state["block_evaluations"],
             None if state["clips"] is None else tuple(state["clips"]),
+            None
+            if state.get("noise_by_sample") is None
+            else torch.tensor(state["noise_by_sample"], dtype=torch.float64),
         )
 
     def plot(self) -> Figure:
@@ -238,6 +255,7 @@ def read_scores(path: str | Path) -> LayerScores:
     times: dict[int, Any] = {}
     domains: dict[int, Any] = {}
     clips: dict[int, Any] = {}
+    noises: dict[int, Any] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -252,9 +270,10 @@ def read_scores(path: str | Path) -> LayerScores:
                         (times, t),
                         (domains, row["domain"]),
                         (clips, int(row["clip"]) if row.get("clip") else None),
+                        (noises, float(row["noise"]) if row.get("noise") else None),
                     )
                     if any(known.setdefault(sample, value) != value for known, value in facts):
-                        raise ValueError(f"sample {sample} has another t, domain or clip in an earlier line")
+                        raise ValueError(f"sample {sample} has another t, domain, clip or noise in an earlier line")
                     units[unit][sample] = score
                 except ValueError as error:
                     raise UserError(f"{path}:{reader.line_num}: {error}") from None
@@ -276,6 +295,9 @@ def read_scores(path: str | Path) -> LayerScores:
         t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
         domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
         clips=tuple(clips[n] for n in samples) if None not in clips.values() else None,
+        noise_by_sample=(
+            torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
+        ),
     )
 
 

@@ -331,12 +331,12 @@ def test_leaves_everything_as_it_was(fail_at):
 
 
 def test_evaluations_as_counted_by_hooks():
-    """The staircase, and before it the runs on one, one and two samples that find the wiring out."""
+    """The staircase, and before it the runs on one, one and two samples that find the wiring out, and the noise's."""
     model, rows = build(Chain), [0] * DEPTH
     for i, block in enumerate(model.blocks):
         block.mix.register_forward_hook(lambda _, args, __, i=i: rows.__setitem__(i, rows[i] + args[0].shape[0]))
     attribute_layers(model, draw())
-    assert rows == [1 + 1 + 2 + (i + 1) * SAMPLES for i in range(DEPTH)]
+    assert rows == [1 + 1 + 2 + 1 + (i + 1) * SAMPLES for i in range(DEPTH)]
 
 
 class Noisy(Chain):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -122,17 +119,3 @@ def test_shares_of_free_memory_and_wrong_budgets():
             attribute_layers(model, inputs, memory_budget=budget)
     with pytest.raises(ValueError, match="only for the staircase"):
         attribute_layers(model, inputs, memory_budget=10**9, engine="loop")
-
-
-def test_the_paper_scale_plan_of_the_docs():
-    """The numbers in docs/attribution.md, worked out anew."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "attribution.md").read_text(encoding="utf-8")
-    paper, plan = Sizes(938, 1024, 4, 100, 16, 2), AblationPlan.build(24)
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) GB \|$", page, re.MULTILINE)
-    assert len(rows) == 4
-    for samples, gigabytes in rows:
-        assert float(gigabytes) == pytest.approx(plan.peak_bytes(paper, int(samples)) / 1e9, rel=0.01)
-    fits = [split(plan, paper, 1000, int(0.9e9 * size) - 950_000_000) for size in (24, 80, 141)]
-    assert [len(plans) for plans, _ in fits] == [1, 1, 1]
-    a, b, c = (at_once for _, at_once in fits)
-    assert f"hold {a} samples at once on 24 GB, {b} on 80 GB and {c} on 141 GB" in page

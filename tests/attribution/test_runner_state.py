@@ -95,8 +95,8 @@ def test_an_ablation_that_is_not_finite_names_sample_and_layer(build, draw):
 
     def overflow(h, key_mask=None):
         out = original(h, key_mask)
-        # The staircase's rows here: the baseline's three samples, then those of the stream without layer 0.
-        return out if h.shape[0] == BATCH else out.index_fill(0, torch.tensor([BATCH + 1]), torch.inf)
+        # The staircase's rows here: the control, the baseline's three samples, those of the stream without layer 0.
+        return out.index_fill(0, torch.tensor([1 + BATCH + 1]), torch.inf)
 
     model.branches[3].forward = overflow
     with pytest.raises(ValueError, match="velocity of sample 1 without layer 0 is not finite"):
@@ -131,7 +131,7 @@ def test_a_layer_without_effect_is_not_above_the_floor(build, draw, metric, engi
     "change, error, message",
     [
         ({"model": len}, TypeError, "expected a torch.nn.Module, got builtin_function_or_method"),
-        ({"engine": "graph"}, ValueError, "engine: expected one of .*, got 'graph'"),
+        ({"engine": "fast"}, ValueError, "engine: expected one of .*, got 'fast'"),
         ({"metric": "cosine"}, ValueError, "metric: expected one of .*, got 'cosine'"),
         ({"blocks": [0, DEPTH]}, ValueError, r"0-based layers below 3, got \[0, 3\]"),
         ({"blocks": [1, 1]}, ValueError, "distinct"),

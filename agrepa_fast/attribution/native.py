@@ -1,0 +1,128 @@
+"""A probe of a `DiT`: its device work as one static function of the plan, fit to be captured as a CUDA graph.
+
+Sequences are stacked stream-major, [1 + S B, T, D]: the control of sample 0, the baseline's B samples, then the streams
+in the order in which they join. Nothing here asks the device anything, so every launch follows from shapes and plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.dit import EPS, DiT, Modulation
+from .plan import AblationPlan, Unit
+
+Inputs = dict[str, Tensor]  # x_t [B, T, M], t [B], and where given cond [B, T, C], mask [B, T]
+
+
+def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefix") -> Tensor:
+    """Mean squares of one pass, on the device: [U + 2, B] float32 (float64 for a float64 model).
+
+    Rows: the change of each unit, the energy of the baseline, and the control's change (of sample 0, in every column).
+    """
+    control, velocity = ENGINES[engine](model, plan, inputs)
+    mask = inputs.get("mask")
+    change, energy = ops.velocity_delta(velocity, mask)
+    noise, _ = ops.velocity_delta(torch.stack([velocity[0, :1], control]), None if mask is None else mask[:1])
+    return torch.cat([change, energy.unsqueeze(0), noise.expand(1, energy.shape[0])])
+
+
+def nudged(x: Tensor) -> Tensor:
+    """x with every second channel a last bit away: an identity block that was switched off, as rounding sees it.
+
+    Its own bits would go through the same roundings as the baseline's and show none of them."""
+    second = torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
+    return x + x * (second * (0.5 * torch.finfo(x.dtype).eps))
+
+
+def between(
+    modulation: Sequence[Modulation], i: int, x: Tensor, out: Tensor, rows: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Close branch i and open branch i + 1, or just close the last one; rows [R] int64, the sample of each sequence."""
+    gate = modulation[i].gate
+    if i + 1 == len(modulation):
+        x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows)
+        return x, x
+    opening = modulation[i + 1]
+    return ops.gated_residual_norm(
+        x, out, gate, opening.shift, opening.scale, stream_scale=scale, sample_index=rows, eps=EPS
+    )
+
+
+def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Shared prefixes -> the control's velocity [1, T, M] and all streams' [S, B, T, M]."""
+    x, modulation, samples, masks = _opened(model, inputs, plan.streams)
+    batch = inputs["x_t"].shape[0]
+    x = torch.cat([nudged(x[:1]), x])
+    h = ops.layer_norm_modulate(
+        x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
+    )
+    for i, branch in enumerate(model.branches):
+        running = 1 + batch * plan.active(i)
+        out = branch(h[:running], None if masks is None else masks[:running])
+        del h  # every stream's, so neither it nor `out` may outlive its use
+        if any(unit.start == i for unit in plan.units):
+            # The unit's stream enters here as the baseline is before it, and skips its branches: it stands in the op
+            # as sequences without branch rows.
+            x = torch.cat([x, x[1 : 1 + batch]])
+        x, h = between(modulation, i, x, out, samples[: x.shape[0]])
+        del out
+    del h
+    velocity = model.close(x)
+    return velocity[:1], velocity[1:].unflatten(0, (-1, batch))
+
+
+def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """All streams from the first branch on, switched by stream_scale; results as `_staircase`."""
+    x, modulation, samples, masks = _opened(model, inputs, plan.streams)
+    batch = inputs["x_t"].shape[0]
+    x = torch.cat([nudged(x[:1]), x.repeat(plan.streams, 1, 1)])
+    h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, sample_index=samples, eps=EPS)
+    for i, branch in enumerate(model.branches):
+        scale = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
+        for stream, unit in enumerate(plan.units, 1):
+            if unit.start <= i < unit.stop:
+                scale[1 + stream * batch : 1 + (stream + 1) * batch].zero_()
+        x, h = between(modulation, i, x, branch(h, masks), samples, scale)
+    velocity = model.close(x)
+    return velocity[:1], velocity[1:].unflatten(0, (-1, batch))
+
+
+def _loop(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """One forward for the control, one for the baseline and one per unit; results as `_staircase`."""
+    first = {name: value[:1] for name, value in inputs.items()}
+    velocities = [_forward(model, inputs, unit) for unit in (None, *plan.units)]
+    return _forward(model, first, None, nudged), torch.stack(velocities)
+
+
+def _forward(
+    model: DiT, inputs: Inputs, without: Unit | None, enter: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The velocity [B, T, M] with one unit's branches not run; `enter` changes the stream before block 0."""
+    x, modulation, samples, masks = _opened(model, inputs, 1)
+    x, samples, masks = x if enter is None else enter(x), samples[1:], None if masks is None else masks[1:]
+    h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
+    for i, branch in enumerate(model.branches):
+        skipped = without is not None and without.start <= i < without.stop
+        x, h = between(modulation, i, x, x[:0] if skipped else branch(h, masks), samples)
+    return model.close(x)
+
+
+def _opened(model: DiT, inputs: Inputs, streams: int) -> tuple[Tensor, Sequence[Modulation], Tensor, Tensor | None]:
+    """The baseline before block 0 [B, T, D], the modulation of all branches, and of each of the 1 + S B sequences its
+    sample and its key mask."""
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    each = torch.arange(x.shape[0], device=x.device)
+    samples = torch.cat([each[:1], each.repeat(streams)])
+    key_mask = model.key_mask(inputs.get("mask"), x)
+    return x, modulation, samples, None if key_mask is None else key_mask.index_select(0, samples)
+
+
+ENGINES: dict[str, Callable[[DiT, AblationPlan, Inputs], tuple[Tensor, Tensor]]] = {
+    "prefix": _staircase,
+    "stacked": _stacked,
+    "loop": _loop,
+}
