@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .. import ops
@@ -176,6 +176,7 @@ class AlignmentLoss(nn.Module):
         mask: Tensor | None = None,
         domains: Domains = None,
         sample_weight: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and metrics.
 
@@ -189,6 +190,7 @@ class AlignmentLoss(nn.Module):
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
                 Not with pooled "relation" and "cka", which compare samples with each other.
+            shares: {teacher: []} factors on the teachers' terms; see `shares`.
 
         Returns:
             The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine, without
@@ -229,8 +231,26 @@ class AlignmentLoss(nn.Module):
                 distance, weighted = distances[name, layer]
                 counted = rows[name] if self.objective == "cosine" else _comparable(rows[name])
                 metrics[f"{self.objective}/{name}/{layer}"] = _similarity(distance, counted)
-                loss = loss + weight * weighted
+                loss = loss + weight * (weighted if shares is None else shares[name] * weighted)
         return loss, metrics
+
+    def shares(self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains) -> dict[str, Tensor]:
+        """With several ranks: this rank's rows over the mean rank's, for each teacher; the arguments of `forward`.
+
+        A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over
+        all ranks' rows. Every rank must call it: one small all-reduce."""
+        kept = _domain_weights(list(self.teachers), domains, next(iter(targets.values())))
+        rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        counts = torch.stack(
+            [
+                targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
+                for name, r in rows.items()
+            ]
+        ).float()
+        total = counts.clone()
+        distributed.all_reduce(total)
+        found = counts * distributed.get_world_size() / total.clamp_min(1)
+        return dict(zip(rows, found.unbind()))
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.

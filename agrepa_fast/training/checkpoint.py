@@ -149,8 +149,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def begun(run_dir: Path) -> bool:
-    """Whether a run has written a checkpoint, whole or not."""
-    return any((run_dir / "checkpoints").glob("*step_*"))
+    """Whether a run has written a checkpoint: a first one cut short does not count, a damaged one does."""
+    folder = run_dir / "checkpoints"
+    return bool(checkpoints(folder)) or any(_flaw(path) is None for path in folder.glob(".step_*"))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -66,10 +66,16 @@ class StepInputs:
     targets: dict[str, Tensor]  # {teacher: [B, W] or [B, T, W]}; empty where none is needed
     target_mask: Tensor  # [B, T] bool, frames to align
     domains: dict[str, Tensor]  # {teacher: [B] bool}
+    shares: dict[str, Tensor]  # {teacher: []} this rank's share of the rows that count; empty with one rank
 
     @classmethod
     def of(
-        cls, batch: Batch, targets: dict[str, Tensor], target_mask: Tensor, domains: dict[str, Tensor]
+        cls,
+        batch: Batch,
+        targets: dict[str, Tensor],
+        target_mask: Tensor,
+        domains: dict[str, Tensor],
+        shares: dict[str, Tensor] | None = None,
     ) -> StepInputs:
         """A batch and what its teachers say."""
         return cls(
@@ -82,6 +88,7 @@ class StepInputs:
             targets,
             target_mask,
             domains,
+            shares or {},
         )
 
     def tensors(self) -> list[Tensor]:
@@ -191,7 +198,9 @@ class Objective(nn.Module):
         if align_weight is not None:
             kind = self.config.alignment.timestep_weight
             by_time = None if kind == "uniform" else timestep_weight(draws.t, kind)
-            aligned, cosines = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time)
+            aligned, cosines = self.alignment(
+                hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time, inputs.shares or None
+            )
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
                 # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.training.checkpoint import load_checkpoint
 from agrepa_fast.training.config import RunConfig, load_config
 
 TINY = [
@@ -74,3 +75,30 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def _state_bits(run_dir) -> dict:
+    """Everything trained, flat: weights, EMA, heads, optimizer, random state."""
+    checkpoint = load_checkpoint(run_dir)
+    flat = {f"{name}.{key}": value for name, part in checkpoint.weights.items() for key, value in part.items()}
+    for number, entry in checkpoint.state["optimizer"]["state"].items():
+        flat |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
+    return flat | {"rng": checkpoint.state["rng"][0][0], "generator": checkpoint.state["generator"]}
+
+
+def _assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert different == []
+
+
+@pytest.fixture
+def state_bits():
+    """state_bits(run_dir) -> {name: tensor}."""
+    return _state_bits
+
+
+@pytest.fixture
+def assert_same_bits():
+    """assert_same_bits(bits, bits)."""
+    return _assert_same_bits

@@ -23,21 +23,6 @@ from agrepa_fast.training.step import TrainStep
 from agrepa_fast.training.trainer import resume_run, start_run
 
 
-def state_bits(run_dir) -> dict:
-    """Everything trained, flat: weights, EMA, heads, optimizer, random state."""
-    checkpoint = load_checkpoint(run_dir)
-    flat = {f"{name}.{key}": value for name, part in checkpoint.weights.items() for key, value in part.items()}
-    for number, entry in checkpoint.state["optimizer"]["state"].items():
-        flat |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
-    return flat | {"rng": checkpoint.state["rng"][0][0], "generator": checkpoint.state["generator"]}
-
-
-def assert_same_bits(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert different == []
-
-
 def interrupt_after(monkeypatch, steps: int) -> None:
     """Raise a real SIGINT during the given step of the session."""
     original = TrainStep.__call__
@@ -93,7 +78,9 @@ def _no_report(monkeypatch):
 
 @pytest.mark.usefixtures("_no_report")
 @pytest.mark.parametrize("pool", ["mean", "null"])
-def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(tiny_config, monkeypatch, pool):
+def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(
+    tiny_config, monkeypatch, pool, state_bits, assert_same_bits
+):
     changes = [f"alignment.pool={pool}", "alignment.bitc=true", "train.samples=0", "train.steps=6"]
     changes += ["alignment.policy=first-order", "alignment.timestep_weight=noise", "alignment.stop_similarity=0.02"]
     whole = start_run(tiny_config(*changes)).run()
@@ -113,7 +100,7 @@ def test_interrupted_at_every_step_and_resumed_ends_with_the_same_bits(tiny_conf
 
 
 @pytest.mark.usefixtures("_no_report")
-def test_worker_processes_do_not_change_the_bits(tiny_config):
+def test_worker_processes_do_not_change_the_bits(tiny_config, state_bits, assert_same_bits):
     alone = start_run(tiny_config("train.samples=0", "train.steps=4")).run()
     helped = start_run(tiny_config("train.samples=0", "train.steps=4", "data.workers=2", "train.name=workers")).run()
     assert_same_bits(state_bits(alone), state_bits(helped))
@@ -170,7 +157,7 @@ def test_a_run_with_another_objective(tiny_config):
     changes = ("alignment.objective=relation", "alignment.pool=null", "alignment.standardise_targets=true")
     run_dir = start_run(tiny_config(*changes, "alignment.layers=[1]", "train.samples=0", "train.steps=4")).run()
     last = next(e for e in reversed(read_log(run_dir / "log.jsonl")) if e["event"] == "train")
-    assert {key for key in last if "/" in key} == {"relation/spectral/1"}
+    assert {key for key in last if "spectral" in key} == {"relation/spectral/1"}
     assert last["relation/spectral/1"] == pytest.approx(1 - last["align_loss"], abs=1e-6)
     assert last["align_loss"] > 0.01
 
@@ -225,7 +212,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_config):
 
 
 @pytest.mark.usefixtures("_no_report")
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tiny_config):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tiny_config, state_bits, assert_same_bits):
     trainer = start_run(tiny_config("train.steps=4", "train.checkpoint_every=4", "train.samples=0"))
     run_dir = trainer.run()
     before = state_bits(run_dir)

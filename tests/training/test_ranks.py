@@ -1,0 +1,55 @@
+"""Two ranks under torchrun, on the CPU: the weights of one process at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from agrepa_fast.training.checkpoint import load_checkpoint
+from agrepa_fast.training.report import read_log
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def train(arguments: list[str], *, ranks: int) -> None:
+    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), "-m", "agrepa_fast", "train", *arguments]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
+    changes = ["model.dropout=0", "train.samples=0", "train.log_every=1", "train.steps=12"]
+    # Adam turns a gradient that is nothing but rounding into a step of the size of the learning rate.
+    changes += ["optimizer.lr=1e-4", "optimizer.initial_lr=1e-5"]
+    # Probes while training; domains that are absent from some batches of some ranks.
+    changes += ["probe.start=4", "probe.every=4", "train.checkpoint_every=6"]
+    changes += ["alignment.teachers={voice: {domains: [speech]}, sound: {domains: [audio]}}"]
+    train(["demo", *tiny(*changes, "data.frames_per_batch=252", "train.name=one")], ranks=1)
+    train(["demo", *tiny(*changes, "data.frames_per_batch=126", "train.name=two")], ranks=2)
+    runs = tmp_path / "runs"
+    one, two = load_checkpoint(runs / "one"), load_checkpoint(runs / "two")
+    for part, weights in one.weights.items():
+        for name, value in weights.items():
+            torch.testing.assert_close(
+                two.weights[part][name], value, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    logs = [[e for e in read_log(runs / name / "log.jsonl") if e["event"] == "train"] for name in ("one", "two")]
+    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == list(range(1, 13))
+    for a, b in zip(*logs):
+        assert abs(a["flow_loss"] - b["flow_loss"]) < 1e-5  # the mean over ranks
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-5
+    chosen = [json.loads((runs / name / "selection.json").read_text())["layers"] for name in ("one", "two")]
+    assert chosen[0] == chosen[1]
+    # From the middle again: the same ranks end where they did.
+    newest = runs / "two" / "checkpoints" / "step_00000012"
+    newest.rename(runs / "two" / "held")
+    train(["--resume", str(runs / "two")], ranks=2)
+    again = load_checkpoint(runs / "two")
+    for part, weights in two.weights.items():
+        assert all(torch.equal(again.weights[part][name], value) for name, value in weights.items()), part
