@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from .packed import Packing
 
 EPS = 1e-6
 
@@ -91,12 +92,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, key_mask: Tensor | Packing | None = None) -> Tensor:
         batch, frames, width = h.shape
-        q, k, v = self.qkv(h).view(batch, frames, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=key_mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        qkv = self.qkv(h).view(batch, frames, 3, self.heads, width // self.heads)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(key_mask, Packing):
+            return self.out(key_mask.attention(qkv, dropout))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
         return self.out(mixed.transpose(1, 2).reshape(batch, frames, width))
 
 
@@ -109,7 +112,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
 
-    def forward(self, h: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, key_mask: Tensor | Packing | None = None) -> Tensor:
         return self.down(F.dropout(F.gelu(self.up(h)), self.dropout, self.training))
 
 
@@ -130,11 +133,12 @@ class DiT(nn.Module):
 
     positions: Tensor
     recompute: bool  # activation checkpointing: while training, backward runs each branch's forward again
+    packed: bool  # attention over the valid frames alone, by xformers; see `packed.Packing`
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
+        self.recompute = self.packed = False
         width = config.width
         self.input = nn.Linear(config.mels + config.cond, width)
         self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
@@ -217,7 +221,9 @@ class DiT(nn.Module):
         if not wanted <= frozenset(range(self.depth)):
             raise ValueError(f"hidden_layers: expected 0-based layers below {self.depth}, got {sorted(wanted)}")
         x, modulation = self.open(x_t, t, cond)
-        key_mask = self.key_mask(mask, x)
+        key_mask: Tensor | Packing | None = self.key_mask(mask, x)
+        if self.packed and mask is not None:
+            key_mask = Packing(mask)
         hidden: dict[int, Tensor] = {}
         h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
         last = len(self.branches) - 1

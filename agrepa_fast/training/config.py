@@ -53,6 +53,7 @@ class ModelConfig:
     ff_ratio: int = 4
     dropout: float = 0.1
     token_width: int = 256  # channels of the token embedding
+    attention: str = "sdpa"  # or "xformers": valid frames alone, packed; for train.engine eager
 
 
 @dataclass(frozen=True)
@@ -393,6 +394,13 @@ def _check(config: RunConfig) -> None:
         (c.train.checkpoint_every >= 1, "train.checkpoint_every", "at least 1", c.train.checkpoint_every),
         (c.train.keep >= 1, "train.keep", "at least 1", c.train.keep),
         (c.train.engine in ENGINES, "train.engine", "one of " + ", ".join(ENGINES), c.train.engine),
+        (c.model.attention in ("sdpa", "xformers"), "model.attention", "sdpa or xformers", c.model.attention),
+        (
+            c.model.attention == "sdpa" or c.train.engine in ("auto", "eager"),
+            "train.engine",
+            "auto or eager, as model.attention is xformers (its shapes follow the data)",
+            c.train.engine,
+        ),
         (c.train.accumulate >= 1, "train.accumulate", "at least 1", c.train.accumulate),
         (c.train.max_skipped >= 1, "train.max_skipped", "at least 1", c.train.max_skipped),
         (c.train.diagnose_every >= 0, "train.diagnose_every", "0 or more", c.train.diagnose_every),

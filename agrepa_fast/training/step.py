@@ -41,7 +41,8 @@ def pick_engine(config: RunConfig, device: torch.device, ranks: int) -> str:
         else ""
     )
     if engine == "auto":
-        return "eager" if device.type == "cpu" else "compile" if why_not else "graph"
+        plain = device.type == "cpu" or config.model.attention == "xformers"
+        return "eager" if plain else "compile" if why_not else "graph"
     if engine == "graph" and why_not:
         raise UserError(f"train.engine: graph: {why_not}; use auto")
     return engine

@@ -28,6 +28,7 @@ from ..data.audio import write_audio
 from ..data.batches import Batch, BucketBatches, iterate
 from ..data.mel import LogMel
 from ..errors import UserError
+from ..models import packed
 from ..models.flow import SIGMA
 from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
@@ -77,6 +78,10 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(config.train.seed)
         self.objective = Objective(config, widths, generator, rank(), ranks()).to(self.device)
         self.objective.backbone.network.recompute = config.train.recompute
+        if config.model.attention == "xformers":
+            if why_not := packed.check(self.device):
+                raise UserError(f"model.attention: {why_not}; use sdpa")
+            self.objective.backbone.network.packed = True
         # From here on the global generators are for dropout alone, on each rank its own.
         torch.manual_seed(config.train.seed + rank())
         engine = pick_engine(config, self.device, ranks())
