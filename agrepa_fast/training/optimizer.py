@@ -26,7 +26,8 @@ def build_optimizer(objective: Objective, config: RunConfig) -> torch.optim.Adam
         {"params": rest, "weight_decay": 0.0, "name": "biases, norms, embeddings"},
         {"params": list(objective.heads().parameters()), "weight_decay": 0.0, "name": "heads"},
     ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas)
+    # One pass over the state: on a CPU the unfused step takes several times as long, and the heads feel it most.
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, fused=True)
 
 
 def one_cycle(optimizer: OptimizerConfig, steps: int) -> Callable[[int], float]:

@@ -66,6 +66,8 @@ def test_cka_is_the_probe_s():
     torch.testing.assert_close(1 - cka_distance(y, z.expand(3, -1, -1)), linear_cka(y, z), rtol=1e-6, atol=0)
     turned = 3 * y @ torch.linalg.qr(randn(WIDTH, WIDTH, seed=3))[0] + 7
     torch.testing.assert_close(cka_distance(y, turned), y.new_zeros(3), rtol=0, atol=1e-6)
+    large = cka_distance((1e10 * y).float(), z.float())  # whose kernel's squares float32 cannot hold
+    torch.testing.assert_close(large.double(), 1 - linear_cka(y, z), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
