@@ -213,7 +213,7 @@ def _build_cost(config: DiTConfig, batch: int, frames: int, dtype: str, device: 
             seen[:] = [flow.detach()]
             return total
 
-        run = _step(model, alignment, data, loss, dtype, device)
+        run = _step(model, alignment, data, loss, dtype, device, fused=True)
 
         def with_flow_loss() -> Outputs:
             run()
@@ -239,11 +239,14 @@ def _step(
     loss_of: Callable[..., Tensor],
     dtype: str,
     device: torch.device,
+    fused: bool | None = None,
 ) -> Run:
-    """A call that takes one optimizer step and returns the loss before it, and the gradient norm."""
+    """A call that takes one optimizer step and returns the loss before it, and the gradient norm.
+
+    fused: AdamW in one pass, as the trainer takes it; None is torch's choice, as the released code has it."""
     model.train()
     parameters = [*model.parameters(), *(() if alignment is None else alignment.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=fused)
 
     def run() -> Outputs:
         with precision(dtype, device):
