@@ -195,7 +195,7 @@ def shares_of_step(results: Iterable[Mapping[str, Any]], device: str) -> list[tu
                 steps[params["align"]] = median
             if problem["case"] == "foga" and params["scale"] == "paper":
                 probes.append(median)
-    aligned = steps["on"] / steps["off"] - 1 if len(steps) == 2 else None
+    aligned = steps["on"] / steps["off"] - 1 if {"on", "off"} <= steps.keys() else None
     probing = max(probes) / (1000 * steps["on"]) if probes and "on" in steps else None
     work = "Training step, 24 x 1024"
     return [

@@ -1,6 +1,7 @@
 """Alignment heads: from a normalised hidden state [..., D] to a teacher's width [..., W].
 
-One at a time (`loss`, the last Linear fused with the cosine), or many of one kind as batched GEMMs (`grouped`).
+One at a time (`loss`, the last Linear fused with the cosine), or many of one kind at once: as batched GEMMs
+(`grouped`), or on a CPU one after the other (`one_by_one`).
 """
 
 from __future__ import annotations
@@ -118,6 +119,16 @@ def grouped(heads: Sequence[Head], x: Tensor) -> list[tuple[list[int], Tensor]]:
         members = [i for i, linear in enumerate(last) if linear.out_features == width]
         rows = x if len(members) == len(last) else torch.stack([x[i] for i in members])
         outputs.append((members, _batched([last[i] for i in members], rows)))
+    return outputs
+
+
+def one_by_one(heads: Sequence[Head], x: Tensor) -> list[tuple[list[int], Tensor]]:
+    """As `grouped`, a call for each head and no weight stacked: on a CPU the copies cost more than the calls."""
+    widths = [head.linears()[-1].out_features for head in heads]
+    outputs = []
+    for width in dict.fromkeys(widths):
+        members = [i for i, other in enumerate(widths) if other == width]
+        outputs.append((members, torch.stack([heads[i](x[i]) for i in members])))
     return outputs
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import UserError
-from .heads import HEADS, grouped
+from .heads import HEADS, grouped, one_by_one
 from .policy import LayerSelection
 from .similarity import cka_distance, relation_distance, standardise
 
@@ -309,12 +309,13 @@ class AlignmentLoss(nn.Module):
         rows: Mapping[str, Tensor | None],
         sample_weight: Tensor | None,
     ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-        """The same of pooled states: all heads in a batched GEMM per Linear, at shapes that the batch cannot change."""
+        """The same of pooled states: all heads at once, at shapes that the batch cannot change."""
         x = self._norm(torch.stack([ops.masked_mean(hidden[layer], mask) for layer in self.active]))
         keys = [(name, layer) for name in self.teachers for layer in self.active]
         heads: list[Any] = [self.heads.get_submodule(f"{name}.{layer}") for name, layer in keys]
         distances: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        for members, y in grouped(heads, x.repeat(len(self.teachers), 1, 1)):
+        run = one_by_one if x.device.type == "cpu" else grouped
+        for members, y in run(heads, x.repeat(len(self.teachers), 1, 1)):
             names = [keys[i][0] for i in members]
             target = torch.stack([targets[name] for name in names])
             # Which rows count may be said for one teacher and not for another.

@@ -1,8 +1,8 @@
 """The alignment loss on many rows: hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
 
-Rivals: REPA's published loop over samples (arXiv 2410.06940), the same vectorised, and that compiled. "head" puts
-REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products; least bytes: hidden,
-weight and target once, and their gradients.
+Rivals: REPA's published loop over samples (arXiv 2410.06940), the same vectorised, that compiled, and Liger's nearest
+op. "head" puts REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products; least
+bytes: hidden, weight and target once, and their gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from agrepa_fast import ops
 
-from ..case import Outputs, Problem, Provider, Setup, compiled, dtype_of, modes
+from ..case import Outputs, Problem, Provider, Setup, compiled, dtype_of, modes, optional
 
 TITLE = "Alignment loss"
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -92,6 +92,20 @@ def _ours(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
     return (ops.projection_cosine_loss(_inner(x, weights[:-2]), weights[-2], weights[-1], target),)
 
 
+def liger() -> Callable[..., Outputs]:
+    """Liger's chunked distillation loss with its soft term alone; it projects the teacher too, here by the identity."""
+    loss = optional("liger_kernel.chunked_loss.cosine_similarity_loss")
+    module = loss.LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+
+    def run(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
+        y, z = _inner(x, weights[:-2]).flatten(0, 1), target.flatten(0, 1)
+        labels = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # none is its ignore_index
+        same = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return (module(y, weights[-2], z, same, labels, weights[-1]),)
+
+    return run
+
+
 PARTS = ("op", "head")
 
 
@@ -128,6 +142,8 @@ def _build(
         provider("per-sample loop", "published", lambda: _rival(per_sample)),
         provider("vectorised", "rival", lambda: _rival(vectorised)),
         provider("vectorised, compiled", "rival", lambda: compiled(_rival(vectorised))),
+        # Its backward compares the upstream gradient with 1 on the host.
+        provider("Liger", "rival", liger, capturable=False),
     ]
     if device.type == "cuda":
         tuned = "max-autotune-no-cudagraphs"

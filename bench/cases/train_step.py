@@ -1,7 +1,9 @@
 """One training step on cached teacher features: forward, flow-matching and alignment loss, backward, clip, AdamW.
 
 Least work: three times the forward's operations (backward has two products for each). Every provider starts from
-the same weights, so the first step's loss and gradient norm are what the gate compares.
+the same weights, so the first step's loss and gradient norm are what the gate compares. "cost" puts our step with
+alignment, its heads on every layer as in a run, beside our step without: what alignment adds, in one run; there the
+gate compares the flow-matching loss.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ CLIP = 1.0
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
     if scale == "toy":
-        return [_problem("toy", TOY, 2, 16, align, "float32") for align in ("on", "off")]
+        return [_problem("toy", TOY, 2, 16, align, "float32") for align in ("on", "off", "cost")]
     if device.type == "cpu":
         sizes = [("demo", 4, 128)] if scale == "quick" else [("demo", 6, 128), ("small", 4, 256)]
-        return [
+        found = [
             _problem(name, PRESETS[name], b, t, align, "float32") for name, b, t in sizes for align in ("on", "off")
         ]
+        return found if scale == "quick" else [*found, _problem("small", PRESETS["small"], 4, 256, "cost", "float32")]
     sizes = [("paper", 16, 938), ("small", 16, 938)] if scale == "full" else [("small", 16, 938)]
     return [_problem(name, PRESETS[name], b, t, align, "bfloat16") for name, b, t in sizes for align in ("on", "off")]
 
@@ -62,7 +65,9 @@ def _problem(name: str, config: DiTConfig, batch: int, frames: int, align: str, 
         dtype=dtype,
         bytes=moved,  # AdamW reads and writes weight, gradient and two moments (float32), and the streams as in FoG-A
         flops=3 * forward,
-        build=functools.partial(_build, config, batch, frames, align == "on", dtype),
+        build=functools.partial(_build_cost, config, batch, frames, dtype)
+        if align == "cost"
+        else functools.partial(_build, config, batch, frames, align == "on", dtype),
     )
 
 
@@ -101,16 +106,21 @@ def selected(depth: int) -> LayerSelection:
     return LayerSelection.uniform(sorted({min(layer, depth - 1) for layer in (0, 1, 6)}))
 
 
-def loss_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> Tensor:
-    """The training loss as the trainer computes it."""
+def loss_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> tuple[Tensor, Tensor]:
+    """The training loss as the trainer computes it, and the flow-matching loss in it."""
     x_t, wanted = path(data.mel, data.noise, data.t)
     layers = () if alignment is None else alignment.active
     velocity, hidden = model(x_t, data.t, data.cond, hidden_layers=layers)
-    loss = flow_matching_loss(velocity, wanted).mean()
-    if alignment is not None:
-        aligned, _ = alignment(hidden, data.targets, None, data.domains)
-        loss = loss + ALIGN_WEIGHT * aligned
-    return loss
+    flow = flow_matching_loss(velocity, wanted).mean()
+    if alignment is None:
+        return flow, flow
+    aligned, _ = alignment(hidden, data.targets, None, data.domains)
+    return flow + ALIGN_WEIGHT * aligned, flow
+
+
+def total_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> Tensor:
+    """The training loss alone."""
+    return loss_ours(model, alignment, data)[0]
 
 
 def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None, data: Data) -> Tensor:
@@ -148,7 +158,7 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
     def ours(wrap: Callable[[Any], Any] | None = None) -> Run:
         model = DiT(config).to(device)
         model.load_state_dict(origin.state_dict())
-        loss = loss_ours if wrap is None else wrap(loss_ours)
+        loss = total_ours if wrap is None else wrap(total_ours)
         return _step(model, heads(), data, loss, dtype, device)
 
     def straight(keep_weights: bool, wrap: str | None = None) -> Run:
@@ -185,6 +195,43 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
     return Setup(tuple(providers), reference, {"loss": BOUND[dtype], "grad_norm": 10 * BOUND[dtype]})
 
 
+def _build_cost(config: DiTConfig, batch: int, frames: int, dtype: str, device: torch.device) -> Setup:
+    origin = random_dit(config).to(device)
+    data = _draw(config, batch, frames, device)
+
+    def step(align: bool) -> Run:
+        model = DiT(config).to(device)
+        model.load_state_dict(origin.state_dict())
+        alignment = None
+        if align:
+            alignment = AlignmentLoss(config.width, TEACHERS, LayerSelection.uniform(range(config.depth))).to(device)
+            alignment.select(selected(config.depth))
+        seen: list[Tensor] = []
+
+        def loss(*given: Any) -> Tensor:
+            total, flow = loss_ours(*given)
+            seen[:] = [flow.detach()]
+            return total
+
+        run = _step(model, alignment, data, loss, dtype, device, fused=True)
+
+        def with_flow_loss() -> Outputs:
+            run()
+            return (seen[0],)
+
+        return with_flow_loss
+
+    def reference() -> Outputs:
+        network = published(origin, keep_weights=False).double()
+        return (loss_published(network, None, data.to(torch.float64)).detach(),)
+
+    providers = (
+        Provider("alignment, cached features", "ours", lambda: step(True)),
+        Provider("no alignment", "rival", lambda: step(False)),
+    )
+    return Setup(providers, reference, {"flow_loss": BOUND[dtype]})
+
+
 def _step(
     model: nn.Module,
     alignment: AlignmentLoss | None,
@@ -192,11 +239,14 @@ def _step(
     loss_of: Callable[..., Tensor],
     dtype: str,
     device: torch.device,
+    fused: bool | None = None,
 ) -> Run:
-    """A call that takes one optimizer step and returns the loss before it, and the gradient norm."""
+    """A call that takes one optimizer step and returns the loss before it, and the gradient norm.
+
+    fused: AdamW in one pass, as the trainer takes it; None is torch's choice, as the released code has it."""
     model.train()
     parameters = [*model.parameters(), *(() if alignment is None else alignment.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=fused)
 
     def run() -> Outputs:
         with precision(dtype, device):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrepa_fast import AlignmentLoss, LayerSelection
-from agrepa_fast.alignment.heads import HEADS, grouped
+from agrepa_fast.alignment.heads import HEADS, grouped, one_by_one
 from agrepa_fast.errors import UserError
 
 WIDTH, FRAMES, BATCH = 6, 5, 3
@@ -57,13 +57,14 @@ def test_each_kind_is_its_formula(kind):
     assert all(value.grad.isfinite().all() and value.grad.any() for value in loss_fn.parameters())
 
 
+@pytest.mark.parametrize("together", [grouped, one_by_one])
 @pytest.mark.parametrize("kind", ["mlp", "repa", "linear", "low-rank"])
-def test_batched_heads_equal_the_same_heads_one_by_one(kind):
+def test_heads_together_equal_the_same_heads_alone(kind, together):
     torch.manual_seed(0)
     heads = [HEADS[kind](WIDTH, size).double() for size in TEACHERS.values() for _ in LAYERS]
     x = randn(len(heads), BATCH, WIDTH)
     seen = []
-    for members, y in grouped(heads, x):
+    for members, y in together(heads, x):
         for index, rows in zip(members, y):
             target = randn(BATCH, rows.shape[1], seed=index)
             expected = heads[index].loss(x[index], target, None)
@@ -85,15 +86,19 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_pooled_heads_are_a_fixed_number_of_products():
-    """One for the first Linear and one for each teacher width, however many layers there are."""
+def test_pooled_heads_are_a_fixed_number_of_products(monkeypatch):
+    """Off the CPU: one for the first Linear and one for each teacher width, however many layers there are."""
+    monkeypatch.setattr("agrepa_fast.alignment.loss.one_by_one", grouped)
     for layers in ((0,), LAYERS):
         loss_fn = AlignmentLoss(WIDTH, TEACHERS, LayerSelection.uniform(layers))
         hidden = {layer: randn(BATCH, FRAMES, WIDTH).float() for layer in layers}
         targets = {name: randn(BATCH, size).float() for name, size in TEACHERS.items()}
         with Count() as count, torch.no_grad():
-            loss_fn(hidden, targets, MASK, ["speech", "audio", "events"])
+            loss = loss_fn(hidden, targets, MASK, ["speech", "audio", "events"])[0]
         assert count.products == 1 + len(set(TEACHERS.values()))
+        with monkeypatch.context() as patch:
+            patch.setattr("agrepa_fast.alignment.loss.one_by_one", one_by_one)
+            torch.testing.assert_close(loss_fn(hidden, targets, MASK, ["speech", "audio", "events"])[0], loss)
 
 
 def test_wrong_heads_are_named():

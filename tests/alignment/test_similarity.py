@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agrepa_fast import AlignmentLoss, LayerSelection
+from agrepa_fast import AlignmentLoss, LayerSelection, SimilarityStop
 from agrepa_fast.alignment.similarity import cka_distance, relation_distance, standardise
 from agrepa_fast.attribution.probes import linear_cka
 from agrepa_fast.errors import UserError
@@ -66,6 +66,8 @@ def test_cka_is_the_probe_s():
     torch.testing.assert_close(1 - cka_distance(y, z.expand(3, -1, -1)), linear_cka(y, z), rtol=1e-6, atol=0)
     turned = 3 * y @ torch.linalg.qr(randn(WIDTH, WIDTH, seed=3))[0] + 7
     torch.testing.assert_close(cka_distance(y, turned), y.new_zeros(3), rtol=0, atol=1e-6)
+    large = cka_distance((1e10 * y).float(), z.float())  # whose kernel's squares float32 cannot hold
+    torch.testing.assert_close(large.double(), 1 - linear_cka(y, z), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -191,9 +193,10 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("objective, pool", [("relation", None), ("cka", "mean")])
+@pytest.mark.parametrize("objective, pool", [("cosine", None), ("cosine", "mean"), ("relation", None), ("cka", "mean")])
 def test_one_graph_and_no_host_sync(objective, pool):
     loss_fn = build(objective, pool, standardised=pool is None, dtype=torch.float32)
+    stop = SimilarityStop(0.5)
     hidden, targets = draw(pool, torch.float32)
     speech = torch.tensor([name == "speech" for name in NAMES])
     arguments = (hidden, targets, MASK, {"speech": speech, "audio": ~speech})
@@ -201,6 +204,7 @@ def test_one_graph_and_no_host_sync(objective, pool):
     with NoSync():
         expected, eager_metrics = loss_fn(*arguments)
         eager = torch.autograd.grad(expected, inputs)
+        stop(loss_fn.similarity(eager_metrics))
     loss, metrics = torch.compile(loss_fn, fullgraph=True, backend="eager")(*arguments)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics, eager_metrics, equal_nan=True)
@@ -215,3 +219,24 @@ def test_what_is_refused():
     hidden, targets = draw("mean")
     with pytest.raises(ValueError, match="sample_weight: pooled 'cka' compares samples with each other"):
         build("cka", "mean")(hidden, targets, sample_weight=torch.ones(BATCH))
+
+
+def test_selecting_again_changes_no_graph():
+    """Pooled heads: other layers and other weights are other numbers in the same graph."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    loss_fn = build("cosine", "mean", dtype=torch.float32)
+    hidden, targets = draw("mean", torch.float32)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend=counting)
+    for selection in (LayerSelection((1, 4), (0.75, 0.25)), LayerSelection((4,), (1.0,)), LayerSelection((1,), (1.0,))):
+        loss_fn.select(selection)
+        loss, metrics = compiled(hidden, targets, MASK)
+        weights = dict(zip(selection.layers, selection.weights))
+        distances = {layer: sum(1 - metrics[f"cosine/{name}/{layer}"].item() for name in targets) for layer in (1, 4)}
+        expected = sum(weight * distances[layer] for layer, weight in weights.items())
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert len(graphs) == 1
