@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..attribution.graph import release_graphs
 from ..attribution.runner import attribute_layers
 from ..attribution.scores import LayerScores
 from ..data.audio import read_audio
@@ -52,7 +53,7 @@ def score_layers(
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         inputs = probe_inputs(batch.mel, cond, batch.mask, probe.t_grid, generator)
-        return attribute_layers(
+        scores = attribute_layers(
             backbone.network,
             inputs,
             metric=probe.metric,
@@ -61,6 +62,9 @@ def score_layers(
             clips=list(range(len(indices))) * len(probe.t_grid),
             max_samples=len(indices),
         )
+    # Training needs the memory that a captured probe holds more than the next probe does.
+    release_graphs(backbone.network)
+    return scores
 
 
 @torch.no_grad()

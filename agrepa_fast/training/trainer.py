@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..alignment.policy import POLICIES, LayerSelection, choose_layers
 from ..alignment.schedule import AlignmentSchedule
+from ..attribution.scd import write_scd
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
 from ..data.batches import Batch, BucketBatches, iterate
@@ -34,6 +35,7 @@ from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, drop_old, restore, save_checkpoint
 from .clips import fixed_batches, load_data, spread
 from .config import RunConfig, TeacherConfig, dump_config
+from .dissociation import stored_by_layer
 from .environment import pick_device, versions
 from .inference import generate, score_layers
 from .log import RunLog, average
@@ -133,6 +135,7 @@ class Trainer:
             balance=self.config.data.balance_domains,
         )
         workers = self.config.data.workers
+        self.steps_per_epoch = batches.steps_per_epoch
         stream = iterate(self.data.train, batches, start=self.step, stop=train.steps, workers=workers)
         progress = _progress(self.step, train.steps)
         records: list[dict[str, Tensor]] = []
@@ -202,6 +205,9 @@ class Trainer:
         if self.selection is None:
             self._select(chosen)
         self.scores.to_csv(self.run_dir / "foga.csv")
+        backbone, valid = self.objective.backbone, self.data.valid
+        stored = stored_by_layer(backbone, self.teachers, valid, self.config, self.device, self.bf16)
+        write_scd(self.run_dir, self.scores, stored, probe.k, self.step, self.step / self.steps_per_epoch)
         facts = {**chosen.state(), "metric": probe.metric, "step": self.step}
         (self.run_dir / "selection.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         self.log.write(
