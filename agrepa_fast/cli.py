@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .attribution.scd import Stored
     from .attribution.scores import LayerScores
 
 TRAIN_HELP = """\
@@ -28,6 +29,7 @@ PROBE_HELP = """\
 examples:
   agrepa probe runs/demo
   agrepa probe runs/demo --data speech/metadata.csv --branches attn ff --out probe
+  agrepa probe runs/demo --lasp
   agrepa probe mymodel:factory --k 3     # def factory(): return model, inputs
 """
 SAMPLE_HELP = """\
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--metric", choices=("rms", "squared"))
     probe.add_argument("--k", type=int, help="layers to select")
     probe.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
+    probe.add_argument("--lasp", action="store_true", help="also what each layer stores of the run's teachers (SCD)")
     probe.add_argument("--weights", choices=("model", "ema"), help="of the checkpoint (default: model)")
     probe.add_argument("--device", help="default: auto")
 
@@ -164,11 +167,14 @@ def _train(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from .alignment.policy import select_layers
     from .attribution.report import plot_layer_t_map, plot_scores
+    from .attribution.scd import plot_scd, write_scd
 
+    stored: list[Stored] = []
+    step = 0
     if ":" in arguments.checkpoint and not Path(arguments.checkpoint).exists():
         scores, k = _score_factory(arguments)
     else:
-        scores, k = _score_checkpoint(arguments)
+        scores, k, stored, step = _score_checkpoint(arguments)
     if not 1 <= k <= len(set(scores.layers)):
         raise UserError(f"--k: expected 1 to {len(set(scores.layers))} layers, got {k}")
     selection = select_layers(scores, k)
@@ -182,9 +188,22 @@ def _probe(arguments: argparse.Namespace) -> int:
     if scores.t is not None:
         plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
         written += " foga_map.png"
+    found = []
+    if scores.branches is None:
+        found = write_scd(out, scores, stored, k, step)
+        written += " foga_layers.csv" + (" foga_map.csv foga_map.json" if scores.t is not None else "")
+    if found:
+        plot_scd(found).savefig(out / "scd.png", dpi=150)
+        written += " lasp_layers.csv scd.csv scd.json scd.png"
     print(scores.table())
     pairs = zip(selection.layers, selection.weights)
     print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+    for entry in found:
+        result = entry.result
+        print(
+            f"{entry.domain}: {result.overlap:.0%} of the {k} most used layers are among the most stored, "
+            f"Spearman {result.spearman:.2f} ({result.low:.2f} to {result.high:.2f})"
+        )
     print(f"written: {out}/{written}")
     return 0
 
@@ -193,8 +212,8 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     """Scores of the model that module:factory makes, and K."""
     from .attribution.runner import attribute_layers
 
-    for name in ("data", "samples", "t", "weights", "device"):
-        if getattr(arguments, name) is not None:
+    for name in ("data", "samples", "t", "weights", "device", "lasp"):
+        if getattr(arguments, name):
             raise UserError(f"--{name}: only for a checkpoint; {arguments.checkpoint} brings its own model and inputs")
     module_name, _, name = arguments.checkpoint.partition(":")
     # As `python -m` has it: modules beside which the command is run can be named.
@@ -220,12 +239,15 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     return scores, min(3, len(set(scores.layers))) if arguments.k is None else arguments.k
 
 
-def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
-    """Scores of a checkpoint of `agrepa train` on held-out or given clips, and K."""
+def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, list[Stored], int]:
+    """Scores of a checkpoint of `agrepa train` on held-out or given clips, K, what its layers store, and its step."""
+    from .teachers.registry import build_teacher
     from .training.clips import load_data
     from .training.config import override_config
+    from .training.dissociation import stored_by_layer
     from .training.environment import pick_device
     from .training.inference import load_backbone, score_layers
+    from .training.trainer import build_cached
 
     device = pick_device(arguments.device or "auto")
     backbone, checkpoint = load_backbone(arguments.checkpoint, device, arguments.weights or "model")
@@ -242,8 +264,20 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     loaded = load_data(config, checkpoint.path.parent.parent)
     for item in loaded.skipped:
         print(f"skipped: {item.path} ({item.source}): {item.reason}", file=sys.stderr)
+    if arguments.lasp and arguments.branches:
+        raise UserError("--lasp: what a layer stores is asked of whole layers; leave --branches out")
     scores = score_layers(backbone, loaded.valid, config, device, branches=arguments.branches)
-    return scores, config.probe.k
+    stored = []
+    if arguments.lasp:
+        first = loaded.valid.clips[0].path
+        teachers = {
+            name: build_cached(name, t, config, first) if t.cached else build_teacher(t.source, **t.options).to(device)
+            for name, t in config.alignment.teachers.items()
+        }
+        stored = stored_by_layer(backbone, teachers, loaded.valid, config, device)
+        if not stored:
+            raise UserError("--lasp: no domain has three clips to fit a head on and measure; give more with --data")
+    return scores, config.probe.k, stored, checkpoint.state["step"]
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -61,8 +61,8 @@ def page() -> str:
     for kind, branches in KINDS:
         plan = AblationPlan.build(config.depth, branches=branches)
         operations = plan.flops(_sizes(config, 2), samples) / samples
-        row = (kind, plan.streams, f"{plan.block_evaluations:g}", f"{plan.loop_block_evaluations:g}")
-        plans.append(_row(*row, f"{operations / 1e12:.1f}"))
+        of_plan = (kind, plan.streams, f"{plan.block_evaluations:g}", f"{plan.loop_block_evaluations:g}")
+        plans.append(_row(*of_plan, f"{operations / 1e12:.1f}"))
     for card in CARDS:
         for precision, element_bytes in PRECISIONS:
             for kind, branches in KINDS:

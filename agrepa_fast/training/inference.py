@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..alignment.policy import layer_sensitivity
+from ..attribution.graph import release_graphs
 from ..attribution.probes import lasp, pooled_hidden
-from ..attribution.runner import attribute_layers, probing
+from ..attribution.runner import attribute_layers, _probing
 from ..attribution.scores import LayerScores
 from ..data.audio import read_audio
 from ..data.batches import Batch, ClipDataset, Sample, collate
@@ -24,6 +27,7 @@ from ..teachers.registry import Teacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig
+from .distributed import gather, rank, ranks
 from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
@@ -47,7 +51,9 @@ def score_layers(
     bf16: bool = False,
     branches: Sequence[str] | None = None,
 ) -> LayerScores:
-    """FoG-A on clips of a data set, at every t of `probe.t_grid`: what `probe` in the configuration says."""
+    """FoG-A on clips of a data set, at every t of `probe.t_grid`: what `probe` in the configuration says.
+
+    Several ranks share the samples, and each has the scores of all: every rank must call it."""
     probe = config.probe
     indices = spread(dataset, probe.samples)
     [batch] = fixed_batches(dataset, indices, config, one_shape=True)
@@ -56,15 +62,40 @@ def score_layers(
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         inputs = probe_inputs(batch.mel, cond, batch.mask, probe.t_grid, generator)
-        return attribute_layers(
+        domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
+        clips = list(range(len(indices))) * len(probe.t_grid)
+        # Of fewer samples than ranks every rank takes all.
+        parts = ranks() if len(clips) >= ranks() else 1
+        mine = slice(rank() if parts > 1 else 0, None, parts)
+        scores = attribute_layers(
             backbone.network,
-            inputs,
+            {name: value[mine] for name, value in inputs.items()},
             metric=probe.metric,
-            domains=[batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid),
+            domains=domains[mine],
             branches=branches,
-            clips=list(range(len(indices))) * len(probe.t_grid),
+            clips=clips[mine],
             max_samples=len(indices),
         )
+    if parts > 1:
+        scores = _interleaved([LayerScores.from_state(state) for state in gather(scores.state())])
+    # Training needs the memory that a captured probe holds more than the next probe does.
+    release_graphs(backbone.network)
+    return scores
+
+
+def _interleaved(parts: Sequence[LayerScores]) -> LayerScores:
+    """Scores of samples r, r + R, r + 2 R, ... of each rank r, as one."""
+    samples = [list(range(r, sum(p.by_sample.shape[1] for p in parts), len(parts))) for r in range(len(parts))]
+    order = sorted(range(sum(map(len, samples))), key=[n for part in samples for n in part].__getitem__)
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], Tensor):
+            return torch.cat(values, dim=-1)[..., order]
+        return None if values[0] is None else tuple([item for value in values for item in value][i] for i in order)
+
+    per_sample = ("by_sample", "floor_by_sample", "noise_by_sample", "t", "domains", "clips")
+    return dataclasses.replace(parts[0], **{name: joined(name) for name in per_sample})
 
 
 def layer_values(
@@ -90,7 +121,7 @@ def layer_values(
         batch.mel.shape, generator=torch.Generator(device).manual_seed(config.train.seed), device=device
     )
     by_time = []
-    with probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with _probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         for time in config.probe.t_grid:
             t = torch.full((batch.mel.shape[0],), time, device=device)

@@ -190,6 +190,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 10px 14px; }
 .clip span { display: block; font-size: 13px; color: var(--quiet); }
 .clip audio { width: 100%; height: 36px; }
+details { margin-top: 12px; }
 summary { cursor: pointer; color: var(--quiet); }
 pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
   margin: 12px 0 0; tab-size: 2; }

@@ -1,6 +1,6 @@
 """report.html: what a run did, in one file that needs nothing beside it.
 
-Reads a run folder (log.jsonl, config.yaml, foga.csv, selection.json, samples/) and writes report.html with
+Reads a run folder (log.jsonl, config.yaml, foga.csv, scd.json, selection.json, samples/) and writes report.html with
 every picture, sound and style inside, and the pictures as PNG next to it.
 """
 
@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..attribution.report import plot_layer_t_map, plot_scores, unit_weight
+from ..attribution.scd import plot_scd, read_scd
 from ..attribution.scores import LayerScores, read_scores
 from ..errors import UserError
 from . import page as html
@@ -78,7 +79,7 @@ def read_log(path: Path) -> Log:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir`/report.html and its pictures (loss, cosine, foga, foga_map .png); returns its path.
+    """Writes `run_dir`/report.html and its pictures (loss, cosine, foga, foga_map, scd .png); returns its path.
 
     What the run has not recorded is said so in its section. Files are replaced whole, so a reader never sees
     half a report. Raises `UserError` where the folder does not exist or matplotlib is not installed.
@@ -99,6 +100,7 @@ def write_report(run_dir: Path) -> Path:
         ("loss", "Flow loss", _loss_section(run_dir, log)),
         ("cosine", "Alignment", _cosine_section(run_dir, log)),
         ("foga", "Layer contribution (FoG-A)", scores_problem or _foga_section(run_dir, scores, selection)),
+        ("scd", "What layers store (LASP) and what they use (FoG-A)", _scd_section(run_dir)),
         ("selection", "Selected layers", _selection_section(log, selection, selection_problem)),
         ("samples", "Samples", _samples_section(run_dir, log)),
         ("skipped", "Skipped files", _skipped_section(whole_log, skipped)),
@@ -229,7 +231,7 @@ def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selectio
     parts = [
         '<p class="note">Change of the predicted velocity when one layer is switched off, relative to the '
         f"velocity; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
-        "counted from 0. Whiskers and &plusmn; are one standard error.</p>",
+        f"counted from 0. Whiskers and &plusmn; are one standard error.{_noise_note(scores)}</p>",
         html.picture(run_dir / "foga.png", plot_scores(scores, selection), "FoG-A score of every layer"),
     ]
     if scores.t is None:
@@ -238,6 +240,15 @@ def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selectio
         picture = plot_layer_t_map(scores)
         parts.append(html.picture(run_dir / "foga_map.png", picture, "FoG-A score by layer and flow time"))
     return "".join(parts) + _foga_table(scores, selection)
+
+
+def _noise_note(scores: LayerScores) -> str:
+    """What rounding alone scores, and which layers do not stand above it."""
+    if scores.noise_by_sample is None:
+        return ""
+    low = [name for name, above in zip(scores.names, scores.above_floor.tolist()) if not above]
+    note = f" A layer without effect would score {html.significant(scores.noise_floor, 2)} (measured)"
+    return f"{note}; not above it: {escape(', '.join(low))}." if low else f"{note}; all are above it."
 
 
 def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
@@ -259,6 +270,51 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
     unit_title = "branch" if any("." in name for name in scores.names) else "layer"
     header = [unit_title, "rank", "score", *map(escape, domains), "weight"]
     return html.table(header, rows, chosen)
+
+
+def _scd_section(run_dir: Path) -> str:
+    path = run_dir / "scd.json"
+    if not path.exists():
+        return MISSING
+    try:
+        found = read_scd(path)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        return f'<p class="missing">{escape(f"{path.name} cannot be shown: {error!r}")}</p>'
+    if not found:
+        return MISSING
+    rows = []
+    for entry in found:
+        result = entry.result
+        interval = f"{result.low:.2f} to {result.high:.2f}" if math.isfinite(result.low) else ""
+        rows.append(
+            [
+                escape(entry.domain),
+                escape(entry.teacher),
+                f"{entry.scored} / {entry.fitted} / {entry.held_out}",
+                ", ".join(map(str, result.most_used)),
+                ", ".join(map(str, result.most_stored)),
+                f"{result.overlap:.0%}",
+                f"{result.spearman:.2f}" if math.isfinite(result.spearman) else "not defined",
+                interval,
+                f"{result.kendall:.2f}" if math.isfinite(result.kendall) else "not defined",
+            ]
+        )
+    header = ["domain", "teacher", "clips", "most used", "most stored", "overlap"]
+    header += ["Spearman", "95 % interval", "Kendall"]
+    by_layer = [[str(layer)] for layer in found[0].result.layers]
+    columns = ["layer"]
+    for entry in found:
+        columns += [escape(f"{entry.domain} {kind}".strip()) for kind in ("FoG-A", "LASP", "CKA")]
+        for cells, values in zip(by_layer, zip(entry.result.foga, entry.result.stored, entry.cka), strict=True):
+            cells += [html.significant(value) for value in values]
+    return (
+        '<p class="note">LASP: how well one frozen linear head, shared by all layers, reads the teacher out of the '
+        "pooled state of clips that it was not fitted on; CKA: the same without a head. Clips: scored by FoG-A / the "
+        "head fitted on / LASP measured on. The filled bars and points are the highest of each.</p>"
+        + html.picture(run_dir / "scd.png", plot_scd(found), "FoG-A and LASP of every layer, by domain")
+        + html.table(header, rows, text_columns=5)
+        + f"<details><summary>By layer</summary>{html.table(columns, by_layer)}</details>"
+    )
 
 
 def _selection_section(log: Log, selection: Selection | None, problem: str) -> str:

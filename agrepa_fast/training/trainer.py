@@ -23,6 +23,7 @@ from torch import Tensor
 from ..alignment.policy import POLICIES, LayerSelection, choose_layers
 from ..alignment.reselect import average_scores, reselect
 from ..alignment.schedule import AlignmentSchedule
+from ..attribution.scd import write_scd
 from ..attribution.scores import LayerScores
 from ..data.audio import write_audio
 from ..data.batches import Batch, BucketBatches, iterate
@@ -35,6 +36,7 @@ from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, begun, drop_old, load_checkpoint, restore, save_checkpoint, write_whole
 from .clips import fixed_batches, load_data, spread
 from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
+from .dissociation import stored_by_layer
 from .distributed import gather, join, rank, ranks
 from .ema import Ema
 from .environment import pick_device, versions
@@ -64,6 +66,7 @@ class Trainer:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.data = load_data(config, run_dir)
+        self.plan = self._plan()
         teachers = {
             name: build_cached(name, t, config, self.data.train.clips[0].path)
             if t.cached
@@ -182,22 +185,25 @@ class Trainer:
                 break
         progress.close()
 
-    def _batches(self) -> Iterator[Batch]:
-        train, clips = self.config.train, self.data.train
-        plan = BucketBatches(
+    def _plan(self) -> BucketBatches:
+        clips = self.data.train
+        return BucketBatches(
             clips.lengths,
             buckets=self.config.bucket_frames,
             frames_per_batch=self.config.data.frames_per_batch,
-            seed=train.seed,
+            seed=self.config.train.seed,
             domains=[clip.domain for clip in clips.clips],
             balance=self.config.data.balance_domains,
             tokens=clips.token_lengths,
             rank=rank(),
             world_size=ranks(),
         )
+
+    def _batches(self) -> Iterator[Batch]:
+        train = self.config.train
         return iterate(
-            clips,
-            plan,
+            self.data.train,
+            self.plan,
             start=self.step * train.accumulate,
             stop=train.steps * train.accumulate,
             workers=self.config.data.workers,
@@ -281,6 +287,8 @@ class Trainer:
         before = self.selection
         if not self.given:
             self._select(chosen)
+        backbone, valid = self.objective.backbone, self.data.valid
+        stored = stored_by_layer(backbone, self.teachers, valid, self.config, self.device, self.bf16)
         self.probed = self.step
         seconds = time.perf_counter() - began
         self.probe_seconds += seconds
@@ -297,6 +305,8 @@ class Trainer:
         )
         if rank() == 0:
             self.scores.to_csv(self.run_dir / "foga.csv")
+            epoch = self.step * self.config.train.accumulate / self.plan.steps_per_epoch
+            write_scd(self.run_dir, self.scores, stored, probe.k, self.step, epoch)
             facts = {**chosen.state(), "metric": probe.metric, "step": self.step}
             write_whole(self.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ leave), each reading its weights once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
 
 TOY = DiTConfig(depth=3, width=32, heads=2, mels=8, cond=12, dropout=0.0)
 COMPACT = PRESETS["small"]  # 12 x 384
+DEEP = dataclasses.replace(COMPACT, depth=24)
 PAPER = PRESETS["paper"]  # 24 x 1024
 
 
@@ -36,8 +38,9 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
     if scale == "toy":
         return [problem("toy", TOY, 2, 16, "float32")]
     if device.type == "cpu":
-        sizes = [("compact", COMPACT, 1, 64)] if scale == "quick" else [("compact", COMPACT, 4, 256)]
-        return [problem(*size, "float32") for size in sizes]
+        if scale == "quick":
+            return [problem("compact", COMPACT, 1, 64, "float32")]
+        return [problem("compact", COMPACT, 4, 256, "float32"), problem("deep", DEEP, 4, 256, "float32")]
     found = [problem("compact", COMPACT, 4, 256, "bfloat16"), problem("paper", PAPER, 4, 938, "bfloat16")]
     if scale == "full":  # the slow rivals once is enough
         rivals = ("SDPA loop", "compiled loop")
@@ -145,6 +148,7 @@ def build(
     graphed = [Provider("compiled loop, graphed", "rival", lambda: _graphed(loop(False, compiled)))]
     providers = [
         Provider("ours", "ours", lambda: engine("auto")),
+        *([Provider("eager staircase", "engine", lambda: engine("prefix"))] if device.type == "cuda" else ()),
         Provider("stacked engine", "engine", lambda: engine("stacked")),
         Provider("loop engine", "engine", lambda: engine("loop")),
         Provider("released loop", "published", lambda: loop(True, host_sync=True)),

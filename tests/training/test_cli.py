@@ -47,9 +47,32 @@ def test_probe_writes_scores_pictures_and_a_selection(capsys, finished, tmp_path
     assert sorted({round(t, 3) for t in scores.t.tolist()}) == [0.3, 0.6]
     selection = json.loads((tmp_path / "selection.json").read_text())
     assert selection["layers"] == [int(scores.mean.argmax())]
-    assert {path.name for path in tmp_path.iterdir()} >= {"foga.png", "foga_map.png", "foga.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "foga.png",
+        "foga_map.png",
+        "foga.json",
+        "foga_layers.csv",
+        "foga_map.csv",
+        "foga_map.json",
+    }
     output = capsys.readouterr().out
     assert f"selected (0-based): {selection['layers'][0]} (1.000)" in output
+
+
+def test_probe_with_lasp(capsys, finished, manifest, tmp_path):
+    arguments = ["probe", str(finished), "--data", str(manifest), "--out", str(tmp_path), "--k", "1"]
+    assert main([*arguments, "--lasp"]) == 0
+    lines = (tmp_path / "lasp_layers.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,layer,sem_sim,evt_sim,sem_cka,evt_cka"
+    assert [line.split(",")[0] for line in lines[1:]] == ["8"] * 3
+    assert {path.name for path in tmp_path.iterdir()} >= {"scd.json", "scd.csv", "scd.png", "foga_layers.csv"}
+    output = capsys.readouterr().out
+    assert "speech: " in output
+    assert "of the 1 most used layers are among the most stored, Spearman " in output
+    assert main([*arguments, "--lasp", "--branches", "ff"]) == 2
+    assert "--lasp: what a layer stores is asked of whole layers" in capsys.readouterr().err
+    assert main(["probe", str(finished), "--out", str(tmp_path), "--lasp"]) == 2
+    assert "--lasp: no domain has three clips" in capsys.readouterr().err
 
 
 FACTORY = """
@@ -132,6 +155,7 @@ def test_options_of_the_factory_and_of_the_command_line(factory_module):
         ("probed_model:wrong", [], "expected it to return (model, inputs)"),
         ("probed_model:bad_inputs", [], "inputs: expected at least one sample"),
         ("probed_model:named", ["--data", "x.csv"], "--data: only for a checkpoint"),
+        ("probed_model:named", ["--lasp"], "--lasp: only for a checkpoint"),
         ("probed_model:named", ["--branches", "attn"], "branches: only a DiT knows its branches"),
         ("probed_model:named", ["--k", "4"], "--k: expected 1 to 3 layers, got 4"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import wave
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from agrepa_fast.attribution.scd import Stored, write_scd
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.errors import UserError
 from agrepa_fast.training.plots import (
@@ -25,7 +27,8 @@ from agrepa_fast.training.plots import (
 )
 from agrepa_fast.training.report import MISSING, read_log, write_report
 
-SECTIONS = {"summary", "loss", "cosine", "foga", "selection", "samples", "skipped", "config", "versions"}
+KINDS = ("FoG-A", "LASP", "CKA")
+SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "samples", "skipped", "config", "versions"}
 NOT_RECORDED = "not recorded in this run"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -164,6 +167,10 @@ SCORES = LayerScores(
 )
 
 
+LASP = torch.tensor([[0.1, 0.3], [0.4, 0.4], [0.2, 0.2]], dtype=torch.float64)
+STORED = [Stored(domain, f"<{domain}>", LASP, torch.tensor([0.5, 0.25, 0.125]), 7) for domain in ("speech", "audio")]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "night & day"
@@ -176,7 +183,8 @@ def run(tmp_path_factory) -> Path:
     (folder / "config.yaml").write_text("model:\n  note: <b>&amp;\n", encoding="utf-8")
     selection = {"layers": [0, 2], "weights": [0.3, 0.7], "method": "foga", "metric": "squared", "step": 20}
     (folder / "selection.json").write_text(json.dumps(selection), encoding="utf-8")
-    SCORES.to_csv(folder / "foga.csv")
+    replace(SCORES, noise_by_sample=torch.full((4,), 0.03, dtype=torch.float64)).to_csv(folder / "foga.csv")
+    write_scd(folder, SCORES, STORED, k=2, step=20)
     assert write_report(folder) == folder / "report.html"
     return folder
 
@@ -283,10 +291,28 @@ def test_environment_shows_versions_and_parameters(page):
 
 def test_pictures_are_in_the_page_and_in_the_folder(run, page):
     labels = page.attribute("svg", "aria-label")
-    assert len(labels) == 4
-    for name in ("loss.png", "cosine.png", "foga.png", "foga_map.png"):
+    assert len(labels) == 5
+    for name in ("loss.png", "cosine.png", "foga.png", "foga_map.png", "scd.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_store_against_contribute(page):
+    """Speech: FoG-A 0.7, 0.02, 0.9 by layer halves; LASP means 0.2, 0.4, 0.2. Two of the three are on top of each."""
+    facts, speech, audio, header, *by_layer = page.rows["scd"]
+    assert facts[:4] == ["domain", "teacher", "clips", "most used"]
+    assert speech[:6] == ["speech", "<speech>", "2 / 7 / 2", "2, 0", "1, 0", "50%"]
+    assert audio[:6] == ["audio", "<audio>", "2 / 7 / 2", "2, 0", "1, 0", "50%"]
+    assert header == ["layer", *(f"{domain} {kind}" for domain in ("speech", "audio") for kind in KINDS)]
+    assert [row[:4] for row in by_layer] == [
+        ["0", "0.3500", "0.2000", "0.5000"],
+        ["1", "0.02000", "0.4000", "0.2500"],
+        ["2", "0.9000", "0.2000", "0.1250"],
+    ]
+
+
+def test_the_noise_floor_is_said(page):
+    assert "would score 0.030 (measured); not above it: 1." in page.sections["foga"]
 
 
 def test_writing_again_replaces_the_page_with_the_same_page(run):
@@ -319,6 +345,7 @@ def test_an_empty_folder_says_what_is_missing(tmp_path):
 
 def test_broken_files_are_named_and_the_rest_still_shown(tmp_path):
     (tmp_path / "foga.csv").write_text("layer,branch,sample,t,domain,score\n0,,0,0.5,speech,abc\n", encoding="utf-8")
+    (tmp_path / "scd.json").write_text('{"domains": [{"domain": 3}]}', encoding="utf-8")
     (tmp_path / "selection.json").write_text('{"layers": [1, 2], "weights": [1.0]}', encoding="utf-8")
     log = [
         {"event": "start", "clips": 3, "versions": "none"},
@@ -332,6 +359,7 @@ def test_broken_files_are_named_and_the_rest_still_shown(tmp_path):
     text = write_report(tmp_path).read_text(encoding="utf-8")
     page = Page(text)
     assert "foga.csv:2" in page.sections["foga"]
+    assert "scd.json cannot be shown" in page.sections["scd"]
     assert "2 layers but 1 weights" in page.sections["selection"]
     assert NOT_RECORDED in page.sections["loss"]
     assert NOT_RECORDED in page.sections["cosine"]

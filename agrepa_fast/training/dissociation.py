@@ -1,0 +1,60 @@
+"""A run's SCD: what its layers store of its teachers, on held-out clips, beside the probe's scores.
+
+hidden [L, N, D] pooled over the valid frames, at the middle t of the probe's grid; a teacher's features [N, W] pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..attribution.probes import lasp, linear_cka, pooled_hidden
+from ..attribution.runner import _probing
+from ..attribution.scd import Stored
+from ..data.batches import ClipDataset
+from ..models.flow import probe_inputs
+from ..teachers.cache import CachedTeacher
+from ..teachers.registry import Teacher
+from .clips import fixed_batches, spread
+from .config import RunConfig
+from .objective import Backbone, domain_tables, pool_target, teacher_targets
+
+CLIPS = 8  # of each domain at least, where so many are held out: half to fit the head on, half to measure
+
+
+def stored_by_layer(
+    backbone: Backbone,
+    teachers: Mapping[str, Teacher | CachedTeacher],
+    dataset: ClipDataset,
+    config: RunConfig,
+    device: torch.device,
+    bf16: bool = False,
+) -> list[Stored]:
+    """LASP and linear CKA for each domain, with the first teacher that speaks for it.
+
+    One frozen head per domain, shared by all layers, fitted on every other held-out clip. One forward in all: the
+    probe's time is FoG-A's. Domains with fewer than three held-out clips are left out.
+    """
+    count = max(config.probe.samples, CLIPS * len(dataset.domains))
+    [batch] = fixed_batches(dataset, spread(dataset, count), config, one_shape=True)
+    batch = batch.to(device)
+    generator = torch.Generator(device).manual_seed(config.train.seed)
+    grid = sorted(config.probe.t_grid)
+    with _probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        cond, _ = backbone.condition(batch)
+        targets, mask = teacher_targets(teachers, batch, config)
+        inputs = probe_inputs(batch.mel, cond, batch.mask, grid[len(grid) // 2 :][:1], generator)
+        hidden = pooled_hidden(backbone.network, inputs).float()
+    found = []
+    for number, domain in enumerate(dataset.domains):
+        clips = (batch.domain == number).nonzero().flatten()
+        speaks = [name for name, table in domain_tables(config, dataset.domains).items() if table[number]]
+        if not speaks or clips.numel() < 3:
+            continue
+        features = pool_target(targets[speaks[0]], mask)[clips].float()
+        fitted = torch.arange(clips.numel(), device=device) % 2 == 0
+        cosines = lasp(hidden[:, clips], features, fitted)
+        cka = linear_cka(hidden[:, clips], features)
+        found.append(Stored(domain, speaks[0], cosines.cpu(), cka.cpu(), int(fitted.sum())))
+    return found
