@@ -196,6 +196,8 @@ def _probe(arguments: argparse.Namespace) -> int:
         plot_scd(found).savefig(out / "scd.png", dpi=150)
         written += " lasp_layers.csv scd.csv scd.json scd.png"
     print(scores.table())
+    low = [name for name, above in zip(scores.names, scores.above_floor.tolist()) if not above]
+    print(f"a layer without effect would score {scores.noise_floor:.2g}; not above it: {', '.join(low) or 'none'}")
     pairs = zip(selection.layers, selection.weights)
     print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
     for entry in found:

@@ -16,7 +16,7 @@ from .. import ops
 from ..models.dit import EPS, DiT
 from .native import between
 from .plan import AblationPlan
-from .runner import _probing, by_name
+from .runner import by_name, probing
 from .scores import LayerScores, normalised_change
 from .statistics import spearman
 
@@ -68,7 +68,7 @@ def first_order_scores(
         raise ValueError(f"draws: expected at least 2 (the standard error needs them), got {draws}")
     named, plan = _checked(model, inputs, blocks, branches)
     mask = named.get("mask")
-    with _probing(model), torch.enable_grad():
+    with probing(model), torch.enable_grad():
         velocity, gates = _velocity(model, plan, named)
         if generator is None:
             generator = torch.Generator(velocity.device).manual_seed(0)
@@ -106,7 +106,7 @@ def gradient_norm_scores(
     if target.shape != named["x_t"].shape:
         raise ValueError(f"target: expected {list(named['x_t'].shape)} as x_t, got {list(target.shape)}")
     mask = named.get("mask")
-    with _probing(model), torch.enable_grad():
+    with probing(model), torch.enable_grad():
         velocity, gates = _velocity(model, plan, named)
         _, loss = ops.velocity_delta((velocity - target).expand(2, *velocity.shape), mask)
         (gradient,) = torch.autograd.grad(loss.sum(), gates)

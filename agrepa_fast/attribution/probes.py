@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..models.dit import DiT
-from .runner import _probing
+from .runner import probing
 from .scores import LayerScores
 from .statistics import _top, kendall, spearman
 
@@ -28,7 +28,7 @@ def pooled_hidden(model: DiT, inputs: Mapping[str, Any]) -> Tensor:
     Args:
         model, inputs: as in `attribute_layers`, by name.
     """
-    with _probing(model):
+    with probing(model):
         _, hidden = model(**inputs, hidden_layers=range(model.depth))
         return torch.stack([ops.masked_mean(hidden[layer], inputs.get("mask")) for layer in range(model.depth)])
 

@@ -85,7 +85,7 @@ def attribute_layers(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    with _probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
+    with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
         network: _Native | _Foreign
         if isinstance(model, DiT):
             if block_list is not None:
@@ -259,7 +259,7 @@ def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor
 
 
 @contextlib.contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; training flags and random state are put back on every exit."""
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}

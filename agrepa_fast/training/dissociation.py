@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from ..attribution.probes import lasp, linear_cka, pooled_hidden
-from ..attribution.runner import _probing
+from ..attribution.runner import probing
 from ..attribution.scd import Stored
 from ..data.batches import ClipDataset
 from ..models.flow import probe_inputs
@@ -41,7 +41,7 @@ def stored_by_layer(
     batch = batch.to(device)
     generator = torch.Generator(device).manual_seed(config.train.seed)
     grid = sorted(config.probe.t_grid)
-    with _probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         targets, mask = teacher_targets(teachers, batch, config)
         inputs = probe_inputs(batch.mel, cond, batch.mask, grid[len(grid) // 2 :][:1], generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,33 @@ def test_a_chain_equals_the_loop(kind, engine, samples):
     np.testing.assert_allclose(scores.by_sample.numpy(), expected, rtol=1e-10)
     assert scores.t.tolist() == pytest.approx(inputs["t"].tolist())
     assert scores.block_evaluations == (DEPTH * (DEPTH + 1) / 2 if engine in ("auto", "prefix") else None)
+
+
+@functools.cache
+def loop_in(kind, dtype, weights):
+    model, inputs = build(kind, dtype=weights).to(dtype), draw(weights)
+    return scores_by_loop(model, "blocks", {name: value.to(dtype) for name, value in inputs.items()})
+
+
+@pytest.mark.filterwarnings("ignore:layers .* change the velocity by less")
+@pytest.mark.parametrize("max_samples", [None, 1, 2])
+@pytest.mark.parametrize(
+    "kind, engine", [(Chain, name) for name in ENGINES[1:]] + [(UNetSkips, "stacked"), (UNetSkips, "loop")]
+)
+def test_every_engine_split_and_dtype(kind, engine, max_samples):
+    """float64 and float32 to their bounds; bfloat16 within twice the error of the bfloat16 loop, against float64."""
+
+    def scores(dtype):
+        return attribute_layers(
+            build(kind, dtype=dtype), draw(dtype), engine=engine, max_samples=max_samples
+        ).by_sample.numpy()
+
+    wide = torch.float64
+    np.testing.assert_allclose(scores(wide), loop_in(kind, wide, wide), rtol=1e-10)
+    np.testing.assert_allclose(scores(torch.float32), loop_in(kind, wide, torch.float32), rtol=1e-5, atol=1e-6)
+    exact, narrow = loop_in(kind, wide, torch.bfloat16), loop_in(kind, torch.bfloat16, torch.bfloat16)
+    error, of_loop = (np.sqrt(np.mean((part - exact) ** 2)) for part in (scores(torch.bfloat16), narrow))
+    assert error <= 2 * of_loop
 
 
 def test_single_precision_and_nested_masks():
@@ -489,6 +517,17 @@ def test_a_velocity_that_is_not_finite_names_the_layer():
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         attribute_layers(**{"model": build(Chain), "inputs": draw(), **change})
+
+
+def test_blocks_that_forward_cannot_call_as_one_are_named():
+    scripted = build(Chain)
+    scripted.blocks[0] = torch.jit.script(nn.Linear(WIDTH, WIDTH).double())
+    with pytest.raises(ValueError, match=r"blocks\.0 is a compiled ScriptModule, .*: load the model unscripted"):
+        attribute_layers(scripted, draw())
+    nested = build(Chain)
+    nested.blocks = nn.ModuleList(nn.ModuleList([block]) for block in nested.blocks)
+    with pytest.raises(ValueError, match=r"blocks\.0 is a ModuleList, which forward cannot call as one block"):
+        attribute_layers(nested, draw())
 
 
 def test_adapters_are_checked_where_they_are_registered():

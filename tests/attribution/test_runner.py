@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast import DiT, attribute_layers
+from agrepa_fast import AblationPlan, DiT, attribute_layers
+from agrepa_fast.attribution.plan import Sizes
 from agrepa_fast.models.flow import probe_inputs
 
 WIDTH, HEADS, COND, BATCH = 16, 2, 3, 3
@@ -135,6 +136,32 @@ def test_splits_of_the_batch_change_nothing(build, draw, max_samples, engine):
     model, inputs = build(torch.float64), draw(torch.float64)
     scores = attribute_layers(model, inputs, engine=engine, max_samples=max_samples)
     assert_equal(scores, scores_by_loop(model, inputs, WHOLE), torch.float64)
+
+
+@functools.cache
+def exact_loop(build, draw, branches):
+    """Of the float32 numbers, in float64."""
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in draw(torch.float32).items()}
+    return scores_by_loop(build(torch.float32).double(), inputs, WHOLE if branches is None else APART)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["prefix", "stacked", "loop"])
+@pytest.mark.parametrize("branches", [None, ("attn", "ff")])
+@pytest.mark.parametrize("split", [{"max_samples": 1}, {"max_samples": 2}, {"memory_budget": "one layer"}])
+def test_every_engine_granularity_and_split(build, draw, dtype, engine, branches, split):
+    model, inputs = build(torch.float32).to(dtype), draw(torch.float32)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    if "memory_budget" in split:
+        if engine != "prefix":  # which refuses a budget elsewhere: see test_memory
+            return
+        sizes = Sizes(9, WIDTH, 2, 5, HEADS, dtype.itemsize, True)
+        units = AblationPlan.build(3, branches=branches).units
+        split = {"memory_budget": max(AblationPlan(3, (unit,)).peak_bytes(sizes, 1) for unit in units)}
+    scores = attribute_layers(model, inputs, branches=branches, engine=engine, **split)
+    if "memory_budget" in split:
+        assert scores.block_evaluations > AblationPlan.build(3, branches=branches).block_evaluations
+    assert_equal(scores, exact_loop(build, draw, branches), dtype)
 
 
 def test_inputs_in_order_are_the_inputs_by_name(build, draw):

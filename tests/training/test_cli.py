@@ -57,6 +57,7 @@ def test_probe_writes_scores_pictures_and_a_selection(capsys, finished, tmp_path
     }
     output = capsys.readouterr().out
     assert f"selected (0-based): {selection['layers'][0]} (1.000)" in output
+    assert f"a layer without effect would score {scores.noise_floor:.2g}; not above it: none" in output
 
 
 def test_probe_with_lasp(capsys, finished, manifest, tmp_path):
