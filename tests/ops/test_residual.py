@@ -168,10 +168,11 @@ def test_gradients_of_the_two_ends():
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_a_stream_switched_off_does_not_see_its_branch(junk, dtype):
-    """A diverged branch under scale 0 changes neither outputs nor any gradient."""
+    """A diverged branch, or gate, under scale 0 changes neither outputs nor any gradient."""
 
     def run(filling):
-        case = make_case(dtype)
+        case = make_case(dtype, index=False)
+        case["gate"][1] = filling
         case["stream_scale"] = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0], dtype=dtype)
         case["branch"][1] = filling
         case["branch"][3, 1, 2] = filling
