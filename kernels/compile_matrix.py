@@ -6,25 +6,29 @@ of 16-byte memory instructions and bytes moved, and writes it to the page.
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import pooling, residual
-from .launch import Launch, options, record
+from . import cosine, pooling, residual
+from .launch import Launch, column_tiles, options, record, table_entry
 from .tables import TABLES
 
 TARGETS = {
@@ -34,14 +38,23 @@ TARGETS = {
     "sm120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Stream and modulation. A bfloat16 stream under float32 modulation holds the most registers of the half types.
+# Stream and modulation, or prediction and target.
 DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
+    "bf16+int8": (torch.bfloat16, torch.int8),
 }
+TWO = ("bf16+fp32", "fp32")  # dtypes of what is compiled beside the whole matrix
+# Widest row whose kernels must not spill; the widths beyond are compiled to show where they begin to.
+SPILL_FREE, BEYOND = 4096, (6144, 8192)
+# No power of two, and rows of 16-byte multiples but for 1500 in half precision.
+ODD_WIDTHS = (72, 384, 760, 1152, 1500)
+SUM_WIDTHS = (1024, 1500)  # the sum of partial rows has one tile; it is compiled for 16- and for 8-byte rows
 SEQUENCES, FRAMES, STREAMS = 8, 2048, 13
+RESIDUAL = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
+_FAMILY = {"projection_cosine_loss": "cosine_rows", "cosine_loss": "cosine_rows"}
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -54,12 +67,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one width, dtype and target; compiling it compiles its forward and backward kernels."""
+    """The kernels of one op in one direction, at one width, dtype and norm ("" where there is none)."""
 
     op: str
+    direction: str  # "forward" or "backward"
     width: int
     dtype: str
-    target: str
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,52 +81,98 @@ class Compiled:
     """One compiled kernel."""
 
     case: Case
+    target: str
     kernel: str
     block_t: int
     num_warps: int
     registers: int
     shared: int  # bytes
     spills: int  # bytes of local memory (NVIDIA), spilled registers (AMD)
-    wide_loads: float  # share of the bytes loaded by 16-byte instructions (NVIDIA; else nan)
+    wide_loads: float  # share of the stream's bytes loaded by 16-byte instructions (NVIDIA; else nan)
     wide_stores: float
+    passes: float  # how often an element of a tile is read or written, the most of all tensors of the stream
     bytes_per_row: float  # moved, per row of the stream
     minimum: float  # of that, what the operation cannot do without
 
 
+def _table(target: str) -> str:
+    return target if target in TABLES else "portable"
+
+
+def _widths(kernel: str) -> list[int]:
+    """Widths that compile every tile of the tables up to SPILL_FREE: of the widths that share one, the widest."""
+    tiles: dict[tuple[Any, ...], int] = {}
+    for name in {_table(target) for target in TARGETS}:
+        for width in sorted({min(width, SPILL_FREE) for width in TABLES[name][kernel]}):
+            config = table_entry(name, kernel, width)
+            tiles[name, config.block_t, config.num_warps, column_tiles(width, config)] = width
+    return sorted(set(tiles.values()))
+
+
+@functools.cache
 def cases() -> list[Case]:
-    """Every kernel, launch configuration and target in two dtype pairs; the other two at one width."""
+    """Every kernel, dtype, norm and launch configuration.
+
+    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, odd widths and the
+    halves of the cosine kernel are compiled in two dtypes; widths that may spill in one."""
     found = []
-    for target in TARGETS:
-        table = TABLES[target if target in TABLES else "portable"]
-        widths = sorted(set(table["residual_forward"]) | set(table["residual_backward"]))
-        for op in ("gated_residual_norm", "layer_norm_modulate", "gated_residual"):
-            for width in widths:
-                for dtype in DTYPES if width == 1024 else ("bf16+fp32", "fp32"):
-                    found.append(Case(op, width, dtype, target))
+    for direction in ("forward", "backward"):
+        widths = _widths(f"residual_{direction}")
+        for dtype in ("bf16+fp32", "fp32", "bf16", "fp16"):
+            found += [Case(RESIDUAL[0], direction, width, dtype, norm) for norm in ("layer", "rms") for width in widths]
+            some = widths if dtype in TWO else [1024]
+            found += [Case(RESIDUAL[1], direction, width, dtype, "layer") for width in some]
+            found += [Case(RESIDUAL[1], direction, 1024, dtype, "rms")]
+            found += [Case(RESIDUAL[2], direction, width, dtype) for width in some]
+        for dtype in TWO:
+            found += [Case(RESIDUAL[0], direction, width, dtype, "layer") for width in ODD_WIDTHS]
+        found += [Case(RESIDUAL[0], direction, width, "bf16+fp32", "layer") for width in BEYOND]
         for op in ("masked_mean", "velocity_delta"):
-            for width in sorted(table[op]):
-                found += [Case(op, width, dtype, target) for dtype in ("bf16", "fp32", "fp16")]
-    return found
+            for dtype in ("fp32", "bf16", "fp16"):
+                found += [Case(op, direction, width, dtype) for width in _widths(op)]
+        found += [Case("velocity_delta", direction, 100, dtype) for dtype in ("fp32", "bf16")]
+        for dtype in TWO:
+            found += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
+    for dtype in DTYPES:
+        found += [Case("projection_cosine_loss", "forward", width, dtype) for width in _widths("cosine_rows")]
+    found += [Case("projection_cosine_loss", "forward", 1152, dtype) for dtype in TWO]
+    return list(dict.fromkeys(found))
 
 
-def launches(case: Case) -> list[Launch]:
-    """The launches of one op, forward and backward, recorded on meta tensors."""
+def launches(case: Case, target: str) -> list[Launch]:
+    """The launches of a case, recorded on meta tensors with the table of a target."""
     stream, other = DTYPES[case.dtype]
+    forward, rms = case.direction == "forward", case.norm == "rms"
 
     def empty(*shape: int, dtype: torch.dtype = stream) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x = empty(SEQUENCES, FRAMES, case.width)
-    with record(case.target if case.target in TABLES else "portable") as recording:
+    rows = empty(SEQUENCES, FRAMES, dtype=torch.float32)
+    samples = empty(SEQUENCES, dtype=torch.float32)
+    with record(_table(target)) as recording:
         if case.op == "masked_mean":
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
-            pooled, count = pooling.masked_mean(x, mask)
-            pooling.masked_mean_backward(pooled, mask, count, FRAMES)
+            if forward:
+                pooling.masked_mean(x, mask)
+            else:
+                pooling.masked_mean_backward(empty(SEQUENCES, case.width), mask, samples, FRAMES)
         elif case.op == "velocity_delta":
             velocity = empty(STREAMS, SEQUENCES, FRAMES, case.width)
             mask = empty(SEQUENCES, FRAMES, dtype=torch.bool)
-            change, energy, count = pooling.velocity_delta(velocity, mask)
-            pooling.velocity_delta_backward(change, energy, velocity, mask, count)
+            if forward:
+                pooling.velocity_delta(velocity, mask)
+            else:
+                change = empty(STREAMS - 1, SEQUENCES, dtype=torch.float32)
+                pooling.velocity_delta_backward(change, samples, velocity, mask, samples)
+        elif case.op in _FAMILY:
+            y, weight = x.flatten(0, 1), rows.flatten()
+            z = empty(*y.shape, dtype=other)
+            target_scale = weight if other == torch.int8 else None
+            # The projection's kernel writes the gradient over the prediction, in the same pass as the loss.
+            loss = weight if forward else None
+            grad = y if case.op == "projection_cosine_loss" or not forward else None
+            cosine.cosine_rows(y, z, target_scale, weight, 1e-8, False, loss, grad)
         else:
             gate: Tensor | None
             shift: Tensor | None
@@ -125,12 +185,37 @@ def launches(case: Case) -> list[Launch]:
             branch = None if gate is None else x
             s = None if gate is None else empty(SEQUENCES, dtype=other)
             index = empty(SEQUENCES, dtype=torch.int64)
-            _, h, mean, rstd = residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, False)
-            residual.backward(branch, h, x, branch, gate, scale, s, index, mean, rstd, False)
+            if forward:
+                residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, rms)
+            else:
+                mean, rstd = (None, None) if scale is None else (empty(0) if rms else rows, rows)
+                grad_h = None if scale is None else x
+                residual.backward(branch, grad_h, x, branch, gate, scale, s, index, mean, rstd, rms)
     return recording.launches
 
 
-def source(launch: Launch) -> ASTSource:
+class Source(ASTSource):
+    """A kernel whose module is made from its Python once and read back from its text for the other targets.
+
+    Making it takes a quarter of a compilation; what follows differs from target to target, the module does not."""
+
+    texts: ClassVar[dict[str, str]] = {}
+
+    def make_ir(self, *arguments: Any) -> Any:
+        *_, context = arguments
+        if self.hash() not in self.texts:
+            module = super().make_ir(*arguments)
+            self.texts[self.hash()] = str(module)
+            return module
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(self.texts[self.hash()])
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context  # the module does not keep it alive
+        return module
+
+
+def source(launch: Launch) -> Source:
     """What `triton.compile` needs to build a recorded launch: as the launcher would specialise it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     for position, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments)):
@@ -143,7 +228,7 @@ def source(launch: Launch) -> ASTSource:
             signature[name] = "i32"
     order = launch.kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in order}
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return Source(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
@@ -152,26 +237,61 @@ def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKerne
     return triton.compile(source(launch), target=TARGETS[target], options=chosen)
 
 
-def _loop(ptx: str) -> str:
-    """The lines of the row loop (between a label and a branch back to it); all lines where there is none."""
-    lines = ptx.splitlines()
+def _loop(lines: list[str]) -> set[int]:
+    """Numbers of the lines of the row loop (between a label and a branch back to it); all where there is none."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
     inside: set[int] = set()
     for i, line in enumerate(lines):
         match = re.search(r"\bbra\S*\s+(\$\w+);", line)
         if match and labels.get(match[1], i) < i:
             inside.update(range(labels[match[1]], i))
-    return "\n".join(lines[i] for i in sorted(inside)) if inside else ptx
+    return inside or set(range(len(lines)))
 
 
-def wide_share(ptx: str, instruction: str) -> float:
-    """Share of the bytes of the row loop's global loads (`ld`) or stores (`st`) that 16-byte instructions move."""
-    wide = total = 0
-    for vector, bits in re.findall(rf"{instruction}\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.[bfu](\d+)", _loop(ptx)):
-        size = int(vector or 1) * int(bits) // 8
-        total += size
-        wide += size if size >= 16 else 0
-    return wide / total if total else float("nan")
+def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[int]]:
+    """(argument, "ld" or "st") -> bytes that each global instruction of the row loop moves for a thread.
+
+    An address is followed from the kernel's parameter through the arithmetic on it to the instruction."""
+    origin: dict[str, str] = {}
+    found: dict[tuple[str, str], list[int]] = {}
+    lines = ptx.splitlines()
+    inside = _loop(lines)
+    for line in lines * 2:  # twice: an address that a loop carries may be set further down
+        parameter = re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line)
+        arithmetic = re.match(r"\s*[a-z][\w.]*\s+(%rd\d+), (.*);", line)
+        if parameter and int(parameter[2]) < len(arguments):
+            origin[parameter[1]] = arguments[int(parameter[2])]
+        elif arithmetic:
+            for register in re.findall(r"%rd\d+", arithmetic[2]):
+                if register in origin:
+                    origin[arithmetic[1]] = origin[register]
+    for i in sorted(inside):
+        access = re.search(r"\b(ld|st)\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.[bfu](\d+)\s.*?\[ *(%rd\d+)", lines[i])
+        if access:
+            size = int(access[2] or 1) * int(access[3]) // 8
+            found.setdefault((origin[access[4]], access[1]), []).append(size)
+    return found
+
+
+def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, float]:
+    """(share of loads, share of stores in 16-byte instructions, most passes over a tile) of the stream's tensors."""
+    given = [(name, value) for name, value in zip(launch.kernel.arg_names, launch.arguments) if value is not None]
+    stream = {
+        name: value
+        for name, value in given
+        if isinstance(value, Tensor) and value.numel() >= SEQUENCES * FRAMES * width
+    }
+    moved = {key: sizes for key, sizes in traffic(ptx, [name for name, _ in given]).items() if key[0] in stream}
+    shares = []
+    for kind in ("ld", "st"):
+        sizes = [size for (_, k), each in moved.items() if k == kind for size in each]
+        shares.append(sum(size for size in sizes if size >= 16) / sum(sizes) if sizes else float("nan"))
+    constants = launch.constants
+    columns = constants["MAIN"] + constants.get("TAIL", 0) if "MAIN" in constants else constants.get("BLOCK_D", 0)
+    tile = constants.get("BLOCK_T", 0) * columns
+    threads = 32 * launch.num_warps
+    passes = [sum(sizes) * threads / (tile * stream[name].element_size()) for (name, _), sizes in moved.items()]
+    return shares[0], shares[1], max(passes, default=float("nan"))
 
 
 def _resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
@@ -197,38 +317,54 @@ def _bytes_per_row(case: Case, launch: Launch) -> tuple[float, float]:
     return sum(sizes), sum(whole)
 
 
-def compile_case(case: Case) -> list[Compiled]:
-    """Compile the kernels of a case and read them."""
+def _name(case: Case, launch: Launch) -> str:
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    return case.direction if name == "cosine" else name
+
+
+def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Compiled]:
+    """Compile the kernels of a case for the targets and read them."""
     found = []
-    for launch in launches(case):
-        kernel = compile_launch(launch, case.target)
-        registers, spills = _resources(kernel)
-        ptx = kernel.asm.get("ptx", "")
-        moved, minimum = _bytes_per_row(case, launch)
-        found.append(
-            Compiled(
-                case=case,
-                kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-                block_t=launch.constants.get("BLOCK_T") or launch.constants["BLOCK_P"],
-                num_warps=launch.num_warps,
-                registers=registers,
-                shared=kernel.metadata.shared,
-                spills=spills,
-                wide_loads=wide_share(ptx, "ld"),
-                wide_stores=wide_share(ptx, "st"),
-                bytes_per_row=moved,
-                minimum=minimum,
+    for target in targets:
+        for launch in launches(case, target):
+            if launch.kernel is residual._sum_kernel and (case.width not in SUM_WIDTHS or case.norm == "rms"):
+                continue
+            kernel = compile_launch(launch, target)
+            registers, spills = _resources(kernel)
+            ptx = kernel.asm.get("ptx")
+            wide_loads, wide_stores, passes = _row_traffic(launch, case.width, ptx) if ptx else (float("nan"),) * 3
+            moved, minimum = _bytes_per_row(case, launch)
+            found.append(
+                Compiled(
+                    case=case,
+                    target=target,
+                    kernel=_name(case, launch),
+                    block_t=launch.constants.get("BLOCK_T") or launch.constants["BLOCK_P"],
+                    num_warps=launch.num_warps,
+                    registers=registers,
+                    shared=kernel.metadata.shared,
+                    spills=spills,
+                    wide_loads=wide_loads,
+                    wide_stores=wide_stores,
+                    passes=passes,
+                    bytes_per_row=moved,
+                    minimum=minimum,
+                )
             )
-        )
+    Source.texts.clear()
     return found
 
 
-def matrix(selected: list[Case] | None = None, processes: int | None = None) -> list[Compiled]:
-    """Compile the cases (all by default) in parallel; equal kernels are compiled once, through Triton's cache."""
+def matrix(
+    selected: Sequence[Case] | None = None, targets: Sequence[str] = tuple(TARGETS), processes: int | None = None
+) -> list[Compiled]:
+    """Compile cases (all by default) in parallel; equal kernels are compiled once, through Triton's cache."""
     selected = cases() if selected is None else selected
-    processes = processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(compile_case, selected, chunksize=4) for row in rows]
+    compile_one = functools.partial(compile_case, targets=tuple(targets))
+    with ProcessPoolExecutor(
+        processes or os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=gc.disable
+    ) as pool:
+        return [row for rows in pool.map(compile_one, selected) for row in rows]
 
 
 def page(rows: list[Compiled]) -> str:
@@ -241,26 +377,38 @@ def _lines(rows: list[Compiled]) -> Iterator[str]:
     yield "# Compile matrix"
     yield ""
     yield "Written by `python -m agrepa_fast.kernels.compile_matrix docs/ops/compile-matrix.md`; nothing here was run."
-    yield f"Triton {triton.__version__}. Registers are per thread; a trailing `+n` are n spills. 16-byte: share of the"
-    yield "bytes loaded / stored by 16-byte instructions in the sm90 PTX. Bytes: moved per row of the stream, with each"
-    yield f"tensor counted once, and the share of it that the operation cannot do without ({SEQUENCES} sequences of"
-    yield f"{FRAMES} frames; velocity_delta: {STREAMS} streams)."
+    yield f"Triton {triton.__version__}. `gated_residual_norm` is the residual kernels whole: in every dtype and norm,"
+    yield f"at the widest row of each tile in the launch tables up to {SPILL_FREE}. The two ops that leave a part of it"
+    yield "out, odd widths and the halves of the cosine kernel are compiled in two dtypes, widths beyond in one."
+    yield ""
+    yield "Dtype: stream + modulation, or prediction + target. Registers are per thread; a trailing `+n` are n spills."
+    yield "16-byte: share of the stream's bytes that 16-byte instructions load / store in the sm90 PTX; none where the"
+    yield "bytes of a row are no multiple of 16. Bytes: moved per row of the stream, with each tensor counted once, and"
+    yield f"the share that the operation cannot do without ({SEQUENCES} sequences of {FRAMES} frames; velocity_delta:"
+    yield f"{STREAMS} streams)."
     yield ""
     yield (
-        "| op | kernel | width | dtype | tile x warps | " + " | ".join(names) + " | shared | 16-byte | bytes | needed |"
+        "| op | kernel | width | norm | dtype | tile x warps | "
+        + " | ".join(names)
+        + " | shared | 16-byte | bytes | needed |"
     )
-    yield "|---|---|--:|---|---|" + "--:|" * len(names) + "--:|--:|--:|--:|"
-    by_target: dict[tuple[str, str, int, str], dict[str, Compiled]] = {}
+    yield "|---|---|--:|---|---|---|" + "--:|" * len(names) + "--:|--:|--:|--:|"
+    by_target: dict[tuple[str, str, int, str, str], dict[str, Compiled]] = {}
     for row in rows:
-        by_target.setdefault((row.case.op, row.kernel, row.case.width, row.case.dtype), {})[row.case.target] = row
-    for (op, kernel, width, dtype), found in sorted(by_target.items()):
+        case = row.case
+        by_target.setdefault((case.op, row.kernel, case.width, case.norm, case.dtype), {})[row.target] = row
+    for (op, kernel, width, norm, dtype), found in sorted(by_target.items()):
         row = found["sm90"]
         registers = [f"{r.registers}" + (f"+{r.spills}" if r.spills else "") for r in (found[n] for n in names)]
         yield (
-            f"| {op} | {kernel} | {width} | {dtype} | {row.block_t} x {row.num_warps} | {' | '.join(registers)} | "
-            f"{row.shared} | {row.wide_loads:.0%} / {row.wide_stores:.0%} | {row.bytes_per_row:.0f} | "
-            f"{row.minimum / row.bytes_per_row:.1%} |"
+            f"| {op} | {kernel} | {width} | {norm or '-'} | {dtype} | {row.block_t} x {row.num_warps} | "
+            f"{' | '.join(registers)} | {row.shared} | {_share(row.wide_loads)} / {_share(row.wide_stores)} | "
+            f"{row.bytes_per_row:.0f} | {row.minimum / row.bytes_per_row:.1%} |"
         )
+
+
+def _share(value: float) -> str:
+    return "-" if value != value else f"{value:.0%}"
 
 
 if __name__ == "__main__":

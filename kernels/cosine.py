@@ -15,19 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MAX_WIDTH, LaunchConfig, accumulator, alignment, launch, row_contiguous
-
-# Largest width -> configuration, on every architecture. Start values, not measured: about 16 elements of y and of z
-# per thread, so that both rows stay in registers between the sums and the gradient.
-TABLE = {
-    128: LaunchConfig(block_t=16, num_warps=4, programs=0, split=False),
-    256: LaunchConfig(block_t=8, num_warps=4, programs=0, split=False),
-    512: LaunchConfig(block_t=4, num_warps=4, programs=0, split=False),
-    1024: LaunchConfig(block_t=2, num_warps=4, programs=0, split=False),
-    2048: LaunchConfig(block_t=1, num_warps=4, programs=0, split=False),
-    4096: LaunchConfig(block_t=1, num_warps=8, programs=0, split=False),
-    8192: LaunchConfig(block_t=1, num_warps=16, programs=0, split=False),
-}
+from .launch import LaunchConfig, accumulator, alignment, configuration, launch, row_contiguous
 
 
 @triton.jit(do_not_specialize=["y_row", "target_row", "rows"])
@@ -74,14 +62,6 @@ def _cosine_kernel(
         tl.store(grad_ptr + (r * WIDTH)[:, None] + c[None, :], grad, mask=(r < rows)[:, None] & (c < WIDTH)[None, :])
 
 
-def configuration(width: int) -> LaunchConfig:
-    """The table's entry for a row width; ValueError beyond the table."""
-    for limit, config in TABLE.items():
-        if width <= limit:
-            return config
-    raise ValueError(f"cosine_rows: width {width} is more than the kernels' {MAX_WIDTH}; use AGREPA_OPS=reference")
-
-
 def cosine_rows(
     y: Tensor,
     target: Tensor,
@@ -91,6 +71,7 @@ def cosine_rows(
     normalized: bool,
     loss: Tensor | None,
     grad: Tensor | None,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Write the weighted losses [M] and the gradients [M, W] of y, each where it is given.
 
@@ -98,7 +79,7 @@ def cosine_rows(
     loss is contiguous in the accumulator's dtype, grad contiguous in any dtype; grad may be y itself."""
     y, target = row_contiguous(y), row_contiguous(target)
     rows, width = y.shape
-    config = configuration(width)
+    config = config or configuration("cosine_rows", width, y.device)
     y_unit, target_unit = alignment(y.stride(0)), alignment(target.stride(0))
     launch(
         _cosine_kernel,

@@ -28,8 +28,8 @@ class LaunchConfig:
 
     block_t: int  # tokens per tile
     num_warps: int
-    programs: int  # programs to spread the work over; bounds the partial sums of a backward as well
-    split: bool  # cover a width that is no power of two by two tiles (1152 = 1024 + 128) instead of padding it
+    programs: int  # programs to spread the work over, bounding the partial sums of a backward; 0: one per tile
+    split: bool  # cover a width that is no power of two by two tiles (768 = 512 + 256) instead of padding it
 
 
 @dataclass
@@ -78,7 +78,8 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def _configuration(architecture: str, kernel: str, width: int) -> LaunchConfig:
+def table_entry(architecture: str, kernel: str, width: int) -> LaunchConfig:
+    """The table's entry for a row width; ValueError beyond the table."""
     from .tables import TABLES
 
     table = TABLES[architecture][kernel]
@@ -94,19 +95,26 @@ def configuration(kernel: str, width: int, device: torch.device) -> LaunchConfig
     Raises:
         ValueError: the width is beyond the tables.
     """
-    return _configuration(architecture(device), kernel, width)
+    return table_entry(architecture(device), kernel, width)
 
 
 @functools.cache
-def column_tiles(width: int, split: bool) -> tuple[int, int]:
+def column_tiles(width: int, config: LaunchConfig) -> tuple[int, int]:
     """Widths (main, tail) of the column tiles, powers of two; tail 0 where one tile covers the row.
 
-    Splitting is taken only where it saves lanes: 1152 -> (1024, 128) instead of (2048, 0); 1000 -> (1024, 0).
+    A tail has one 16-byte vector of half-precision numbers for each thread: with less, the compiler would cut the
+    vectors up. Splitting is taken only where it still saves lanes: with two rows in four warps, 1152 -> (1024, 512)
+    instead of (2048, 0), but 1600 -> (2048, 0).
     """
     padded = triton.next_power_of_2(width)
     main = padded // 2
-    tail = max(16, triton.next_power_of_2(width - main))
-    return (main, tail) if split and main >= 64 and tail < main else (padded, 0)
+    tail = max(16, 8 * 32 * config.num_warps // config.block_t, triton.next_power_of_2(width - main))
+    return (main, tail) if config.split and main >= 64 and tail < main else (padded, 0)
+
+
+def fresh(like: Tensor) -> Tensor:
+    """An empty contiguous tensor in the shape, dtype and device of another: a third of what `torch.empty` takes."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def chunks(sequences: int, frames: int, config: LaunchConfig) -> tuple[int, int]:
@@ -137,6 +145,7 @@ def alignment(*strides: int) -> int:
     return math.gcd(16, *strides)
 
 
+@functools.cache
 def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
     """Compiler options of a launch. NVIDIA's assembler may spill to reach a rounder register count; given the most
     a block of this size can have, it takes what it needs."""
@@ -144,13 +153,18 @@ def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict[s
     return fixed if hip else fixed | {"maxnreg": min(255, 2048 // num_warps)}
 
 
+@functools.cache
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
     """Run `programs` programs of a kernel on the tensors' device, on its current stream."""
     if _recording is not None:
         _recording.launches.append(Launch(kernel, programs, arguments, constants, num_warps))
-    elif device.type != "cuda" and not INTERPRETED:
+    elif not (cuda := _is_cuda(device)) and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on CUDA tensors (elsewhere under TRITON_INTERPRET=1), got {device}")
-    elif device.type != "cuda" or device.index == torch.cuda.current_device():
+    elif not cuda or device.index == torch.cuda.current_device():
         kernel[(programs,)](*arguments, **constants, **options(num_warps))
     else:
         with torch.cuda.device(device):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .launch import LaunchConfig, accumulator, alignment, chunks, configuration, launch, row_contiguous
 
-_MEAN_COLUMNS = 64  # columns of a masked_mean tile
+MEAN_COLUMNS = 64  # columns of a masked_mean tile
 _SUM_PARTIALS = 32  # partial sums per tile of the kernel that adds them up for velocity_delta
 
 
@@ -133,14 +133,15 @@ def _delta_kernel(
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         valid = _valid_frames(mask_ptr, mask_row, b, t, last)
         mask = valid[:, None] & in_c[None, :]
-        v_ptrs = v_ptr + (UNIT * (b * v_batch + t * v_row))[:, None] + c[None, :]
-        base = tl.load(v_ptrs, mask=mask, other=0.0).to(ACC)
+        offsets = (UNIT * (b * v_batch + t * v_row))[:, None] + c[None, :]
+        base = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(ACC)
         sums += tl.where(s == 0, tl.sum(base * base), 0.0)
         count += valid.to(ACC)
         stream = 1
         while stream < streams:
-            v_ptrs += UNIT * v_stream.to(tl.int64)
-            change = tl.load(v_ptrs, mask=mask, other=0.0).to(ACC) - base
+            # Carried through the loop, a tile of pointers would change its layout in every pass.
+            v_stream_ptr = v_ptr + UNIT * (stream * v_stream.to(tl.int64))
+            change = tl.load(v_stream_ptr + offsets, mask=mask, other=0.0).to(ACC) - base
             sums += tl.where(s == stream, tl.sum(change * change), 0.0)
             stream += 1
         start += BLOCK_T
@@ -213,25 +214,24 @@ def _delta_backward_kernel(
     mask = _valid_frames(mask_ptr, mask_row, b, t, frames)[:, None] & in_c[None, :]
     written = (t < frames)[:, None] & in_c[None, :]
     n = tl.load(count_ptr + b)
-    v_ptrs = v_ptr + (UNIT * (b * v_batch + t * v_row))[:, None] + c[None, :]
-    base_ptrs = grad_v_ptr + ((b * frames + t) * WIDTH)[:, None] + c[None, :]
-    grad_v_ptrs = base_ptrs
-    base = tl.load(v_ptrs, mask=mask, other=0.0).to(ACC)
+    offsets = (UNIT * (b * v_batch + t * v_row))[:, None] + c[None, :]
+    grad_offsets = ((b * frames + t) * WIDTH)[:, None] + c[None, :]
+    base = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(ACC)
     grad_base = tl.zeros((BLOCK_T, MAIN), ACC)
     if grad_energy_ptr is not None:
         grad_base += base * (2.0 * tl.load(grad_energy_ptr + b).to(ACC) / n)
     stream = 1
     while stream < streams:
-        v_ptrs += UNIT * v_stream.to(tl.int64)
-        grad_v_ptrs += batch.to(tl.int64) * frames * WIDTH
+        v_stream_ptr = v_ptr + UNIT * (stream * v_stream.to(tl.int64))
+        grad_stream_ptr = grad_v_ptr + stream * (batch.to(tl.int64) * frames * WIDTH)
         grad = tl.zeros((BLOCK_T, MAIN), ACC)
         if grad_change_ptr is not None:
             factor = 2.0 * tl.load(grad_change_ptr + (stream - 1) * batch + b).to(ACC) / n
-            grad += (tl.load(v_ptrs, mask=mask, other=0.0).to(ACC) - base) * factor
+            grad += (tl.load(v_stream_ptr + offsets, mask=mask, other=0.0).to(ACC) - base) * factor
         grad_base -= grad
-        tl.store(grad_v_ptrs, grad, mask=written)
+        tl.store(grad_stream_ptr + grad_offsets, grad, mask=written)
         stream += 1
-    tl.store(base_ptrs, grad_base, mask=written)
+    tl.store(grad_v_ptr + grad_offsets, grad_base, mask=written)
 
 
 def _mask_bytes(mask: Tensor | None) -> tuple[Tensor | None, int]:
@@ -255,12 +255,12 @@ def masked_mean(x: Tensor, mask: Tensor | None, config: LaunchConfig | None = No
     launch(
         _mean_kernel,
         x.device,
-        batch * triton.cdiv(width, _MEAN_COLUMNS),
+        batch * triton.cdiv(width, MEAN_COLUMNS),
         *(x, mask, mean, count, x.stride(0) // unit, x.stride(1) // unit, mask_row, frames),
         num_warps=config.num_warps,
         WIDTH=width,
         BLOCK_T=config.block_t,
-        BLOCK_D=_MEAN_COLUMNS,
+        BLOCK_D=MEAN_COLUMNS,
         UNIT=unit,
         ACC=acc,
     )
@@ -280,12 +280,12 @@ def masked_mean_backward(
     launch(
         _mean_backward_kernel,
         grad.device,
-        batch * triton.cdiv(frames, config.block_t) * triton.cdiv(width, _MEAN_COLUMNS),
+        batch * triton.cdiv(frames, config.block_t) * triton.cdiv(width, MEAN_COLUMNS),
         *(grad, mask, count, grad_x, grad.stride(0) // unit, mask_row, frames),
         num_warps=config.num_warps,
         WIDTH=width,
         BLOCK_T=config.block_t,
-        BLOCK_D=_MEAN_COLUMNS,
+        BLOCK_D=MEAN_COLUMNS,
         UNIT=unit,
         ACC=accumulator(grad)[1],
     )

@@ -17,12 +17,25 @@ up in a fixed order: no atomics, the same bits in every run.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, accumulator, alignment, chunks, column_tiles, configuration, launch, row_contiguous
+from .launch import (
+    LaunchConfig,
+    accumulator,
+    alignment,
+    chunks,
+    column_tiles,
+    configuration,
+    fresh,
+    launch,
+    row_contiguous,
+)
 
 # Strides and sizes change from batch to batch; specialising on them would compile the kernels again and again.
 _STRIDES = ["x_sequence", "x_row", "branch_sequence", "branch_row", "gate_row", "scale_row"]
@@ -322,7 +335,8 @@ def _backward_kernel(
             stream = tl.sum(tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC) * gate_row0)
             if TAIL:
                 stream += tl.sum(tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC) * gate_row1)
-            tl.store(stream_partial_ptr + tl.program_id(0), stream)
+            # Nothing was read where s is 0; a gate that is not finite would make 0 gate nan.
+            tl.store(stream_partial_ptr + tl.program_id(0), tl.where(s != 0, stream, 0.0))
 
 
 @triton.jit(do_not_specialize=["sequences", "per_sequence", "width"])
@@ -392,8 +406,26 @@ def _samples(*modulation: Tensor | None) -> int:
     return next(m.shape[0] for m in modulation if m is not None)
 
 
-def _stride(tensor: Tensor | None, dim: int) -> int:
-    return 0 if tensor is None else tensor.stride(dim)
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of all but the last dimension, which is contiguous."""
+    return (0, 0) if tensor is None else tensor.stride()[:-1]
+
+
+def _row_stride(modulation: Tensor | None) -> int:
+    return 0 if modulation is None else modulation.stride(0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    config: LaunchConfig, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[int, int, tuple[int, ...], dict[str, Any]]:
+    """(programs per sequence, tokens per program, strides in units, the tile's constants); the same for every call
+    of a shape."""
+    sequences, frames, width = shape
+    unit = alignment(*strides)
+    main, tail = column_tiles(width, config)
+    tile = {"WIDTH": width, "MAIN": main, "TAIL": tail, "BLOCK_T": config.block_t, "UNIT": unit}
+    return *chunks(sequences, frames, config), tuple(stride // unit for stride in strides), tile
 
 
 def forward(
@@ -417,38 +449,31 @@ def forward(
         (None without scale), all contiguous.
     """
     x = row_contiguous(x)
-    branch, gate, shift, scale = (None if m is None else row_contiguous(m) for m in (branch, gate, shift, scale))
+    branch, gate, shift, scale = [None if m is None else row_contiguous(m) for m in (branch, gate, shift, scale)]
     stream_scale, sample_index = _dense(stream_scale), _dense(sample_index)
-    sequences, frames, width = x.shape
-    config = config or configuration("residual_forward", width, x.device)
+    shape = x.shape
+    config = config or configuration("residual_forward", shape[2], x.device)
     dtype, acc = accumulator(x)
-    x_new = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_new = None if branch is None else fresh(x)
     h = mean = rstd = None
     if scale is not None:
-        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        mean = torch.empty((0,) if rms else (sequences, frames), dtype=dtype, device=x.device)
-        rstd = torch.empty((sequences, frames), dtype=dtype, device=x.device)
-    strides = [_stride(x, 0), _stride(x, 1), _stride(branch, 0), _stride(branch, 1)]
-    strides += [_stride(gate, 0), _stride(shift, 0), _stride(scale, 0)]
-    unit = alignment(*strides)
-    per_sequence, tokens = chunks(sequences, frames, config)
-    main, tail = column_tiles(width, config.split)
+        h = fresh(x)
+        rstd = torch.empty(shape[:2], dtype=dtype, device=x.device)
+        mean = rstd.new_empty((0,)) if rms else fresh(rstd)
+    strides = (*_strides(x), *_strides(branch), _row_stride(gate), _row_stride(shift), _row_stride(scale))
+    per_sequence, tokens, strides, tile = _plan(config, shape, strides)
     launch(
         _forward_kernel,
         x.device,
-        sequences * per_sequence,
+        shape[0] * per_sequence,
         *(x, branch, gate, shift, scale, stream_scale, sample_index, x_new, h, mean, rstd),
-        *(stride // unit for stride in strides),
-        *(0 if branch is None else branch.shape[0], _samples(gate, scale), frames, tokens),
+        *strides,
+        *(0 if branch is None else branch.shape[0], _samples(gate, scale), shape[1], tokens),
         num_warps=config.num_warps,
         EPS=eps,
         RMS=rms,
-        WIDTH=width,
-        MAIN=main,
-        TAIL=tail,
-        BLOCK_T=config.block_t,
-        UNIT=unit,
         ACC=acc,
+        **tile,
     )
     return x_new, h, mean, rstd
 
@@ -476,36 +501,31 @@ def backward(
         gradients of x (None without norm: it is `grad_x_new` itself), branch, gate, shift and scale (both in
         scale's dtype) and stream_scale; None for what the forward did not have.
     """
-    grad_x_new, grad_h, branch = (None if g is None else row_contiguous(g) for g in (grad_x_new, grad_h, branch))
-    gate, scale = (None if m is None else row_contiguous(m) for m in (gate, scale))
+    grad_x_new, grad_h, branch, gate, scale = [
+        None if value is None else row_contiguous(value) for value in (grad_x_new, grad_h, branch, gate, scale)
+    ]
     stream_scale, sample_index = _dense(stream_scale), _dense(sample_index)
     x = row_contiguous(x)
-    sequences, frames, width = x.shape
+    shape = sequences, _, width = x.shape
     config = config or configuration("residual_backward", width, x.device)
     dtype, acc = accumulator(x)
     device = x.device
-    per_sequence, tokens = chunks(sequences, frames, config)
+    strides = (*_strides(grad_x_new), *_strides(grad_h), *_strides(x), *_strides(branch))
+    per_sequence, tokens, strides, tile = _plan(config, shape, (*strides, _row_stride(gate), _row_stride(scale)))
     programs = sequences * per_sequence
     samples = _samples(gate, scale)
 
     grad_x = grad_branch = grad_gate = grad_shift = grad_scale = stream = None
     shift_rows = scale_rows = gate_rows = None
     if grad_h is not None and scale is not None:
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=device)
+        grad_x = fresh(x)
         shift_rows, scale_rows = torch.empty((2, programs, width), dtype=dtype, device=device)
-        grad_shift = torch.empty((samples, width), dtype=scale.dtype, device=device)
-        grad_scale = torch.empty((samples, width), dtype=scale.dtype, device=device)
+        grad_shift, grad_scale = fresh(scale), fresh(scale)
     if branch is not None and gate is not None:
-        grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=device)
+        grad_branch, grad_gate = fresh(branch), fresh(gate)
         gate_rows = torch.empty((programs, width), dtype=dtype, device=device)
-        grad_gate = torch.empty((samples, width), dtype=gate.dtype, device=device)
         if stream_scale is not None:
             stream = torch.empty((sequences, per_sequence), dtype=dtype, device=device)
-    strides = [stride for g in (grad_x_new, grad_h) for stride in (_stride(g, 0), _stride(g, 1))]
-    strides += [_stride(x, 0), _stride(x, 1), _stride(branch, 0), _stride(branch, 1)]
-    strides += [_stride(gate, 0), _stride(scale, 0)]
-    unit = alignment(*strides)
-    main, tail = column_tiles(width, config.split)
     launch(
         _backward_kernel,
         device,
@@ -513,16 +533,12 @@ def backward(
         *(grad_x_new, grad_h, None if grad_h is None else x),
         *(branch, gate, scale, stream_scale, sample_index, mean, rstd),
         *(grad_x, grad_branch, shift_rows, scale_rows, gate_rows, stream),
-        *(stride // unit for stride in strides),
-        *(0 if branch is None else branch.shape[0], samples, frames, tokens),
+        *strides,
+        *(0 if branch is None else branch.shape[0], samples, shape[1], tokens),
         num_warps=config.num_warps,
         RMS=rms,
-        WIDTH=width,
-        MAIN=main,
-        TAIL=tail,
-        BLOCK_T=config.block_t,
-        UNIT=unit,
         ACC=acc,
+        **tile,
     )
     launch(
         _sum_kernel,

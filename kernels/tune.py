@@ -15,8 +15,9 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from . import pooling, residual
+from . import cosine, pooling, residual
 from .launch import LaunchConfig, architecture, column_tiles
+from .pooling import MEAN_COLUMNS
 from .tables import MEASURED, TABLES
 
 Tables = dict[str, dict[str, dict[int, LaunchConfig]]]
@@ -27,25 +28,31 @@ WIDTHS = {
     "residual_forward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
     "residual_backward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
     "masked_mean": (8192,),
-    "velocity_delta": (128, 256, 1024, 8192),
+    "velocity_delta": (128, 256, 1024, 2048, 4096, 8192),
+    "cosine_rows": (128, 256, 512, 1024, 2048, 4096, 8192),
 }
+ROWS = ("residual_forward", "residual_backward", "velocity_delta", "cosine_rows")  # a tile holds whole rows
 SEQUENCES, FRAMES, STREAMS = 16, 1024, 13  # what is timed: out of cache at every width
 
 
 def start(kernel: str, width: int, multiprocessors: int) -> LaunchConfig:
     """The value before any measurement.
 
-    One 16-byte load a thread and tensor in the main tile of a backward (8 half-precision numbers, so that the three
-    sums over tokens fit into registers), two in a forward; four warps, more where the row is wider than that."""
+    One 16-byte load a thread and tensor in a backward of the residual stream (8 half-precision numbers, so that the
+    three sums over tokens fit into registers), two elsewhere; four warps, more where the row is wider than that.
+    A forward splits odd widths. A backward pads them: with a tail, as many rows are in flight (the tail's sums take
+    the registers that its lanes save) and its loads are shorter than 16 bytes."""
     if kernel == "masked_mean":
-        return LaunchConfig(32, 4, multiprocessors * 8, split=False)
-    if kernel == "velocity_delta":
-        warps = 4 if width <= 1024 else 16
-        return LaunchConfig(max(1, warps * 512 // width), warps, multiprocessors * 8, split=False)
-    split = width & (width - 1) != 0
-    main, _ = column_tiles(width, split)
+        return LaunchConfig(32, 4, programs=0, split=False)
+    if kernel in ("velocity_delta", "cosine_rows"):
+        warps = max(4, min(16, width // 512))
+        programs = multiprocessors * 8 if kernel == "velocity_delta" else 0
+        return LaunchConfig(max(1, warps * 512 // width), warps, programs, split=False)
+    forward = kernel == "residual_forward"
+    split = forward and width & (width - 1) != 0
+    main = triton.next_power_of_2(width) // (2 if split else 1)
     warps = max(4, min(16, main // 256))
-    vectors, resident = (2, 64) if kernel == "residual_forward" else (1, 32)
+    vectors, resident = (2, 64) if forward else (1, 32)
     return LaunchConfig(max(1, warps * 256 * vectors // main), warps, multiprocessors * resident // warps, split)
 
 
@@ -59,16 +66,16 @@ def start_tables() -> Tables:
 
 def candidates(kernel: str, width: int, config: LaunchConfig) -> Iterator[LaunchConfig]:
     """Other tiles for a configuration: warps, 16-byte vectors per thread and, for odd widths, padding or two tiles."""
-    splits = {config.split}
-    if kernel.startswith("residual") and width & (width - 1):
-        splits = {True, False}
-    for split in sorted(splits):
-        main, _ = column_tiles(width, split) if kernel != "masked_mean" else (64, 0)
+    odd = kernel.startswith("residual") and width & (width - 1) != 0
+    for split in (False, True) if odd else (False,):
+        main = triton.next_power_of_2(width) // (2 if split else 1) if kernel in ROWS else MEAN_COLUMNS
         for warps in (1, 2, 4, 8, 16):
             for vectors in (1, 2, 4):
                 rows = warps * 256 * vectors // main
                 if 1 <= rows <= 64:
-                    yield dataclasses.replace(config, block_t=rows, num_warps=warps, split=split)
+                    candidate = dataclasses.replace(config, block_t=rows, num_warps=warps, split=split)
+                    if not split or column_tiles(width, candidate)[1]:
+                        yield candidate
 
 
 def workload(kernel: str, width: int, device: torch.device) -> Callable[[LaunchConfig], object]:
@@ -83,6 +90,14 @@ def workload(kernel: str, width: int, device: torch.device) -> Callable[[LaunchC
     if kernel == "velocity_delta":
         velocity = randn(STREAMS, SEQUENCES, FRAMES, width)
         return lambda config: pooling.velocity_delta(velocity, None, config)
+    if kernel == "cosine_rows":
+        y, target, loss = (
+            x.flatten(0, 1),
+            randn(SEQUENCES * FRAMES, width),
+            randn(x[..., 0].numel(), dtype=torch.float32),
+        )
+        grad = torch.empty_like(y)
+        return lambda config: cosine.cosine_rows(y, target, None, None, 1e-8, False, loss, grad, config)
     branch = randn(*x.shape)
     gate, shift, scale = randn(SEQUENCES, 3 * width, dtype=torch.float32).chunk(3, dim=1)
     if kernel == "residual_forward":
@@ -101,7 +116,7 @@ def tune_kernel(kernel: str, width: int, config: LaunchConfig, cost: Callable[[L
         taken = cost(candidate)
         if taken < least:
             best, least = candidate, taken
-    for factor in (0.25, 0.5, 2, 4):
+    for factor in (0.25, 0.5, 2, 4) if config.programs else ():
         candidate = dataclasses.replace(best, programs=max(1, int(config.programs * factor)))
         taken = cost(candidate)
         if taken < least:

@@ -21,7 +21,8 @@ class FusedOp:
     """A registered op and its short eager path; both end in the same function that launches the kernels.
 
     Going through the dispatcher costs several microseconds of Python per call, more than small kernels take.
-    It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor subclass.
+    It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor subclass, and
+    for the error that says that torch.func cannot transform the op.
     """
 
     def __init__(
@@ -42,26 +43,37 @@ class FusedOp:
         torch.library.register_autograd(f"agrepa_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.registered = getattr(torch.ops.agrepa_fast, name).default
         self.run = run
-        self.function: type[torch.autograd.Function] | None = None
+        self.differentiable: Callable[..., Any] | None = None
         if gradient is not None:
-            members = {
-                "forward": staticmethod(run),
-                "setup_context": staticmethod(gradient[0]),
-                "backward": staticmethod(once_differentiable(gradient[1])),
-            }
-            self.function = type(name, (torch.autograd.Function,), members)
+            save = gradient[0]
+
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = run(*inputs)
+                save(ctx, inputs, output)
+                return output
+
+            # With forward and setup_context apart, and in `Function.apply` before it reaches C++, every call would
+            # inspect signatures and look for transforms: three times the cost of the rest.
+            members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(gradient[1]))}
+            function = type(name, (torch.autograd.Function,), members)
+            self.differentiable = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain(first):
+        if not eager(first):
             return self.registered(first, *others)
-        if self.function is not None and torch.is_grad_enabled():
-            return self.function.apply(first, *others)
+        if self.differentiable is not None and torch.is_grad_enabled():
+            return self.differentiable(first, *others)
         return self.run(first, *others)
 
 
-def _plain(x: Tensor) -> bool:
-    """An ordinary tensor and no dispatch mode at work."""
-    return type(x) in (Tensor, Parameter) and torch._C._len_torch_dispatch_stack() == 0
+def eager(x: Tensor) -> bool:
+    """An ordinary tensor and no compiler, dispatch mode or function transform at work."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _no_second_gradient(ctx: Any, *grads: Any) -> Any:

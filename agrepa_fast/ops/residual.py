@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..reference import residual as reference
-from .dispatch import use_kernels
-from .library import FusedOp
+from . import dispatch
+from .library import FusedOp, eager
 
 
 def _check(
@@ -62,6 +62,39 @@ def _check(
         )
     if stream_scale is not None and stream_scale.shape != (sequences,):
         raise ValueError(f"stream_scale: expected [{sequences}], got {list(stream_scale.shape)}")
+
+
+_paths: dict[tuple[Any, ...], bool] = {}  # of the eager calls seen: whether they run the kernels
+
+
+def _kernels_run(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    norm: str,
+) -> bool:
+    """Check the arguments and choose the path; shapes, dtypes and devices that passed once are not checked again."""
+    key: tuple[Any, ...] | None = None
+    if eager(x):
+        arguments = (x, branch, gate, shift, scale, stream_scale, sample_index)
+        signature = [None if value is None else (value.shape, value.dtype, value.device) for value in arguments]
+        key = (dispatch.MODE, dispatch.TRITON, dispatch.INTERPRETED, norm, *signature)
+        path = _paths.get(key)
+        if path is not None:
+            return path
+    modulation = {"gate": gate, "shift": shift, "scale": scale}
+    given = {name: value for name, value in modulation.items() if value is not None}
+    _check(x, branch, given, stream_scale, sample_index, norm)
+    path = dispatch.use_kernels(x)
+    if key is not None:
+        if len(_paths) >= 10_000:  # as many lengths of batches
+            _paths.clear()
+        _paths[key] = path
+    return path
 
 
 # Registered ops. Each returns fresh contiguous tensors; `_stats` gives what the backward needs of the norm.
@@ -294,8 +327,7 @@ def gated_residual_norm(
     Raises:
         ValueError, TypeError: on a shape, dtype or device that does not fit, naming it.
     """
-    _check(x, branch, {"gate": gate, "shift": shift, "scale": scale}, stream_scale, sample_index, norm)
-    if use_kernels(x):
+    if _kernels_run(x, branch, gate, shift, scale, stream_scale, sample_index, norm):
         rms = norm == "rms"
         return GATED_RESIDUAL_NORM(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms)[:2]
     return reference.gated_residual_norm(
@@ -321,8 +353,7 @@ def layer_norm_modulate(
     norm: str = "layer",
 ) -> Tensor:
     """`norm(x) (1 + scale) + shift`: opens the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
-    _check(x, None, {"shift": shift, "scale": scale}, None, sample_index, norm)
-    if use_kernels(x):
+    if _kernels_run(x, None, None, shift, scale, None, sample_index, norm):
         return LAYER_NORM_MODULATE(x, shift, scale, sample_index, eps, norm == "rms")[0]
     return reference.layer_norm_modulate(x, shift, scale, sample_index=sample_index, eps=eps, norm=norm)
 
@@ -336,7 +367,6 @@ def gated_residual(
     sample_index: Tensor | None = None,
 ) -> Tensor:
     """`x + stream_scale * gate * branch`: closes the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
-    _check(x, branch, {"gate": gate}, stream_scale, sample_index, "layer")
-    if use_kernels(x):
+    if _kernels_run(x, branch, gate, None, None, stream_scale, sample_index, "layer"):
         return GATED_RESIDUAL(x, branch, gate, stream_scale, sample_index)
     return reference.gated_residual(x, branch, gate, stream_scale=stream_scale, sample_index=sample_index)

@@ -34,8 +34,9 @@ def _add_branch(
     if stream_scale is None:
         return torch.addcmul(x, rows, branch)
     s = stream_scale.to(dtype)[:, None, None]
-    # A stream that sits the branch out must not see it at all: 0 * inf would be nan.
-    return x + s * rows * torch.where(s == 0, 0.0, branch)
+    # A stream that sits the branch out must see neither it nor its gate: 0 * inf would be nan.
+    out = s == 0
+    return x + s * torch.where(out, 0.0, rows) * torch.where(out, 0.0, branch)
 
 
 def _norm_modulate(

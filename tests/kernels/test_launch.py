@@ -14,21 +14,23 @@ from agrepa_fast.ops import dispatch
 
 
 @pytest.mark.parametrize(
-    "width, split, tiles",
+    "width, block_t, warps, split, tiles",
     [
-        (1024, True, (1024, 0)),  # a power of two needs no tail
-        (1152, True, (1024, 128)),
-        (1152, False, (2048, 0)),
-        (760, True, (512, 256)),
-        (1500, True, (1024, 512)),
-        (1000, True, (1024, 0)),  # a tail of 512 would save nothing
-        (1025, True, (1024, 16)),
-        (72, True, (64, 16)),
-        (1, True, (1, 0)),
+        (1024, 4, 4, True, (1024, 0)),  # a power of two needs no tail
+        (1152, 8, 4, True, (1024, 128)),
+        (1152, 2, 4, True, (1024, 512)),  # 128 columns would be 2 numbers a thread: no 16-byte vector
+        (1152, 1, 4, True, (2048, 0)),
+        (1152, 8, 4, False, (2048, 0)),
+        (760, 4, 4, True, (512, 256)),
+        (1500, 2, 4, True, (1024, 512)),
+        (1000, 8, 4, True, (1024, 0)),  # a tail of 512 would save nothing
+        (1025, 64, 4, True, (1024, 16)),
+        (72, 16, 1, True, (64, 16)),
+        (1, 16, 4, True, (1, 0)),
     ],
 )
-def test_column_tiles(width, split, tiles) -> None:
-    assert launch.column_tiles(width, split) == tiles
+def test_column_tiles(width, block_t, warps, split, tiles) -> None:
+    assert launch.column_tiles(width, LaunchConfig(block_t, warps, 1, split)) == tiles
 
 
 def test_chunks_cover_every_frame_once_with_a_bounded_number_of_programs() -> None:
@@ -90,6 +92,26 @@ def test_tuning_finds_the_fastest_and_keeps_it_on_ties() -> None:
     best = tune.tune_kernel("residual_forward", 1152, config, cost)
     assert (best.num_warps, best.split, best.programs) == (8, False, config.programs // 2)
     assert tune.tune_kernel("residual_forward", 1152, config, lambda c: 1.0) == config
+    # A kernel with one tile per program has no number of programs to try.
+    seen = []
+    tune.tune_kernel("cosine_rows", 256, tune.start("cosine_rows", 256, 132), lambda c: seen.append(c) or 1.0)
+    assert {c.programs for c in seen} == {0}
+    assert len({c.num_warps for c in seen}) > 2
+
+
+@pytest.mark.parametrize("kernel", tune.WIDTHS)
+def test_the_tuner_runs_the_kernel_with_the_configuration_it_tries(kernel) -> None:
+    """On meta tensors: what is launched is the kernel that reads this table, in the tile of the candidate."""
+    config = LaunchConfig(block_t=2, num_warps=8, programs=7, split=False)
+    with launch.record("sm90") as recording:
+        run = tune.workload(kernel, 256, torch.device("meta"))
+        recording.launches.clear()
+        run(config)
+    first = recording.launches[0]
+    assert (first.num_warps, first.constants["BLOCK_T"]) == (8, 2)
+    names = {"residual_forward": "_forward_kernel", "residual_backward": "_backward_kernel"}
+    names |= {"masked_mean": "_mean_kernel", "velocity_delta": "_delta_kernel", "cosine_rows": "_cosine_kernel"}
+    assert first.kernel.__name__ == names[kernel]
 
 
 def test_candidates_fill_every_thread_with_whole_vectors() -> None:
@@ -98,9 +120,10 @@ def test_candidates_fill_every_thread_with_whole_vectors() -> None:
             found = list(tune.candidates(kernel, width, tune.start(kernel, width, 132)))
             assert len(found) == len(set(found)) >= 3
             for c in found:
-                main = 64 if kernel == "masked_mean" else launch.column_tiles(width, c.split)[0]
+                main, tail = (64, 0) if kernel == "masked_mean" else launch.column_tiles(width, c)
                 assert c.block_t & (c.block_t - 1) == 0
-                assert c.block_t * main % (c.num_warps * 256) == 0
+                assert c.block_t * main % (c.num_warps * 256) == c.block_t * tail % (c.num_warps * 256) == 0
+                assert c.split == bool(tail)
 
 
 def test_a_rewritten_table_reads_back(tmp_path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.errors import UserError
 
 ROWS, BATCH, FRAMES, WIDTH = 5, 2, 3, 8
 EPS = 1e-6
@@ -168,10 +169,11 @@ def test_gradients_of_the_two_ends():
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_a_stream_switched_off_does_not_see_its_branch(junk, dtype):
-    """A diverged branch under scale 0 changes neither outputs nor any gradient."""
+    """A diverged branch, or gate, under scale 0 changes neither outputs nor any gradient."""
 
     def run(filling):
-        case = make_case(dtype)
+        case = make_case(dtype, index=False)
+        case["gate"][1] = filling
         case["stream_scale"] = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0], dtype=dtype)
         case["branch"][1] = filling
         case["branch"][3, 1, 2] = filling
@@ -198,6 +200,32 @@ def test_int32_sample_index_is_accepted():
     case["sample_index"] = case["sample_index"].int()
     for got, want in zip(fused(case), expected):
         assert torch.equal(got, want)
+
+
+def test_arguments_are_checked_once_per_signature(monkeypatch):
+    """Shapes, dtypes and devices that passed are not looked at again; others are, also after a call that passed."""
+    from agrepa_fast.ops import residual
+
+    checked = []
+    check = residual._check
+    monkeypatch.setattr(residual, "_check", lambda x, *rest: (checked.append(x), check(x, *rest)))
+    monkeypatch.setattr(residual, "_paths", {})
+    case = make_case(torch.float32)
+    for _ in range(3):
+        fused(case)
+    assert len(checked) == 1
+    ops.layer_norm_modulate(*(case[name] for name in ("x", "shift", "scale")), sample_index=case["sample_index"])
+    assert len(checked) == 2
+    for name, value in (("gate", case["gate"].long()), ("branch", case["branch"][:, :2]), ("shift", case["shift"][:1])):
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+                fused({**case, name: value})
+    with pytest.raises(ValueError, match="norm: expected"):
+        fused(case, norm="batch")
+    assert len(checked) == 9
+    monkeypatch.setattr(residual.dispatch, "MODE", "triton")
+    with pytest.raises(UserError, match="AGREPA_OPS=triton: the kernels need CUDA"):
+        fused(case)
 
 
 zeros = torch.zeros

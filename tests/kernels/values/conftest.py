@@ -182,6 +182,47 @@ def check(case: Case, op: str, run=fused, seed: int = 1) -> None:
             close(name, value, exact[name], same[name], case.x.dtype, _terms(case, name))
 
 
+def plain_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.mean(dim=1)
+    kept = torch.where(mask[..., None], x, 0)
+    return kept.sum(dim=1) / mask.sum(dim=1).clamp_min(1)[:, None].to(x.dtype)
+
+
+def plain_delta(v: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    n = v.shape[2] if mask is None else mask.sum(dim=1).clamp_min(1)
+    if mask is not None:
+        v = torch.where(mask[..., None], v, 0)
+    return tuple(e.sum(dim=(-2, -1)) / (n * v.shape[-1]) for e in ((v[1:] - v[0]).square(), v[0].square()))
+
+
+def check_pooling(fused, x: Tensor, mask: Tensor | None) -> None:
+    """Outputs and gradient of `masked_mean` or `velocity_delta` against float64; masked frames hold nan."""
+    plain = plain_delta if x.dim() == 4 else plain_mean
+    if mask is not None:
+        x = torch.where(mask[..., None], x, float("nan"))
+    x = x.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    weights = None
+
+    def run(function, value, mask):
+        nonlocal weights
+        outputs = function(value, mask)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if weights is None:
+            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+        total = sum((o * w.to(o)).sum() for o, w in zip(outputs, weights))
+        return [*outputs, torch.autograd.grad(total, value)[0]]
+
+    found = run(fused, x, mask)
+    host = None if mask is None else mask.cpu()
+    exact = run(plain, x.detach().cpu().double().requires_grad_(), host)
+    same = run(plain, x.detach().cpu().requires_grad_(), host)
+    terms = x.shape[-2]
+    for i, (value, e, s) in enumerate(zip(found, exact, same)):
+        close(f"value {i}", value, e, s, value.dtype, terms)
+
+
 def _terms(case: Case, name: str) -> int:
     """How many rows a value sums."""
     if name in ("dgate", "dshift", "dscale"):

@@ -32,7 +32,10 @@ def test_opcheck_the_other_ops(bench, device) -> None:
     torch.library.opcheck(residual.GATED_RESIDUAL.registered, (c.x, c.branch, c.gate, c.stream_scale, c.sample_index))
     mask = torch.tensor([[True, True, False], [True, False, False], [True] * 3], device=device)
     torch.library.opcheck(pooling.MASKED_MEAN.registered, (c.x, mask))
-    torch.library.opcheck(pooling.VELOCITY_DELTA.registered, (torch.stack([c.x, c.branch]).detach(), None))
+    torch.library.opcheck(pooling.MASKED_MEAN.registered, (c.x, None))
+    velocity = torch.stack([c.x, c.branch, c.x]).detach().requires_grad_()
+    torch.library.opcheck(pooling.VELOCITY_DELTA.registered, (velocity, None))
+    torch.library.opcheck(pooling.VELOCITY_DELTA.registered, (velocity, mask))
 
 
 def test_opcheck_gradient_ops(bench, device) -> None:
@@ -102,6 +105,13 @@ def test_the_compiled_graph_holds_the_ops(bench, device) -> None:
     )
     wanted = {"layer_norm_modulate", "gated_residual_norm", "gated_residual", "velocity_delta", "masked_mean"}
     assert {f"agrepa_fast.{name}.default" for name in wanted} <= set(seen)
+
+
+def test_function_transforms_are_refused_in_words(bench, device) -> None:
+    """torch.func would hand its wrappers to the kernels, which hold no data."""
+    c = bench.make_case(device, 12, frames=3)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: ops.layer_norm_modulate(x, c.shift, c.scale, sample_index=c.sample_index).sum())(c.x)
 
 
 def test_checkpointing_and_autocast(bench, device) -> None:

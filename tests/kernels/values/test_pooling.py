@@ -14,46 +14,6 @@ from agrepa_fast.kernels import pooling as kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def plain_mean(x, mask):
-    if mask is None:
-        return x.mean(dim=1)
-    kept = torch.where(mask[..., None], x, 0)
-    return kept.sum(dim=1) / mask.sum(dim=1).clamp_min(1)[:, None].to(x.dtype)
-
-
-def plain_delta(v, mask):
-    n = v.shape[2] if mask is None else mask.sum(dim=1).clamp_min(1)
-    if mask is not None:
-        v = torch.where(mask[..., None], v, 0)
-    return tuple(e.sum(dim=(-2, -1)) / (n * v.shape[-1]) for e in ((v[1:] - v[0]).square(), v[0].square()))
-
-
-def check(bench, fused, plain, x, mask):
-    """Outputs and gradient against float64, frames outside the mask holding nan."""
-    if mask is not None:
-        x = torch.where(mask[..., None], x, float("nan"))
-    x = x.requires_grad_()
-    generator = torch.Generator().manual_seed(1)
-    weights = None
-
-    def run(function, value, mask):
-        nonlocal weights
-        outputs = function(value, mask)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if weights is None:
-            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-        total = sum((o * w.to(o)).sum() for o, w in zip(outputs, weights))
-        return [*outputs, torch.autograd.grad(total, value)[0]]
-
-    found = run(fused, x, mask)
-    host = None if mask is None else mask.cpu()
-    exact = run(plain, x.detach().cpu().double().requires_grad_(), host)
-    same = run(plain, x.detach().cpu().requires_grad_(), host)
-    terms = x.shape[-2]
-    for i, (value, e, s) in enumerate(zip(found, exact, same)):
-        bench.close(f"value {i}", value, e, s, value.dtype, terms)
-
-
 def lengths_mask(device, frames, *lengths):
     return torch.arange(frames, device=device) < torch.tensor(lengths, device=device)[:, None]
 
@@ -62,14 +22,14 @@ def lengths_mask(device, frames, *lengths):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_mean(bench, device, dtype, masked) -> None:
     x = torch.randn(3, 70, 100, device=device, dtype=dtype) + 0.5
-    check(bench, ops.masked_mean, plain_mean, x, lengths_mask(device, 70, 70, 33, 0) if masked else None)
+    bench.check_pooling(ops.masked_mean, x, lengths_mask(device, 70, 70, 33, 0) if masked else None)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_velocity_delta(bench, device, dtype, masked) -> None:
     v = torch.randn(4, 3, 20, 10, device=device, dtype=dtype) + 0.5
-    check(bench, ops.velocity_delta, plain_delta, v, lengths_mask(device, 20, 20, 7, 0) if masked else None)
+    bench.check_pooling(ops.velocity_delta, v, lengths_mask(device, 20, 20, 7, 0) if masked else None)
 
 
 def test_velocity_delta_in_many_tiles(bench, device, monkeypatch) -> None:
@@ -77,15 +37,15 @@ def test_velocity_delta_in_many_tiles(bench, device, monkeypatch) -> None:
     config = launch.LaunchConfig(block_t=2, num_warps=4, programs=4, split=False)
     monkeypatch.setattr(kernels, "configuration", lambda *_: config)
     v = torch.randn(3, 2, 11, 10, device=device) + 0.5
-    check(bench, ops.velocity_delta, plain_delta, v, lengths_mask(device, 11, 11, 6))
+    bench.check_pooling(ops.velocity_delta, v, lengths_mask(device, 11, 11, 6))
 
 
 def test_a_mask_with_holes_and_strides(bench, device) -> None:
     mask = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)).to(device).t() < 0.5
     x = torch.randn(70, 2, 20, device=device).transpose(0, 1)
-    check(bench, ops.masked_mean, plain_mean, x, mask)
+    bench.check_pooling(ops.masked_mean, x, mask)
     v = torch.randn(3, 2, 20, 70, device=device).transpose(-1, -2)
-    check(bench, ops.velocity_delta, plain_delta, v, mask)
+    bench.check_pooling(ops.velocity_delta, v, mask)
 
 
 def test_only_a_baseline(bench, device) -> None:
@@ -133,6 +93,6 @@ def test_any_shape(bench, device, data) -> None:
     mask = None
     if data.draw(st.booleans(), "masked"):
         mask = torch.rand(batch, frames, generator=generator).to(device) < 0.6
-    check(bench, ops.masked_mean, plain_mean, v[0].clone(), mask)
+    bench.check_pooling(ops.masked_mean, v[0].clone(), mask)
     if streams > 1:
-        check(bench, ops.velocity_delta, plain_delta, v, mask)
+        bench.check_pooling(ops.velocity_delta, v, mask)
