@@ -13,7 +13,7 @@ from torch import Tensor
 from ..alignment.policy import layer_sensitivity
 from ..attribution.graph import release_graphs
 from ..attribution.probes import lasp, pooled_hidden
-from ..attribution.runner import attribute_layers, _probing
+from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
 from ..data.audio import read_audio
 from ..data.batches import Batch, ClipDataset, Sample, collate
@@ -121,7 +121,7 @@ def layer_values(
         batch.mel.shape, generator=torch.Generator(device).manual_seed(config.train.seed), device=device
     )
     by_time = []
-    with _probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         for time in config.probe.t_grid:
             t = torch.full((batch.mel.shape[0],), time, device=device)
