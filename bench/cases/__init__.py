@@ -6,13 +6,14 @@ from types import ModuleType
 
 from agrepa_fast.errors import UserError
 
-from . import alignment, demo, foga, residual, sampler, scaling, train_step
+from . import alignment, demo, foga, residual, sampler, scaling, train_step, trainer
 
 CASES: dict[str, ModuleType] = {
     "residual": residual,
     "foga": foga,
     "alignment": alignment,
     "train_step": train_step,
+    "trainer": trainer,
     "sampler": sampler,
     "scaling": scaling,
     "demo": demo,

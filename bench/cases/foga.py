@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from agrepa_fast.attribution.runner import attribute_layers
+from agrepa_fast.models.cost import block_flops, ends_flops
 from agrepa_fast.models.dit import PRESETS, DiTConfig
 from agrepa_fast.models.flow import SIGMA
 
@@ -66,20 +67,6 @@ def problem(
         flops=probe_flops(config, batch, frames),
         build=functools.partial(build, config, batch, frames, dtype, rivals),
     )
-
-
-def block_flops(config: DiTConfig, sequences: int, frames: int) -> int:
-    """Multiply-adds of one block, twice: its four matrices on every frame, and attention's two products."""
-    matrices = (4 + 2 * config.ff_ratio) * config.width**2
-    return 2 * sequences * frames * matrices + 4 * sequences * frames**2 * config.width
-
-
-def ends_flops(config: DiTConfig, sequences: int, streams: int, frames: int) -> int:
-    """Input Linear, time embedding, modulation of all blocks; output Linear for every stream."""
-    width = config.width
-    entry = 2 * sequences * frames * (config.mels + config.cond) * width
-    time = 2 * sequences * (8 * width**2 + config.depth * 6 * width**2)
-    return entry + time + 2 * streams * sequences * frames * width * config.mels
 
 
 def probe_flops(config: DiTConfig, batch: int, frames: int) -> int:

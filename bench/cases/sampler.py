@@ -13,12 +13,13 @@ import math
 import torch
 from torch import Tensor
 
+from agrepa_fast.models.cost import forward_flops
 from agrepa_fast.models.dit import PRESETS, DiTConfig
 from agrepa_fast.models.flow import sample
 
 from ..case import Outputs, Problem, Provider, Run, Setup, dtype_of
 from ..published import published, random_dit
-from .foga import TOY, block_flops, draw_inputs, ends_flops, precision
+from .foga import TOY, draw_inputs, precision
 
 TITLE = "Sampler"
 GUIDANCE = 3.0
@@ -37,7 +38,7 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
 
 def _problem(name: str, config: DiTConfig, batch: int, frames: int, points: int, dtype: str) -> Problem:
     forwards = 2 * (points - 1)
-    flops = config.depth * block_flops(config, batch, frames) + ends_flops(config, batch, 1, frames)
+    flops = forward_flops(config, batch, frames)
     weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
     moved = (points - 1) * weights + forwards * config.depth * 12 * batch * frames * config.width
     return Problem(

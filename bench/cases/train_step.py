@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from agrepa_fast.alignment.loss import AlignmentLoss
 from agrepa_fast.alignment.policy import LayerSelection
+from agrepa_fast.models.cost import forward_flops
 from agrepa_fast.models.dit import PRESETS, DiT, DiTConfig
 from agrepa_fast.models.flow import SIGMA, flow_matching_loss, path
 
 from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of
 from ..published import published, random_dit
-from .foga import TOY, block_flops, ends_flops, precision
+from .foga import TOY, precision
 
 TITLE = "Training step"
 TEACHERS = {"speech": 1280, "audio": 768}  # Whisper-large-v3 and BEATs
@@ -49,7 +50,7 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
 def _problem(name: str, config: DiTConfig, batch: int, frames: int, align: str, dtype: str) -> Problem:
     # Attention's dropout draws other numbers in every implementation: without it the losses can be compared.
     config = dataclasses.replace(config, dropout=0.0)
-    forward = config.depth * block_flops(config, batch, frames) + ends_flops(config, batch, 1, frames)
+    forward = forward_flops(config, batch, frames)
     weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
     moved = 4 * 8 * weights + dtype_of(dtype).itemsize * 3 * config.depth * 12 * batch * frames * config.width
     return Problem(
