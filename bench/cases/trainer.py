@@ -91,9 +91,10 @@ class Watched(TrainStep):
     seen: Outputs = ()
 
     def _update(self, metrics: dict[str, Tensor]) -> None:
-        super()._update(metrics)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # First: AdamW leaves them clipped.
         self.seen = (metrics["loss"], nn.utils.get_total_norm(gradients))
+        super()._update(metrics)
 
 
 def _build(config: RunConfig, batch: int, frames: int, dtype: str, device: torch.device) -> Setup:
