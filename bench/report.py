@@ -162,6 +162,12 @@ HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
         ("released form", "SDPA form", "SDPA form, compiled"),
     ),
     (
+        "The trainer's step",
+        "trainer",
+        {},
+        ("straightforward", "released form", "straightforward, compiled"),
+    ),
+    (
         "Residual + norm, forward and backward",
         "residual",
         {"op": "gated_residual_norm", "mode": "both"},

@@ -156,6 +156,15 @@ TARGETS = (
         _STEP,
     ),
     Target(
+        "cpu",
+        "Training step, small preset, float32",
+        ">= 1.3x the straightforward form",
+        "trainer",
+        1.3,
+        over("straightforward"),
+        {"preset": "small"},
+    ),
+    Target(
         "cpu", "FoG-A at 12 layers, float32", ">= 1.85x an SDPA loop", "foga", 1.85, over("SDPA loop"), {"layers": 12}
     ),
     Target(

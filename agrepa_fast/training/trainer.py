@@ -263,7 +263,10 @@ class Trainer:
         """Score every layer on held-out clips over the grid of t, and choose the layers, or choose them again."""
         probe, a = self.config.probe, self.config.alignment
         began = time.perf_counter()
-        self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
+        try:
+            self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
+        except ValueError as error:  # a velocity that is not finite
+            raise UserError(f"the probe at step {self.step}: {error}; lower optimizer.lr") from error
         values = self.scores.mean.tolist()
         if POLICIES[a.policy] == "values":
             clips, backbone = self.data.valid, self.objective.backbone
