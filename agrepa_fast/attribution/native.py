@@ -60,14 +60,18 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
     h = ops.layer_norm_modulate(
         x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
     )
+    # Of the baseline, the state before each unit that has started and not yet joined.
+    before: dict[int, Tensor] = {}
     for i, branch in enumerate(model.branches):
-        running = 1 + batch * plan.active(i)
-        out = branch(h[:running], None if masks is None else masks[:running])
-        del h  # every stream's, so neither it nor `out` may outlive its use
         if any(unit.start == i for unit in plan.units):
-            # The unit's stream enters here as the baseline is before it, and skips its branches: it stands in the op
-            # as sequences without branch rows.
-            x = torch.cat([x, x[1 : 1 + batch]])
+            before[i] = x[1 : 1 + batch].clone()  # not a view: that would hold the memory of all streams of its time
+        out = branch(h, None if masks is None else masks[: x.shape[0]])
+        del h  # every stream's, so neither it nor `out` may outlive its use
+        joining = [before.pop(unit.start) for unit in plan.units if unit.stop == i + 1]
+        if joining:
+            # The new stream skips the branch: it enters the op as sequences without branch rows. Only here, as late as
+            # it can: on the reference path each op with fewer branch rows than sequences copies all of them.
+            x = torch.cat([x, *joining])
         x, h = between(modulation, i, x, out, samples[: x.shape[0]])
         del out
     del h

@@ -92,7 +92,7 @@ def test_the_launches_are_those_of_the_plan(on_a_device, blocks, branches):
     down = [shapes[1] for name, shapes in launches.log if name == "aten::addmm" and (128, 32) in shapes]
     assert [shape[0] // FRAMES for shape in down[1:]] == rows[1::2]  # the first is the time embedding's
     closed = [shapes for name, shapes in launches.log if name.startswith("agrepa_fast::gated_residual")]
-    entered = [sum(unit.start <= i for unit in plan.units) for i in range(2 * DEPTH)]
+    entered = [sum(unit.stop <= i + 1 for unit in plan.units) for i in range(2 * DEPTH)]
     assert [shapes[1][0] for shapes in closed] == rows
     assert [shapes[0][0] for shapes in closed] == [1 + SAMPLES * (1 + count) for count in entered]
     # Modulation is indexed by sample, never repeated for the streams.
