@@ -184,8 +184,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and detached metrics on the device.
 
-        align_weight: a scalar; None leaves alignment out (its forward too). "flow_loss/t0" to "t3" are the
-        flow-matching losses of the samples with t in each quarter of [0, 1), nan where there is none.
+        align_weight: a scalar; None leaves alignment out (its forward too). "flow_loss_t/0-0.25" and so on are
+        the flow-matching losses of the samples with t in each quarter of [0, 1), nan where there is none.
         """
         x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
         embedding = self.backbone.embed_tokens(inputs)
@@ -264,7 +264,8 @@ def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Mean of the samples' losses [B] by quarter of t [B]; nan where a quarter has none."""
     inside = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1) == torch.arange(TIME_BINS, device=t.device).unsqueeze(1)
     means = torch.where(inside, loss, 0).sum(1) / inside.sum(1)
-    return {f"flow_loss/t{number}": mean for number, mean in enumerate(means.unbind())}
+    edges = [number / TIME_BINS for number in range(TIME_BINS + 1)]
+    return {f"flow_loss_t/{edges[n]:g}-{edges[n + 1]:g}": mean for n, mean in enumerate(means.unbind())}
 
 
 def pool_target(target: Tensor, mask: Tensor) -> Tensor:

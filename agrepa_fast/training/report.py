@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..attribution.report import plot_layer_t_map, plot_scores, unit_weight
 from ..attribution.scd import plot_scd, read_scd
@@ -30,9 +30,7 @@ from .plots import (
     plot_losses,
     series,
 )
-
-if TYPE_CHECKING:
-    pass
+from .vitals import vitals_section
 
 Log = list[dict[str, Any]]
 
@@ -102,6 +100,7 @@ def write_report(run_dir: Path) -> Path:
         ("foga", "Layer contribution (FoG-A)", scores_problem or _foga_section(run_dir, scores, selection)),
         ("scd", "What layers store (LASP) and what they use (FoG-A)", _scd_section(run_dir)),
         ("selection", "Selected layers", _selection_section(log, selection, selection_problem)),
+        ("vitals", "Speed and health", vitals_section(log) or MISSING),
         ("samples", "Samples", _samples_section(run_dir, log)),
         ("skipped", "Skipped files", _skipped_section(whole_log, skipped)),
         ("config", "Configuration", _config_section(run_dir / "config.yaml")),

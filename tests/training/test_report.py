@@ -26,9 +26,11 @@ from agrepa_fast.training.plots import (
     series,
 )
 from agrepa_fast.training.report import MISSING, read_log, write_report
+from agrepa_fast.training.vitals import vitals_section
 
 KINDS = ("FoG-A", "LASP", "CKA")
-SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "samples", "skipped", "config", "versions"}
+SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "vitals", "samples", "skipped"}
+SECTIONS |= {"config", "versions"}
 NOT_RECORDED = "not recorded in this run"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -268,6 +270,34 @@ def test_foga_table_is_the_csv_s(page):
     assert [a.get("class") for tag, a in page.tags if tag == "tr"].count("chosen") == 2
     # the CSV does not hold the metric, the selection does
     assert "metric squared" in page.sections["foga"]
+
+
+def test_vitals_are_the_log_s():
+    log = [
+        {"event": "start", "engine": "graph", "ranks": 2, "matmul_flops": 5e14},
+        {"event": "probe", "step": 2, "share": 0.5},
+        {"event": "probe", "step": 9, "share": 0.0123},
+    ]
+    for step, mfu in enumerate((0.2, 0.4, 0.3), start=1):
+        rates = {"samples_per_second": 10.0 * step, "frames_per_second": 100.0, "mfu": mfu, "watts": 600.0 + step}
+        losses = {"flow_loss_t/0-0.25": 2.0 / step, "flow_loss_t/0.25-0.5": 4.0}
+        log.append(
+            {"event": "train", "step": step, "memory_bytes": 1e9 * step, "skipped_steps": step, **rates, **losses}
+        )
+    log += [{"event": "gradients", "step": s, "gradient_cosine/3": v} for s, v in ((1, 0.5), (2, -0.25), (3, 0.125))]
+    [rows] = Page(f'<section id="vitals">{vitals_section(log)}</section>').rows.values()
+    said = {row[0]: row[1:] for row in rows}
+    assert said["samples per second, median"] == ["20"]
+    assert said["MFU, median"][0].startswith("30.0% of 500 TFLOP/s")
+    assert said["memory, first and last line"] == ["1.00 GB, 3.00 GB"]
+    assert said["power, median"] == ["602 W"]
+    assert said["steps dropped (gradients not finite)"] == ["3"]
+    assert said["share of the run's time in probes, when the last one ended"] == ["1.23%"]
+    assert (said["engine"], said["ranks"]) == (["graph"], ["2"])
+    assert said["0-0.25"] == ["2", "0.6667"]
+    assert said["0.25-0.5"] == ["4", "4"]
+    assert said["3"] == ["0.500", "0.125", "-0.250 at 2"]
+    assert vitals_section([]) == ""
 
 
 def test_samples_carry_their_sound_beside_the_reference(run, page):

@@ -77,7 +77,7 @@ def test_a_log_line_has_rates_and_losses_by_time(tiny_config):
     [*_, last] = events(run_dir, "train")
     assert {"samples_per_second", "frames_per_second", "mfu", "memory_bytes", "skipped_steps"} <= last.keys()
     assert last["skipped_steps"] == 0
-    by_time = [last[key] for key in last if key.startswith("flow_loss/t")]
+    by_time = [last[key] for key in last if key.startswith("flow_loss_t/")]
     assert 1 <= len(by_time) <= 4
     assert min(by_time) <= last["flow_loss"] <= max(by_time)
     [start] = events(run_dir, "start")
