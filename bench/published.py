@@ -30,24 +30,25 @@ class Block(nn.Module):
         self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, width))
         self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, key_mask: Tensor | None = None) -> Tensor:
         modulation = self.time_mlp(embedded).unsqueeze(1).chunk(6, dim=-1)
         scale_attn, shift_attn, scale_ff, shift_ff, gate_attn, gate_ff = modulation
         h = self.norm1(x) * (1 + scale_attn) + shift_attn
-        x = x + gate_attn * self._attend(h)
+        x = x + gate_attn * self._attend(h, key_mask)
         h = self.norm2(x) * (1 + scale_ff) + shift_ff
         return x + gate_ff * self.ff(h)
 
-    def _attend(self, h: Tensor) -> Tensor:
+    def _attend(self, h: Tensor, key_mask: Tensor | None) -> Tensor:
         if self.keep_weights:
-            mixed, _ = self.attn(h, h, h, need_weights=True)
+            mixed, _ = self.attn(h, h, h, need_weights=True, key_padding_mask=None if key_mask is None else ~key_mask)
             return mixed
         batch, frames, width = h.shape
         heads = self.attn.num_heads
         qkv = F.linear(h, self.attn.in_proj_weight, self.attn.in_proj_bias)
         q, k, v = (part.view(batch, frames, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         dropout = self.attn.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        attend = None if key_mask is None else key_mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         return self.attn.out_proj(mixed.transpose(1, 2).reshape(batch, frames, width))
 
 
@@ -84,15 +85,17 @@ class PublishedDiT(nn.Module):
         skip: int | None = None,
         hidden_layers: Sequence[int] = (),
         run_block: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Velocity, with block `skip` switched off, and the hidden states asked for.
 
+        mask: [B, T] bool, frames to attend to (the released code has none).
         run_block: how a block is called (a compiled one), or None for plainly."""
         x, embedded = self.begin(x_t, t, cond)
         hidden = {}
         for layer, block in enumerate(self.blocks):
             if layer != skip:
-                x = block(x, embedded) if run_block is None else run_block(block, x, embedded)
+                x = block(x, embedded, mask) if run_block is None else run_block(block, x, embedded)
             if layer in hidden_layers:
                 hidden[layer] = x
         return self.output_layer(x), hidden

@@ -155,14 +155,17 @@ TARGETS = (
         over("SDPA form, compiled"),
         _STEP,
     ),
-    Target(
-        "cpu",
-        "Training step, small preset, float32",
-        ">= 1.3x the straightforward form",
-        "trainer",
-        1.3,
-        over("straightforward"),
-        {"preset": "small"},
+    *(
+        Target(
+            "cpu",
+            f"Training step, small preset, float32, clips of {lengths} length",
+            ">= 1.3x the straightforward form",
+            "trainer",
+            1.3,
+            over("straightforward"),
+            {"preset": "small", "lengths": lengths},
+        )
+        for lengths in ("mixed", "equal")
     ),
     Target(
         "cpu", "FoG-A at 12 layers, float32", ">= 1.85x an SDPA loop", "foga", 1.85, over("SDPA loop"), {"layers": 12}

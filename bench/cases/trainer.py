@@ -1,7 +1,9 @@
 """What each change that the trainer makes to a straightforward step is worth, one after the other.
 
-The same model, loss, random numbers and batch for all; from the second provider on each keeps what the one before
+The same model, loss, random numbers and clips for all; from the second provider on each keeps what the one before
 changed. mel [B, T, M], tokens [B, S, 1], two teachers' pooled features. Dropout is 0, so that losses can be compared.
+Clips of equal length, or mixed: two of each quarter of T, which the straightforward form pads to T, and which the
+trainer takes in four buckets whose gradients it averages.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,20 +41,24 @@ TOY = ("model.depth=3", "model.width=16", "model.heads=2", "model.token_width=8"
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
     if scale == "toy":
-        return [_problem("small", 2, 16, "float32", TOY)]
+        return [_problem("small", 2, 16, "equal", "float32", TOY), _problem("small", 8, 16, "mixed", "float32", TOY)]
     if device.type == "cpu":
-        return [_problem("demo", 4, 128, "float32") if scale == "quick" else _problem("small", 4, 256, "float32")]
-    sizes = [("small", 16), ("paper", 16)] if scale == "full" else [("small", 16)]
-    return [_problem(name, batch, 938, "bfloat16") for name, batch in sizes]
+        name, frames = ("demo", 128) if scale == "quick" else ("small", 256)
+        sizes = [(4, "equal")] if scale == "quick" else [(4, "equal"), (8, "mixed")]
+        return [_problem(name, batch, frames, lengths, "float32") for batch, lengths in sizes]
+    found = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
+    return found + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
 
 
-def _problem(preset: str, batch: int, frames: int, dtype: str, changes: tuple[str, ...] = ()) -> Problem:
+def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, changes: tuple[str, ...] = ()) -> Problem:
     config = load_config(preset, [*changes, "model.dropout=0.0"])
     weights = config.model.depth * (4 + 2 * config.model.ff_ratio + 6) * config.model.width**2
-    rows = config.model.depth * 12 * batch * frames * config.model.width
+    clips = Counter(_lengths(batch, frames, lengths))
+    rows = config.model.depth * 12 * sum(length * count for length, count in clips.items()) * config.model.width
     return Problem(
         params={
             "preset": preset,
+            "lengths": lengths,
             "layers": config.model.depth,
             "width": config.model.width,
             "frames": frames,
@@ -59,22 +67,31 @@ def _problem(preset: str, batch: int, frames: int, dtype: str, changes: tuple[st
         },
         dtype=dtype,
         bytes=4 * 8 * weights + 3 * dtype_of(dtype).itemsize * rows,
-        flops=3 * forward_flops(config.dit, batch, frames),
-        build=functools.partial(_build, config, batch, frames, dtype),
+        flops=3 * sum(forward_flops(config.dit, count, length) for length, count in clips.items()),
+        build=functools.partial(_build, config, batch, frames, lengths, dtype),
     )
 
 
-def _draw(config: RunConfig, batch: int, frames: int, device: torch.device) -> tuple[StepInputs, Draws]:
+def _lengths(batch: int, frames: int, lengths: str) -> list[int]:
+    """Frames of each clip; mixed ones in ascending order, as many of each of four lengths."""
+    if lengths == "equal":
+        return [frames] * batch
+    return [frames * (1 + 4 * n // batch) // 4 for n in range(batch)]
+
+
+def _draw(config: RunConfig, lengths: list[int], device: torch.device) -> tuple[StepInputs, Draws]:
+    """One batch, padded to the longest clip; every other clip is speech."""
+    batch, frames = len(lengths), max(lengths)
     draw = functools.partial(torch.randn, device=device)
-    valid = torch.ones(batch, frames, dtype=torch.bool, device=device)
+    valid = torch.arange(frames, device=device) < torch.tensor(lengths, device=device)[:, None]
     speech = torch.arange(batch, device=device) % 2 == 0
     kept = torch.ones(batch, dtype=torch.bool, device=device)
     inputs = StepInputs(
-        mel=draw(batch, frames, config.mel.mels),
+        mel=draw(batch, frames, config.mel.mels) * valid[..., None],
         mask=valid,
-        prompt=torch.arange(frames, device=device).expand(batch, frames) < frames // 4,
+        prompt=torch.arange(frames, device=device).expand(batch, frames) < min(lengths) // 4,
         tokens=torch.randint(1, 256, (batch, frames // 8, 1), device=device),
-        token_lengths=torch.full((batch,), frames // 8, device=device),
+        token_lengths=torch.tensor(lengths, device=device) // 8,
         vocabulary=torch.zeros(batch, dtype=torch.int64, device=device),
         targets={name: draw(batch, width) for name, width in TEACHERS.items()},
         target_mask=valid,
@@ -85,36 +102,72 @@ def _draw(config: RunConfig, batch: int, frames: int, device: torch.device) -> t
     return inputs, Draws(torch.rand(batch, device=device), noise, kept, kept)
 
 
+def _buckets(inputs: StepInputs, draws: Draws, lengths: list[int]) -> tuple[list[StepInputs], list[Draws]]:
+    """The batch by length, each part padded to its own."""
+    parts, numbers = [], []
+    for length in sorted(set(lengths)):
+        rows = slice(lengths.index(length), lengths.index(length) + lengths.count(length))
+
+        def cut(value: Any, rows: slice = rows, length: int = length) -> Any:
+            if isinstance(value, dict):
+                return {name: cut(item) for name, item in value.items()}
+            whole = value.dim() > 1 and value.shape[1] == max(lengths)
+            return value[rows, :length].contiguous() if whole else value[rows].contiguous()
+
+        parts.append(StepInputs(**{f.name: cut(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)}))
+        numbers.append(Draws(*(cut(value) for value in draws)))
+    return parts, numbers
+
+
 class Watched(TrainStep):
     """The trainer's step, with the loss and the gradient norm where the gate finds them."""
 
-    seen: Outputs = ()
+    losses: list[Tensor]
+    norm: Tensor
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.losses = []
+        add = self.meter.add
+
+        def seen(metrics: Mapping[str, Tensor]) -> None:
+            self.losses.append(metrics["loss"])
+            add(metrics)
+
+        self.meter.add = seen  # type: ignore[method-assign]
+
+    def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
+        self.losses.clear()
+        super()._run(inputs, aligned)
 
     def _update(self, metrics: dict[str, Tensor]) -> None:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         # First: AdamW leaves them clipped.
-        self.seen = (metrics["loss"], nn.utils.get_total_norm(gradients))
+        self.norm = nn.utils.get_total_norm(gradients)
         super()._update(metrics)
 
 
-def _build(config: RunConfig, batch: int, frames: int, dtype: str, device: torch.device) -> Setup:
+def _build(config: RunConfig, batch: int, frames: int, lengths: str, dtype: str, device: torch.device) -> Setup:
     torch.manual_seed(0)
     origin = Objective(config, TEACHERS, torch.Generator(device)).to(device)
     origin.backbone.network.load_state_dict(random_dit(config.dit).state_dict())
     origin.alignment.select(selected(config.model.depth))
-    inputs, draws = _draw(config, batch, frames, device)
+    clips = _lengths(batch, frames, lengths)
+    inputs, draws = _draw(config, clips, device)
+    parts, numbers = _buckets(inputs, draws, clips)
     bf16 = dtype == "bfloat16"
 
     def trainer(engine: str) -> Run:
         objective = copy.deepcopy(origin)
-        objective.draw = lambda inputs, generator=None: draws  # type: ignore[method-assign]
+        turn = itertools.cycle(numbers)
+        objective.draw = lambda inputs, generator=None: next(turn)  # type: ignore[method-assign]
         optimizer = build_optimizer(objective, config, capturable=engine == "graph")
         ema = Ema(objective.backbone, config.optimizer.ema_decay)
         step = Watched(objective, optimizer, ema, config, device, bf16, engine)
 
         def run() -> Outputs:
-            step([inputs], ALIGN_WEIGHT, LR)
-            return step.seen
+            step(parts, ALIGN_WEIGHT, LR)
+            return torch.stack(step.losses).mean(), step.norm
 
         return run
 
@@ -127,8 +180,10 @@ def _build(config: RunConfig, batch: int, frames: int, dtype: str, device: torch
         given, numbers = StepInputs(**values), Draws(*(_double(value) for value in draws))
         return _straight(wide, given, numbers, config, "float32", device)()
 
+    # What train.engine=auto is here.
+    auto = "eager" if device.type == "cpu" else "graph" if len(parts) == 1 else "compile"
     providers = [
-        Provider("ours", "ours", lambda: trainer("graph" if device.type == "cuda" else "eager")),
+        Provider("ours", "ours", lambda: trainer(auto)),
         Provider("straightforward", "rival", straight),
         Provider("+ one modulation Linear, one op between branches", "engine", lambda: straight(network="ours")),
         Provider(
@@ -183,13 +238,17 @@ def _straight(
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=config.optimizer.weight_decay)
     average = [p.detach().clone() for p in trained]
     weight = torch.tensor(ALIGN_WEIGHT, device=device)
+    # Without padding there is nothing to mask: the fast attention kernels take no mask.
+    mask = None if inputs.mask.all() else inputs.mask
 
     def published_loss() -> tuple[Tensor, list[Tensor]]:
         time = draws.t[:, None, None]
         x_t = (1 - time) * draws.noise + time * inputs.mel
         cond = assemble_condition(backbone.embed_tokens(inputs), inputs.mel, inputs.prompt)
-        velocity, hidden = call(x_t, draws.t, cond, hidden_layers=layers)
-        total = flow = F.mse_loss(velocity, inputs.mel - draws.noise)
+        velocity, hidden = call(x_t, draws.t, cond, hidden_layers=layers, mask=mask)
+        frames = inputs.mask.sum(1)
+        error = ((velocity - (inputs.mel - draws.noise)).square().mean(-1) * inputs.mask).sum(1) / frames
+        total = flow = error.mean()
         seen = [flow]
         for layer in layers:
             for name in TEACHERS:
@@ -197,7 +256,7 @@ def _straight(
                 if not kept.any():
                     continue
                 head: Any = alignment.heads.get_submodule(f"{name}.{layer}")
-                pooled = hidden[layer][kept].mean(1)
+                pooled = (hidden[layer] * inputs.mask[..., None])[kept].sum(1) / frames[kept, None]
                 projected = head.output(F.gelu(head.hidden(F.layer_norm(pooled, (pooled.shape[-1],)))))
                 distance = (1 - F.cosine_similarity(projected, inputs.targets[name][kept], dim=-1)).mean()
                 seen.append(distance)
