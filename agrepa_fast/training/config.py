@@ -227,11 +227,11 @@ RUN_PRESETS: dict[str, RunConfig] = {
     ),
     "base": _run_preset(
         "base",
-        data=DataConfig(frames_per_batch=16_384),
+        data=DataConfig(frames_per_batch=16_384, workers=8),
         optimizer=OptimizerConfig(lr=2e-4, initial_lr=2e-5),
         train=TrainConfig(steps=200_000),
     ),
-    "paper": _run_preset("paper", data=DataConfig(frames_per_batch=16_384)),
+    "paper": _run_preset("paper", data=DataConfig(frames_per_batch=16_384, workers=8)),
 }
 
 
