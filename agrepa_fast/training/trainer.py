@@ -98,7 +98,8 @@ class Trainer:
         self.average: list[float] | None = None  # of the scores over probes
         self.probed = -1  # the step of the last probe
         self.unreadable: set[Path] = set()
-        self.stopping = False
+        self.signalled = False  # a signal came to this rank
+        self.stopping = False  # all ranks have agreed to end
         self.seconds_before = 0.0
         self.probe_seconds = 0.0
         self.began = time.perf_counter()
@@ -173,7 +174,7 @@ class Trainer:
                 self._log_train(progress)
             if ranks() == 1 or at_line:
                 # Ranks are at different steps when a signal comes; here they are at the same one.
-                self.stopping = any(gather(self.stopping))
+                self.stopping = any(gather(self.signalled))
             with self._paused():
                 if self.step % train.valid_every == 0 or self.step == train.steps:
                     self._validate()
@@ -501,6 +502,7 @@ class Trainer:
             "seconds": self._seconds(),
             "probe_seconds": self.probe_seconds,
             "log_bytes": self.log.position,
+            "device": self.device.type,
             "generator": self.objective.generator.get_state(),
             "rng": [list(states) for states in rng],
             "selection": None if self.selection is None else self.selection.state(),
@@ -534,11 +536,15 @@ class Trainer:
             self.scores = LayerScores.from_state(state["scores"])
         if state["selection"] is not None:
             self._select(LayerSelection.from_state(state["selection"]))
+        if state["device"] != self.device.type:
+            # Generators of different devices draw different numbers: the run goes on, if not exactly.
+            self.objective.generator.manual_seed(self.config.train.seed + self.step)
+            return
         self.objective.generator.set_state(state["generator"])
         if len(state["rng"]) == ranks():
             own_cpu, own_cuda = state["rng"][rank()]
             torch.set_rng_state(own_cpu)
-            if own_cuda is not None and self.device.type == "cuda":
+            if own_cuda is not None:
                 torch.cuda.set_rng_state(own_cuda, self.device)
 
     @contextmanager
@@ -546,9 +552,9 @@ class Trainer:
         """The first SIGINT or SIGTERM ends the run after its step; a second SIGINT interrupts at once."""
 
         def stop(number: int, frame: Any) -> None:
-            if self.stopping and number == signal.SIGINT:
+            if self.signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stopping = True
+            self.signalled = True
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on_along_the_same_curve(tmp_path):
     call = TrainStep.__call__
 
     def stop(self, *arguments):
-        trainer.stopping = trainer.step == 29
+        trainer.signalled = trainer.step == 29
         call(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
