@@ -287,15 +287,15 @@ def test_vitals_are_the_log_s():
     log += [{"event": "gradients", "step": s, "gradient_cosine/3": v} for s, v in ((1, 0.5), (2, -0.25), (3, 0.125))]
     [rows] = Page(f'<section id="vitals">{vitals_section(log)}</section>').rows.values()
     said = {row[0]: row[1:] for row in rows}
-    assert said["samples per second, median"] == ["20"]
+    assert said["samples per second, median"] == ["20.00"]
     assert said["MFU, median"][0].startswith("30.0% of 500 TFLOP/s")
     assert said["memory, first and last line"] == ["1.00 GB, 3.00 GB"]
-    assert said["power, median"] == ["602 W"]
+    assert said["power, median"] == ["602.0 W"]
     assert said["steps dropped (gradients not finite)"] == ["3"]
     assert said["share of the run's time in probes, when the last one ended"] == ["1.23%"]
     assert (said["engine"], said["ranks"]) == (["graph"], ["2"])
-    assert said["0-0.25"] == ["2", "0.6667"]
-    assert said["0.25-0.5"] == ["4", "4"]
+    assert said["0-0.25"] == ["2.000", "0.6667"]
+    assert said["0.25-0.5"] == ["4.000", "4.000"]
     assert said["3"] == ["0.500", "0.125", "-0.250 at 2"]
     assert vitals_section([]) == ""
 
