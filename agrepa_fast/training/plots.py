@@ -55,9 +55,9 @@ def series(log: list[dict[str, Any]], event: str, key: str) -> tuple[NDArray[Any
     return table[:, 0], table[:, 1]
 
 
-def keys_under(log: list[dict[str, Any]], prefix: str) -> list[str]:
-    """The keys that start with `prefix` in train and valid entries; numbers in them sort as numbers."""
-    keys = {key for entry in log if entry.get("event") in ("train", "valid") for key in entry}
+def keys_under(log: list[dict[str, Any]], prefix: str, events: tuple[str, ...] = ("train", "valid")) -> list[str]:
+    """The keys that start with `prefix` in entries of `events`; numbers in them sort as numbers."""
+    keys = {key for entry in log if entry.get("event") in events for key in entry}
     return sorted((key for key in keys if key.startswith(prefix) and key != prefix), key=_natural)
 
 

@@ -72,7 +72,7 @@ def _by_time(log: Log) -> str:
 
 def _gradients(log: Log) -> str:
     rows = []
-    for key in keys_under(log, GRADIENTS):
+    for key in keys_under(log, GRADIENTS, ("gradients",)):
         steps, values = series(log, "gradients", key)
         if len(values):
             lowest = int(values.argmin())

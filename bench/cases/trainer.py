@@ -189,8 +189,9 @@ def _build(config: RunConfig, batch: int, frames: int, lengths: str, dtype: str,
         Provider(
             "+ domains as weights, no .item()", "engine", lambda: straight(network="ours", loss="ours", items=False)
         ),
-        Provider("trainer, compiled", "engine", lambda: trainer("compile")),
     ]
+    if len(parts) == 1:  # a compilation for each of the mixed lengths would take longer than all the rest
+        providers.append(Provider("trainer, compiled", "engine", lambda: trainer("compile")))
     if device.type == "cuda":
         providers += [
             Provider("trainer, eager", "engine", lambda: trainer("eager")),
