@@ -54,6 +54,7 @@ ODD_WIDTHS = (72, 384, 760, 1152, 1500)
 SUM_WIDTHS = (1024, 1500)  # the sum of partial rows has one tile; it is compiled for 16- and for 8-byte rows
 SEQUENCES, FRAMES, STREAMS = 8, 2048, 13
 RESIDUAL = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
+JOIN = "gated_residual_norm + join"  # as many sequences join as there are
 _FAMILY = {"projection_cosine_loss": "cosine_rows", "cosine_loss": "cosine_rows"}
 _TYPES = {
     torch.float32: "fp32",
@@ -114,7 +115,7 @@ def cases() -> list[Case]:
     """Every kernel, dtype, norm and launch configuration.
 
     `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, odd widths and the
-    halves of the cosine kernel are compiled in two dtypes; widths that may spill in one."""
+    halves of the cosine kernel are compiled in two dtypes; widths that may spill in one. With `join`: one width."""
     found = []
     for direction in ("forward", "backward"):
         widths = _widths(f"residual_{direction}")
@@ -133,6 +134,7 @@ def cases() -> list[Case]:
         found += [Case("velocity_delta", direction, 100, dtype) for dtype in ("fp32", "bf16")]
         for dtype in TWO:
             found += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
+    found += [Case(JOIN, "forward", 1024, dtype, "layer") for dtype in ("bf16+fp32", "fp32", "bf16", "fp16")]
     for dtype in DTYPES:
         found += [Case("projection_cosine_loss", "forward", width, dtype) for width in _widths("cosine_rows")]
     found += [Case("projection_cosine_loss", "forward", 1152, dtype) for dtype in TWO]
@@ -183,10 +185,12 @@ def launches(case: Case, target: str) -> list[Launch]:
             if case.op == "gated_residual":
                 shift = scale = None
             branch = None if gate is None else x
-            s = None if gate is None else empty(SEQUENCES, dtype=other)
-            index = empty(SEQUENCES, dtype=torch.int64)
+            join = x if case.op == JOIN else None
+            sequences = 2 * SEQUENCES if case.op == JOIN else SEQUENCES
+            s = None if gate is None else empty(sequences, dtype=other)
+            index = empty(sequences, dtype=torch.int64)
             if forward:
-                residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, rms)
+                residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, rms, join=join)
             else:
                 mean, rstd = (None, None) if scale is None else (empty(0) if rms else rows, rows)
                 grad_h = None if scale is None else x
@@ -379,7 +383,8 @@ def _lines(rows: list[Compiled]) -> Iterator[str]:
     yield "Written by `python -m agrepa_fast.kernels.compile_matrix docs/ops/compile-matrix.md`; nothing here was run."
     yield f"Triton {triton.__version__}. `gated_residual_norm` is the residual kernels whole: in every dtype and norm,"
     yield f"at the widest row of each tile in the launch tables up to {SPILL_FREE}. The two ops that leave a part of it"
-    yield "out, odd widths and the halves of the cosine kernel are compiled in two dtypes, widths beyond in one."
+    yield "out, odd widths and the halves of the cosine kernel are compiled in two dtypes, widths beyond in one. With"
+    yield "`join`, which brings as many sequences as there are, the forward kernel is compiled at one width."
     yield ""
     yield "Dtype: stream + modulation, or prediction + target. Registers are per thread; a trailing `+n` are n spills."
     yield "16-byte: share of the stream's bytes that 16-byte instructions load / store in the sm90 PTX; none where the"

@@ -3,11 +3,12 @@
     x' = x + s gate branch        h = norm(x') (1 + scale) + shift        norm: layer or rms, no affine
 
 x, branch [R, T, D]; gate, shift, scale [B, D], read through the sample of each sequence, never expanded; s [R].
-Without shift and scale there is no norm (`gated_residual`), without branch no sum (`layer_norm_modulate`).
+Without shift and scale there is no norm (`gated_residual`), without branch no sum (`layer_norm_modulate`). The rows of
+`join` [J, T, D] come after those of x, without a branch: what would be a copy of both into one tensor is not made.
 
 Bytes per row of D elements of b bytes (the modulation is read once per program, from L2 after the first):
     forward   gated_residual_norm  4 D b + 8    read x, branch; write x', h, mean, rstd
-              layer_norm_modulate  2 D b + 8    gated_residual 3 D b
+              layer_norm_modulate  2 D b + 8    gated_residual 3 D b    a row of join: D b less (no branch)
     backward  gated_residual_norm  6 D b + 8    read dx', dh, x', branch; write dx, dbranch
               layer_norm_modulate  3 D b + 8    gated_residual 3 D b (dx is dx' itself)
 The normalised row is recomputed from x', which the next op holds anyway: saving it would cost 2 D b more. The
@@ -40,6 +41,7 @@ from .launch import (
 # Strides and sizes change from batch to batch; specialising on them would compile the kernels again and again.
 _STRIDES = ["x_sequence", "x_row", "branch_sequence", "branch_row", "gate_row", "scale_row"]
 _SIZES = ["active", "samples", "frames", "tokens"]
+_JOIN = ["join_sequence", "join_row", "own"]
 _SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 16, 64, 4  # tile of the kernel that adds up partial rows
 
 
@@ -72,9 +74,10 @@ def _times(s, gate):
     return tl.where(s != 0, s * gate, 0.0)
 
 
-@triton.jit(do_not_specialize=[*_STRIDES, "shift_row", *_SIZES])
+@triton.jit(do_not_specialize=[*_STRIDES, "shift_row", *_SIZES, *_JOIN])
 def _forward_kernel(
     x_ptr,
+    join_ptr,
     branch_ptr,
     gate_ptr,
     shift_ptr,
@@ -87,11 +90,14 @@ def _forward_kernel(
     rstd_ptr,
     x_sequence,
     x_row,
+    join_sequence,
+    join_row,
     branch_sequence,
     branch_row,
     gate_row,
     shift_row,
     scale_row,
+    own,
     active,
     samples,
     frames,
@@ -133,13 +139,22 @@ def _forward_kernel(
             shift1 = tl.load(shift_ptrs + c1, mask=in1, other=0.0).to(ACC)
             scale1 = 1.0 + tl.load(scale_ptrs + c1, mask=in1, other=0.0).to(ACC)
 
+    # One load serves both tensors: whose rows a sequence reads is chosen once, before the loop.
+    source_ptr, source, source_sequence, source_row = x_ptr, sequence, x_sequence, x_row
+    if join_ptr is not None:
+        joins = sequence >= own
+        source_ptr = tl.where(joins, join_ptr, x_ptr)
+        source = tl.where(joins, sequence - own, sequence)
+        source_sequence = tl.where(joins, join_sequence, x_sequence)
+        source_row = tl.where(joins, join_row, x_row)
+
     # `while`, not `range`: the interpreter cannot take a range over kernel values under NumPy 2.4.
     start = first
     while start < last:
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_t = t < last
         row = sequence * frames + t
-        x_ptrs = x_ptr + (UNIT * (sequence * x_sequence + t * x_row))[:, None]
+        x_ptrs = source_ptr + (UNIT * (source * source_sequence + t * source_row))[:, None]
         mask0 = in_t[:, None] & in0[None, :]
         x0 = tl.load(x_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
         if TAIL:
@@ -439,36 +454,42 @@ def forward(
     eps: float,
     rms: bool,
     config: LaunchConfig | None = None,
+    join: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run the forward kernel on checked arguments; `branch` and `gate`, or `shift` and `scale`, may be None.
 
-    x [R, T, D], branch [R' <= R, T, D], gate, shift, scale [B, D], stream_scale [R], sample_index [R].
+    x [S, T, D], join [R - S, T, D] in x's dtype (only beside a branch; None where S = R), branch [R' <= S, T, D],
+    gate, shift, scale [B, D], stream_scale [R], sample_index [R].
 
     Returns:
         x' [R, T, D] (None without branch), h [R, T, D], mean (empty for rms) and rstd [R, T] in float32 or float64
         (None without scale), all contiguous.
     """
-    x = row_contiguous(x)
+    x, own = row_contiguous(x), x.shape[0]
+    shape = x.shape
+    if join is not None:
+        join = row_contiguous(join)
+        shape = torch.Size((own + join.shape[0], *shape[1:]))
     branch, gate, shift, scale = [None if m is None else row_contiguous(m) for m in (branch, gate, shift, scale)]
     stream_scale, sample_index = _dense(stream_scale), _dense(sample_index)
-    shape = x.shape
     config = config or configuration("residual_forward", shape[2], x.device)
     dtype, acc = accumulator(x)
-    x_new = None if branch is None else fresh(x)
+    out = fresh(x) if join is None else x.new_empty(shape)  # x' or, without a branch, h
+    x_new = None if branch is None else out
     h = mean = rstd = None
     if scale is not None:
-        h = fresh(x)
+        h = out if x_new is None else fresh(out)
         rstd = torch.empty(shape[:2], dtype=dtype, device=x.device)
         mean = rstd.new_empty((0,)) if rms else fresh(rstd)
-    strides = (*_strides(x), *_strides(branch), _row_stride(gate), _row_stride(shift), _row_stride(scale))
+    strides = (*_strides(x), *_strides(join), *_strides(branch), *(_row_stride(m) for m in (gate, shift, scale)))
     per_sequence, tokens, strides, tile = _plan(config, shape, strides)
     launch(
         _forward_kernel,
         x.device,
         shape[0] * per_sequence,
-        *(x, branch, gate, shift, scale, stream_scale, sample_index, x_new, h, mean, rstd),
+        *(x, join, branch, gate, shift, scale, stream_scale, sample_index, x_new, h, mean, rstd),
         *strides,
-        *(0 if branch is None else branch.shape[0], _samples(gate, scale), shape[1], tokens),
+        *(own, 0 if branch is None else branch.shape[0], _samples(gate, scale), shape[1], tokens),
         num_warps=config.num_warps,
         EPS=eps,
         RMS=rms,

@@ -39,16 +39,23 @@ def nudged(x: Tensor) -> Tensor:
 
 
 def between(
-    modulation: Sequence[Modulation], i: int, x: Tensor, out: Tensor, rows: Tensor, scale: Tensor | None = None
+    modulation: Sequence[Modulation],
+    i: int,
+    x: Tensor,
+    out: Tensor,
+    rows: Tensor,
+    scale: Tensor | None = None,
+    join: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Close branch i and open branch i + 1, or just close the last one; rows [R] int64, the sample of each sequence."""
+    """Close branch i and open branch i + 1, or just close the last one; rows [R] int64, the sample of each sequence,
+    those of `join` at the end."""
     gate = modulation[i].gate
     if i + 1 == len(modulation):
-        x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows)
+        x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows, join=join)
         return x, x
     opening = modulation[i + 1]
     return ops.gated_residual_norm(
-        x, out, gate, opening.shift, opening.scale, stream_scale=scale, sample_index=rows, eps=EPS
+        x, out, gate, opening.shift, opening.scale, stream_scale=scale, sample_index=rows, join=join, eps=EPS
     )
 
 
@@ -60,23 +67,24 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
     h = ops.layer_norm_modulate(
         x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
     )
-    # Of the baseline, the state before each unit that has started and not yet joined.
+    # Of the baseline, the state before each unit that has started; it joins where the unit stops.
     before: dict[int, Tensor] = {}
     for i, branch in enumerate(model.branches):
-        if any(unit.start == i for unit in plan.units):
-            before[i] = x[1 : 1 + batch].clone()  # not a view: that would hold the memory of all streams of its time
+        for unit in plan.units:
+            if unit.start == i:
+                before[unit.stop] = x[1 : 1 + batch]
+                if unit.stop > i + 1:  # a view would hold the memory of all streams of its time
+                    before[unit.stop] = before[unit.stop].clone()
         out = branch(h, None if masks is None else masks[: x.shape[0]])
         del h  # every stream's, so neither it nor `out` may outlive its use
-        joining = [before.pop(unit.start) for unit in plan.units if unit.stop == i + 1]
-        if joining:
-            # The new stream skips the branch: it enters the op as sequences without branch rows. Only here, as late as
-            # it can: on the reference path each op with fewer branch rows than sequences copies all of them.
-            x = torch.cat([x, *joining])
-        x, h = between(modulation, i, x, out, samples[: x.shape[0]])
-        del out
+        # The new stream skips the branch; the op that closes it writes that stream behind the others.
+        join = before.pop(i + 1, None)
+        rows = samples[: x.shape[0] + (0 if join is None else batch)]
+        x, h = between(modulation, i, x, out, rows, join=join)
+        del out, join
     del h
     velocity = model.close(x)
-    return velocity[:1], velocity[1:].unflatten(0, (-1, batch))
+    return velocity[:1], velocity[1:].unflatten(0, (plan.streams, batch))
 
 
 def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -114,18 +114,17 @@ class AblationPlan:
         control = 1 / samples  # of the noise floor: one sample more
         for i in range(2 * self.depth):
             r = self.active(i) + control
-            # The baseline's kept states, and the streams that enter as the branch is closed.
-            kept = sum(unit.start <= i < unit.stop for unit in self.units)
-            joining = sum(unit.stop == i + 1 for unit in self.units)
-            s = r + joining
+            # The baseline's states kept for units of several branches, and the streams once the branch is closed.
+            kept = sum(unit.start <= i < unit.stop and unit.stop - unit.start > 1 for unit in self.units)
+            s = r + sum(unit.stop == i + 1 for unit in self.units)
             log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
             branch = 2 * r + (2 * sizes.ff_ratio * r if i % 2 else 5 * r + log_sums) + kept
-            # Where streams skip the branch, the sum of the others lives beside the two together.
-            added = s + r + (wide * (r + s) if s > r else wide * 2 * r if wide > 1 else r)
-            opened = s + r + 3 * wide * s + (s if wide > 1 else 0)
+            # Where a stream skips the branch, the sum of the others lives beside the two together.
+            added = 2 * r + (wide * (r + s) if s > r else wide * 2 * r if wide > 1 else r)
+            opened = 2 * r + 3 * wide * s + (s if wide > 1 else 0)
             if i + 1 == 2 * self.depth:
                 opened = 0
-            most = max(most, branch, added + kept - joining, opened + kept - joining if opened else 0)
+            most = max(most, branch, added + kept, opened + kept if opened else 0)
         modulation = samples * 6 * self.depth * sizes.width
         baseline = samples * sizes.frames * sizes.mels
         velocity = (self.streams + control) * baseline

@@ -24,6 +24,7 @@ def _check(
     modulation: dict[str, Tensor],
     stream_scale: Tensor | None,
     sample_index: Tensor | None,
+    join: Tensor | None,
     norm: str,
 ) -> None:
     """Shapes, dtypes and devices of a residual-stream call; ValueError/TypeError with names and shapes."""
@@ -32,7 +33,7 @@ def _check(
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm: expected "layer" or "rms", got {norm!r}')
     sequences, frames, width = x.shape
-    floating = {"x": x, "branch": branch, **modulation, "stream_scale": stream_scale}
+    floating = {"x": x, "branch": branch, **modulation, "stream_scale": stream_scale, "join": join}
     for name, value in {**floating, "sample_index": sample_index}.items():
         if value is None:
             continue
@@ -45,6 +46,13 @@ def _check(
             f"branch: expected [at most {sequences}, {frames}, {width}] beside x {list(x.shape)}, "
             f"got {list(branch.shape)}"
         )
+    if join is not None:
+        if join.dim() != 3 or join.shape[1:] != x.shape[1:] or not join.shape[0] or join.dtype != x.dtype:
+            raise ValueError(
+                f"join: expected {x.dtype} [at least 1, {frames}, {width}] beside x {list(x.shape)}, "
+                f"got {join.dtype} {list(join.shape)}"
+            )
+        sequences += join.shape[0]
     first = next(iter(modulation.values()))
     for name, value in modulation.items():
         if value.dim() != 2 or value.shape[1] != width or value.shape[0] != first.shape[0] or 0 in value.shape:
@@ -75,12 +83,13 @@ def _kernels_run(
     scale: Tensor | None,
     stream_scale: Tensor | None,
     sample_index: Tensor | None,
+    join: Tensor | None,
     norm: str,
 ) -> bool:
     """Check the arguments and choose the path; shapes, dtypes and devices that passed once are not checked again."""
     key: tuple[Any, ...] | None = None
     if eager(x):
-        arguments = (x, branch, gate, shift, scale, stream_scale, sample_index)
+        arguments = (x, branch, gate, shift, scale, stream_scale, sample_index, join)
         signature = [None if value is None else (value.shape, value.dtype, value.device) for value in arguments]
         key = (dispatch.MODE, dispatch.TRITON, dispatch.INTERPRETED, norm, *signature)
         path = _paths.get(key)
@@ -88,7 +97,7 @@ def _kernels_run(
             return path
     modulation = {"gate": gate, "shift": shift, "scale": scale}
     given = {name: value for name, value in modulation.items() if value is not None}
-    _check(x, branch, given, stream_scale, sample_index, norm)
+    _check(x, branch, given, stream_scale, sample_index, join, norm)
     path = dispatch.use_kernels(x)
     if key is not None:
         if len(_paths) >= 10_000:  # as many lengths of batches
@@ -97,7 +106,14 @@ def _kernels_run(
     return path
 
 
-# Registered ops. Each returns fresh contiguous tensors; `_stats` gives what the backward needs of the norm.
+def _forward_only(join: Tensor, *others: Tensor | None) -> None:
+    """ValueError where a call with `join` would be differentiated."""
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (join, *others)):
+        raise ValueError("join: it has no gradient, and an argument requires one: call the op under torch.no_grad()")
+
+
+# Registered ops. Each returns fresh contiguous tensors; `_stats` gives what the backward needs of the norm. The forward
+# ones with a branch take `join` last; their gradients know nothing of it (`_forward_only`).
 
 
 def _stats(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
@@ -109,6 +125,27 @@ def _stats(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
 
 def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _joined(x: Tensor, join: Tensor | None) -> Tensor:
+    """Empty x' [R, T, D]."""
+    return x.new_empty((x.shape[0] + (0 if join is None else join.shape[0]), *x.shape[1:]))
+
+
+def _fake_gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    eps: float,
+    rms: bool,
+    join: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    x_new = _joined(x, join)
+    return x_new, _empty(x_new), *_stats(x_new, rms)
 
 
 def _stream_gradient(stream_scale: Tensor | None, like: Tensor) -> Tensor:
@@ -125,10 +162,11 @@ def _run_gated_residual_norm(
     sample_index: Tensor | None,
     eps: float,
     rms: bool,
+    join: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from ..kernels import residual as kernels
 
-    return kernels.forward(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms)
+    return kernels.forward(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms, join=join)
 
 
 def _run_gated_residual_norm_backward(
@@ -170,11 +208,16 @@ def _run_layer_norm_modulate_backward(
 
 
 def _run_gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor, stream_scale: Tensor | None, sample_index: Tensor | None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    join: Tensor | None = None,
 ) -> Tensor:
     from ..kernels import residual as kernels
 
-    return kernels.forward(x, branch, gate, None, None, stream_scale, sample_index, 0.0, False)[0]
+    return kernels.forward(x, branch, gate, None, None, stream_scale, sample_index, 0.0, False, join=join)[0]
 
 
 def _run_gated_residual_backward(
@@ -187,7 +230,7 @@ def _run_gated_residual_backward(
 
 
 def _save_gated_residual_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, stream_scale, sample_index, _, rms = inputs
+    _, branch, gate, shift, scale, stream_scale, sample_index, _, rms, _ = inputs
     x_new, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -200,17 +243,17 @@ def _gated_residual_norm_gradient(ctx: Any, grad_x_new: Tensor | None, grad_h: T
     if grad_h is None:
         # h was not used: only the sum has a gradient.
         if grad_x_new is None:
-            return (None,) * 9
+            return (None,) * 10
         grad_branch, grad_gate, grad_stream = GATED_RESIDUAL_BACKWARD(
             grad_x_new, branch, gate, stream_scale, sample_index
         )
-        return grad_x_new, grad_branch, grad_gate, None, None, _if(stream_scale, grad_stream), None, None, None
+        return grad_x_new, grad_branch, grad_gate, None, None, _if(stream_scale, grad_stream), *(None,) * 4
     grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream = GATED_RESIDUAL_NORM_BACKWARD(
         grad_h, grad_x_new, x_new, branch, gate, scale, stream_scale, sample_index, mean, rstd, ctx.rms
     )
     grad_shift = grad_shift.to(ctx.shift_dtype)
     grad_stream = _if(stream_scale, grad_stream)
-    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream, None, None, None
+    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale, grad_stream, *(None,) * 4
 
 
 def _if(given: Tensor | None, grad: Tensor) -> Tensor | None:
@@ -234,23 +277,20 @@ def _layer_norm_modulate_gradient(ctx: Any, grad_h: Tensor | None, *_: Any) -> A
 
 
 def _save_gated_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:5])
 
 
 def _gated_residual_gradient(ctx: Any, grad: Tensor) -> Any:
     grad_branch, grad_gate, grad_stream = GATED_RESIDUAL_BACKWARD(grad, *ctx.saved_tensors)
-    return grad, grad_branch, grad_gate, _if(ctx.saved_tensors[2], grad_stream), None
+    return grad, grad_branch, grad_gate, _if(ctx.saved_tensors[2], grad_stream), None, None
 
 
 GATED_RESIDUAL_NORM = FusedOp(
     "gated_residual_norm(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? stream_scale, "
-    "Tensor? sample_index, float eps, bool rms) -> (Tensor x_new, Tensor h, Tensor mean, Tensor rstd)",
+    "Tensor? sample_index, float eps, bool rms, Tensor? join=None) "
+    "-> (Tensor x_new, Tensor h, Tensor mean, Tensor rstd)",
     _run_gated_residual_norm,
-    lambda x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms: (
-        _empty(x),
-        _empty(x),
-        *_stats(x, rms),
-    ),
+    _fake_gated_residual_norm,
     (_save_gated_residual_norm, _gated_residual_norm_gradient),
 )
 GATED_RESIDUAL_NORM_BACKWARD = FusedOp(
@@ -277,9 +317,10 @@ LAYER_NORM_MODULATE_BACKWARD = FusedOp(
     lambda grad_h, x, scale, sample_index, mean, rstd, rms: (_empty(x), _empty(scale), _empty(scale)),
 )
 GATED_RESIDUAL = FusedOp(
-    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? stream_scale, Tensor? sample_index) -> Tensor",
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? stream_scale, Tensor? sample_index, "
+    "Tensor? join=None) -> Tensor",
     _run_gated_residual,
-    lambda x, branch, gate, stream_scale, sample_index: _empty(x),
+    lambda x, branch, gate, stream_scale, sample_index, join=None: _joined(x, join),
     (_save_gated_residual, _gated_residual_gradient),
 )
 GATED_RESIDUAL_BACKWARD = FusedOp(
@@ -303,6 +344,7 @@ def gated_residual_norm(
     *,
     stream_scale: Tensor | None = None,
     sample_index: Tensor | None = None,
+    join: Tensor | None = None,
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
@@ -312,12 +354,14 @@ def gated_residual_norm(
     arXiv 2212.09748; the per-stream scale is FoG-A's gate m_k, arXiv 2603.01006).
 
     Args:
-        x: residual stream [R, T, D], floating.
-        branch: [R' <= R, T, D]; the sequences past R' take no branch (their scale is 0).
+        x: residual stream [S, T, D], floating; S = R, the sequences of the results, without `join`.
+        branch: [R' <= S, T, D]; the sequences past R' take no branch (their scale is 0).
         gate, shift, scale: [B, D], any floating dtype.
         stream_scale: [R] or None for 1; where it is 0 the branch is not read, and its gradients are 0.
         sample_index: int64 [R], the modulation row of each sequence, 0 <= row < B; None when R == B. A row that
             does not exist is an IndexError on the reference path; a kernel cannot raise and gives nan.
+        join: [R - S, T, D] in x's dtype: sequences that come after x's and take no branch, as after
+            `torch.cat([x, join])`, whose copy is not made. It may be a part of x. Forward only.
         eps: added to the variance ("layer") or mean square ("rms").
         norm: "layer" or "rms", without affine parameters.
 
@@ -325,11 +369,14 @@ def gated_residual_norm(
         x' and h, both [R, T, D] in x's dtype; statistics in float32 (float64 for float64 input).
 
     Raises:
-        ValueError, TypeError: on a shape, dtype or device that does not fit, naming it.
+        ValueError, TypeError: on a shape, dtype or device that does not fit, naming it; with `join`, on an argument
+            that requires a gradient while gradients are enabled.
     """
-    if _kernels_run(x, branch, gate, shift, scale, stream_scale, sample_index, norm):
+    if join is not None:
+        _forward_only(join, x, branch, gate, shift, scale, stream_scale)
+    if _kernels_run(x, branch, gate, shift, scale, stream_scale, sample_index, join, norm):
         rms = norm == "rms"
-        return GATED_RESIDUAL_NORM(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms)[:2]
+        return GATED_RESIDUAL_NORM(x, branch, gate, shift, scale, stream_scale, sample_index, eps, rms, join)[:2]
     return reference.gated_residual_norm(
         x,
         branch,
@@ -338,6 +385,7 @@ def gated_residual_norm(
         scale,
         stream_scale=stream_scale,
         sample_index=sample_index,
+        join=join,
         eps=eps,
         norm=norm,
     )
@@ -353,7 +401,7 @@ def layer_norm_modulate(
     norm: str = "layer",
 ) -> Tensor:
     """`norm(x) (1 + scale) + shift`: opens the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
-    if _kernels_run(x, None, None, shift, scale, None, sample_index, norm):
+    if _kernels_run(x, None, None, shift, scale, None, sample_index, None, norm):
         return LAYER_NORM_MODULATE(x, shift, scale, sample_index, eps, norm == "rms")[0]
     return reference.layer_norm_modulate(x, shift, scale, sample_index=sample_index, eps=eps, norm=norm)
 
@@ -365,8 +413,11 @@ def gated_residual(
     *,
     stream_scale: Tensor | None = None,
     sample_index: Tensor | None = None,
+    join: Tensor | None = None,
 ) -> Tensor:
     """`x + stream_scale * gate * branch`: closes the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
-    if _kernels_run(x, branch, gate, None, None, stream_scale, sample_index, "layer"):
-        return GATED_RESIDUAL(x, branch, gate, stream_scale, sample_index)
-    return reference.gated_residual(x, branch, gate, stream_scale=stream_scale, sample_index=sample_index)
+    if join is not None:
+        _forward_only(join, x, branch, gate, stream_scale)
+    if _kernels_run(x, branch, gate, None, None, stream_scale, sample_index, join, "layer"):
+        return GATED_RESIDUAL(x, branch, gate, stream_scale, sample_index, join)
+    return reference.gated_residual(x, branch, gate, stream_scale=stream_scale, sample_index=sample_index, join=join)

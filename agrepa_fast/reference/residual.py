@@ -2,7 +2,8 @@
 
     x' = x + stream_scale * gate * branch        h = norm(x') * (1 + scale) + shift
 
-x, branch [R, T, D]; gate, shift, scale [B, D]; sequence r uses modulation row sample_index[r] (or r itself).
+x, branch [R, T, D]; gate, shift, scale [B, D]; sequence r uses modulation row sample_index[r] (or r itself). Sequences
+of `join` come after those of x, without a branch.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ def _rows(modulation: Tensor, sample_index: Tensor | None, dtype: torch.dtype) -
 
 
 def _add_branch(
-    x: Tensor, branch: Tensor, gate: Tensor, stream_scale: Tensor | None, sample_index: Tensor | None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    stream_scale: Tensor | None,
+    sample_index: Tensor | None,
+    join: Tensor | None = None,
 ) -> Tensor:
     """x + stream_scale * gate * branch in float32 or wider; sequences past the branch's end pass through."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     active = branch.shape[0]
-    if active < x.shape[0]:
+    if active < x.shape[0] or join is not None:
         index = None if sample_index is None else sample_index[:active]
         rows = gate[:active] if sample_index is None else gate
         streams = None if stream_scale is None else stream_scale[:active]
-        return torch.cat([_add_branch(x[:active], branch, rows, streams, index), x[active:].to(dtype)])
+        passing = [x[active:].to(dtype), *([] if join is None else [join.to(dtype)])]
+        return torch.cat([_add_branch(x[:active], branch, rows, streams, index), *passing])
     # Nothing is sliced here: the gradient of a slice is one more pass over the stream.
     x, branch, rows = x.to(dtype), branch.to(dtype), _rows(gate, sample_index, dtype)
     if stream_scale is None:
@@ -58,11 +65,12 @@ def gated_residual_norm(
     *,
     stream_scale: Tensor | None = None,
     sample_index: Tensor | None = None,
+    join: Tensor | None = None,
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """`x' = x + stream_scale * gate * branch`, `h = norm(x') (1 + scale) + shift`; both in x's dtype."""
-    x_new = _add_branch(x, branch, gate, stream_scale, sample_index)
+    x_new = _add_branch(x, branch, gate, stream_scale, sample_index, join)
     return x_new.to(x.dtype), _norm_modulate(x_new, shift, scale, sample_index, eps, norm).to(x.dtype)
 
 
@@ -86,6 +94,7 @@ def gated_residual(
     *,
     stream_scale: Tensor | None = None,
     sample_index: Tensor | None = None,
+    join: Tensor | None = None,
 ) -> Tensor:
     """`x + stream_scale * gate * branch`: the closing end of the chain."""
-    return _add_branch(x, branch, gate, stream_scale, sample_index).to(x.dtype)
+    return _add_branch(x, branch, gate, stream_scale, sample_index, join).to(x.dtype)

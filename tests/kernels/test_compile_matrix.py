@@ -172,6 +172,7 @@ def test_a_module_read_back_from_its_text_compiles_to_the_same_code(tmp_path) ->
     [
         ("gated_residual_norm", "forward", 4, 8),
         ("gated_residual_norm", "backward", 6, 8),
+        ("gated_residual_norm + join", "forward", 7, 16),  # 4 for a row of x, 3 for one that joins
         ("layer_norm_modulate", "forward", 2, 8),
         ("layer_norm_modulate", "backward", 3, 8),
         ("gated_residual", "forward", 3, 0),

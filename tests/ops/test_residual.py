@@ -194,6 +194,43 @@ def test_sequences_past_the_branch_keep_their_bits():
     assert not torch.equal(x_new[:2], case["x"][:2])
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("active", [3, 1, 0])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("index", [False, True])
+def test_joining_sequences_come_after_those_of_x(norm, active, streams, index):
+    """The last two of five sequences as a tensor of their own: the loop's results of all five."""
+    case = make_case(active=active, streams=streams, index=index)
+    x_expected, h_expected = by_loop(case, norm)
+    join, case["x"] = case["x"][3:], case["x"][:3]
+    x_new, h = fused(case, norm=norm, join=join)
+    np.testing.assert_allclose(x_new.numpy(), x_expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(h.numpy(), h_expected, rtol=0, atol=1e-12)
+    assert torch.equal(x_new[3:], join)
+    names = ("x", "branch", "gate", "stream_scale", "sample_index")
+    closed = ops.gated_residual(**options(case, *names), join=join)
+    np.testing.assert_allclose(closed.numpy(), x_expected, rtol=0, atol=1e-12)
+
+
+def test_joining_sequences_have_no_gradient():
+    """Refused in words where a gradient would be asked for, and only there."""
+    case = make_case(active=3)
+    join, case["x"] = case["x"][3:], case["x"][:3]
+    names = ("x", "branch", "gate", "stream_scale", "sample_index")
+    expected = fused(case, join=join)
+    for name in ("x", "branch", "gate", "shift", "scale", "stream_scale", "join"):
+        change = {**case, "join": join}
+        change[name] = change[name].clone().requires_grad_()
+        with pytest.raises(ValueError, match=r"join: it has no gradient.*torch\.no_grad"):
+            fused(change, join=change["join"])
+        if name not in ("shift", "scale"):
+            with pytest.raises(ValueError, match=r"join: it has no gradient"):
+                ops.gated_residual(**options(change, *names, "join"))
+        with torch.no_grad():
+            for got, want in zip(fused(change, join=change["join"]), expected):
+                assert torch.equal(got, want)
+
+
 def test_int32_sample_index_is_accepted():
     case = make_case()
     expected = fused(case)
@@ -253,6 +290,23 @@ BAD = [
     ),
     ({"sample_index": zeros(5)}, ValueError, r"sample_index: expected int64 \[5\], got torch.float32 \[5\]"),
     ({"stream_scale": zeros(5, 1)}, ValueError, r"stream_scale: expected \[5\], got \[5, 1\]"),
+    (
+        {"join": zeros(2, 3, 7)},
+        ValueError,
+        r"join: expected torch.float32 \[at least 1, 3, 8\] beside x \[5, 3, 8\], got torch.float32 \[2, 3, 7\]",
+    ),
+    ({"join": zeros(0, 3, 8)}, ValueError, r"join: .* got torch.float32 \[0, 3, 8\]"),
+    ({"join": zeros(3, 8)}, ValueError, r"join: .* got torch.float32 \[3, 8\]"),
+    ({"join": zeros(2, 3, 8).double()}, ValueError, r"join: expected torch.float32 .* got torch.float64 \[2, 3, 8\]"),
+    ({"join": zeros(2, 3, 8).long()}, TypeError, "join: expected a floating dtype, got torch.int64"),
+    ({"join": zeros(2, 3, 8, device="meta")}, ValueError, "join: expected on x's device cpu, got meta"),
+    ({"join": zeros(2, 3, 8)}, ValueError, r"sample_index: expected int64 \[7\], got torch.int64 \[5\]"),
+    (
+        {"join": zeros(2, 3, 8), "sample_index": zeros(7, dtype=torch.int64)},
+        ValueError,
+        r"stream_scale: expected \[7\], got \[5\]",
+    ),
+    ({"branch": zeros(6, 3, 8), "join": zeros(2, 3, 8)}, ValueError, r"branch: expected \[at most 5, 3, 8\]"),
 ]
 
 

@@ -137,18 +137,20 @@ def plain(case: Case, op: str) -> tuple[Tensor, ...]:
     return (x, h) if op == "gated_residual_norm" else (h,)
 
 
-def fused(case: Case, op: str) -> tuple[Tensor, ...]:
-    """The same through the public op."""
+def fused(case: Case, op: str, join: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The same through the public op; `join` for the two that have a branch."""
     from agrepa_fast import ops
 
     shared = {"sample_index": case.sample_index}
     if op == "gated_residual":
-        return (ops.gated_residual(case.x, case.branch, case.gate, stream_scale=case.stream_scale, **shared),)
+        return (
+            ops.gated_residual(case.x, case.branch, case.gate, stream_scale=case.stream_scale, join=join, **shared),
+        )
     shared |= {"norm": case.norm, "eps": EPS}
     if op == "layer_norm_modulate":
         return (ops.layer_norm_modulate(case.x, case.shift, case.scale, **shared),)
     return ops.gated_residual_norm(
-        case.x, case.branch, case.gate, case.shift, case.scale, stream_scale=case.stream_scale, **shared
+        case.x, case.branch, case.gate, case.shift, case.scale, stream_scale=case.stream_scale, join=join, **shared
     )
 
 
@@ -180,6 +182,16 @@ def check(case: Case, op: str, run=fused, seed: int = 1) -> None:
     for name, value in found.items():
         if value.numel():
             close(name, value, exact[name], same[name], case.x.dtype, _terms(case, name))
+
+
+def check_join(case: Case, op: str, own: int, join: Tensor | None = None) -> None:
+    """Outputs of an op that takes the sequences from `own` on as `join` (or the given tensor, the same rows laid out in
+    another way) against float64, where they stand in x; with the file's bounds."""
+    found = fused(dataclasses.replace(case, x=case.x[:own]), op, case.x[own:] if join is None else join)
+    with torch.no_grad():
+        exact, same = (plain(case.to(dtype), op) for dtype in (torch.float64, case.x.dtype))
+    for i, value in enumerate(found):
+        close(f"output {i}", value, exact[i], same[i], case.x.dtype)
 
 
 def plain_mean(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -38,6 +38,33 @@ def test_opcheck_the_other_ops(bench, device) -> None:
     torch.library.opcheck(pooling.VELOCITY_DELTA.registered, (velocity, mask))
 
 
+def test_opcheck_joining_sequences(bench, device) -> None:
+    """Forward only, so on tensors without gradients."""
+    c = bench.make_case(device, 12, frames=3, sequences=4, active=2)
+    x, join = c.x[:2], c.x[2:]
+    norm = (x, c.branch, c.gate, c.shift, c.scale, c.stream_scale, c.sample_index)
+    for rms in (False, True):
+        torch.library.opcheck(residual.GATED_RESIDUAL_NORM.registered, (*norm, 1e-6, rms, join))
+    torch.library.opcheck(
+        residual.GATED_RESIDUAL.registered, (x, c.branch, c.gate, c.stream_scale, c.sample_index, join)
+    )
+
+
+def test_compiled_equals_eager_where_sequences_join(bench, device) -> None:
+    def staircase(x, branch, gate, shift, scale, index):
+        before = x[:2] * 0.5
+        x, h = ops.gated_residual_norm(x, branch, gate, shift, scale, sample_index=index[:5], join=before)
+        return h, ops.gated_residual(x, h.tanh(), gate, sample_index=index, join=x[1:3])
+
+    c = bench.make_case(device, 12, frames=3)
+    inputs = (c.x, c.branch, c.gate, c.shift, c.scale, torch.tensor([0, 0, 1, 0, 1, 1, 0], device=device))
+    torch._dynamo.reset()
+    eager, compiled = staircase(*inputs), torch.compile(staircase, fullgraph=True, backend="aot_eager")(*inputs)
+    for one, other, sequences in zip(eager, compiled, (5, 7)):
+        assert len(one) == sequences
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_opcheck_gradient_ops(bench, device) -> None:
     """The gradient ops on their own: schema and fake outputs (they have no gradient themselves)."""
     c = bench.make_case(device, 12, frames=3)

@@ -34,6 +34,11 @@ RESIDUAL = {
     "only the first partial rows": ("start += BLOCK_P", "start += 100000"),
     "sums start with the branch twice": ("gate_sum0 += dx0 *", "gate_sum0 += 2 * dx0 *"),
 }
+JOIN = {
+    "rows of x, not of join": ("tl.where(joins, join_ptr, x_ptr)", "tl.where(joins, x_ptr, x_ptr)"),
+    "the first joining sequence for all": ("tl.where(joins, sequence - own, sequence)", "tl.where(joins, 0, sequence)"),
+    "x's distance between rows": ("tl.where(joins, join_row, x_row)", "tl.where(joins, x_row, x_row)"),
+}
 POOLING = {
     "mask ignored": ("other=0) != 0", "other=0) >= 0"),
     "divided by all frames": ("tl.sum(total, axis=0) / tl.maximum(n, 1.0)", "tl.sum(total, axis=0) / frames"),
@@ -107,6 +112,22 @@ def test_residual(bench, device, op, name, tmp_path, monkeypatch) -> None:
         return
     with pytest.raises(AssertionError, match=r"output|dx|dbranch|dgate|dshift|dscale|dstream_scale"):
         bench.check(case, op)
+
+
+@pytest.mark.parametrize("op", ["gated_residual_norm", "gated_residual"])
+@pytest.mark.parametrize("name", [None, *JOIN])
+def test_join(bench, device, op, name, tmp_path, monkeypatch) -> None:
+    import agrepa_fast.kernels as package
+
+    case = bench.make_case(device, sequences=4, frames=11, active=2)
+    wide = torch.randn(2, 22, 24, device=device)
+    wide[:, ::2] = case.x[2:]
+    if name is None:
+        bench.check_join(case, op, 2, wide[:, ::2])
+        return
+    monkeypatch.setattr(package, "residual", mutant(residual, *JOIN[name], tmp_path))
+    with pytest.raises(AssertionError, match="output 0"):
+        bench.check_join(case, op, 2, wide[:, ::2])
 
 
 @pytest.mark.parametrize("name", [None, *POOLING])

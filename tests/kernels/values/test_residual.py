@@ -63,6 +63,70 @@ def test_sequences_without_a_branch(bench, device, op, active) -> None:
     bench.check(bench.make_case(device, active=active, streams=False), op)
 
 
+@pytest.mark.parametrize("op", [OPS[0], OPS[2]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_joining_sequences(bench, device, op, dtype) -> None:
+    bench.check_join(bench.make_case(device, active=2, sequences=4, dtype=dtype), op, own=2)
+
+
+@pytest.mark.parametrize("active", [0, 1])
+def test_joining_sequences_beside_others_without_a_branch(bench, device, active) -> None:
+    case = bench.make_case(device, sequences=4, active=active, streams=False, norm="rms")
+    bench.check_join(case, OPS[0], own=2)
+    bench.check_join(bench.make_case(device, sequences=4, active=active, samples=None), OPS[0], own=3)
+
+
+@pytest.mark.parametrize("op", [OPS[0], OPS[2]])
+def test_joining_sequences_in_many_tiles_and_strides_of_their_own(bench, device, op, small_launches) -> None:
+    case = bench.make_case(device, 190, sequences=4, frames=11, active=2)
+    rows = case.x[2:].transpose(0, 1).contiguous().transpose(0, 1)
+    assert rows.stride() != case.x.stride()
+    bench.check_join(case, op, 2, rows)
+    bench.check_join(case, op, 2, case.x[2:].repeat_interleave(2, dim=2)[:, :, ::2])
+
+
+def test_rows_of_x_may_join(bench, device) -> None:
+    """What attribution does: the baseline's rows of x enter as a new stream, and stay as they are in x."""
+    case = bench.make_case(device, 16, sequences=5, active=3, streams=False)
+    case.x[3:] = case.x[1:3]
+    before = case.x.clone()
+    found = bench.fused(dataclasses.replace(case, x=case.x[:3]), OPS[0], case.x[1:3])
+    for one, other in zip(found, bench.fused(case, OPS[0])):
+        assert torch.equal(one, other)
+    assert torch.equal(case.x, before)
+    storage = case.x.untyped_storage().data_ptr()
+    assert all(value.is_contiguous() and value.untyped_storage().data_ptr() != storage for value in found)
+
+
+def test_joining_sequences_have_no_gradient(bench, device) -> None:
+    case = bench.make_case(device, sequences=4, active=2)
+    join, case.x = case.x[2:], case.x[:2].clone().requires_grad_()
+    for op in (OPS[0], OPS[2]):
+        with pytest.raises(ValueError, match=r"join: it has no gradient.*torch\.no_grad"):
+            bench.fused(case, op, join)
+        with torch.no_grad():
+            assert torch.equal(bench.fused(case, op, join)[0][2:], join)
+
+
+def test_a_staircase_of_kernels_is_the_loop(device) -> None:
+    """The staircase, whose streams join in the op, against a forward for each unit; whole blocks and branches apart."""
+    from agrepa_fast import AblationPlan, DiT, DiTConfig
+    from agrepa_fast.attribution import native
+
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(2, 16, 2, 3, 0, 2, 0.0, 8)).to(device, torch.float64).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_t, t = (torch.randn(2, 5, 3), torch.rand(2))
+    inputs = {"x_t": x_t.to(device, torch.float64), "t": t.to(device, torch.float64)}
+    for branches in (None, ("attn", "ff")):
+        plan = AblationPlan.build(2, branches=branches)
+        with torch.no_grad():
+            found, wanted = (native.measure(model, plan, inputs, engine) for engine in ("prefix", "loop"))
+        assert wanted[:-1].min() > 1e-4
+        torch.testing.assert_close(found[:-1], wanted[:-1], rtol=1e-10, atol=0)
+
+
 def test_one_row(bench, device) -> None:
     bench.check(bench.make_case(device, sequences=1, frames=1, samples=None, streams=False), "gated_residual_norm")
 
