@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from .manifest import Clip
 from .mel import LogMel, MelConfig
 from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
 
-# Decoded waveforms kept in memory, per process: 1 GiB is 3 hours at 24 kHz.
+# Decoded waveforms and mels of whole clips kept in memory, per process: 1 GiB is 3 hours of sound at 24 kHz.
 CACHE_BYTES = 1 << 30
 TOKEN_MULTIPLE = 16
 MAX_RESTARTS = 3
@@ -137,6 +139,7 @@ class ClipDataset:
         self._samples: dict[Path, int] = {}
         self._token_counts: dict[Clip, int] = {}
         self._cache: dict[Path, Tensor] | None = {} if cache else None
+        self._mels: dict[Path, Tensor] = {}  # of whole clips: a crop's is another one each time
         self._cached_bytes = 0
 
     def __len__(self) -> int:
@@ -211,7 +214,7 @@ class ClipDataset:
         low, high = self.prompt_fraction
         share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
-            "mel": self._log_mel(waveform),
+            "mel": self._mel(clip.path, waveform, whole=total == frames),
             # Of the crop, never of the file: otherwise the prompt could reveal the whole target.
             "prompt": int(share * frames),
             "tokens": tokens,
@@ -264,6 +267,16 @@ class ClipDataset:
         waveform = self._read(path)
         self._remember(path, waveform)
         return waveform
+
+    def _mel(self, path: Path, waveform: Tensor, whole: bool) -> Tensor:
+        """Log-mel of a crop; of a whole clip from the cache, where it has been computed before."""
+        if path in self._mels:
+            return self._mels[path]
+        mel = self._log_mel(waveform)
+        if whole and self._cache is not None and self._cached_bytes + mel.nbytes <= CACHE_BYTES:
+            self._mels[path] = mel
+            self._cached_bytes += mel.nbytes
+        return mel
 
     def _remember(self, path: Path, waveform: Tensor) -> None:
         self._samples[path] = waveform.shape[0]
@@ -477,6 +490,19 @@ class _Steps(torch.utils.data.Dataset):
             return str(error)
 
 
+def _workers(loader: torch.utils.data.DataLoader) -> Iterator[Batch | str]:
+    """The loader's batches. A dead worker is found when a batch is asked for, within five seconds.
+
+    The handler that the DataLoader sets for SIGCHLD would raise in whatever the main thread is doing just then, in
+    the middle of an optimizer step for instance."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    read = iter(loader)
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return read
+
+
 def iterate(
     dataset: ClipDataset,
     batches: BucketBatches,
@@ -512,16 +538,20 @@ def iterate(
             # Otherwise the loader draws its base seed from the global generator.
             generator=torch.Generator(),
         )
-        read = iter(loader)
+        read = _workers(loader)
         while step < stop:
             try:
                 batch = next(read)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                # The last three: what fetching a batch from a worker that has died since meets.
                 died += 1
-                if "worker" not in str(error) or died > MAX_RESTARTS:
-                    raise UserError(f"data.workers: {error} (batch {step}); use fewer workers, or 0") from error
+                what = str(error)
+                if not isinstance(error, RuntimeError):
+                    what = f"a data worker ended while it sent a batch ({what or type(error).__name__})"
+                if "worker" not in what or died > MAX_RESTARTS:
+                    raise UserError(f"data.workers: {what} (batch {step}); use fewer workers, or 0") from error
                 if notice is not None:
-                    notice(str(error))
+                    notice(what)
                 break
             if isinstance(batch, str):
                 raise UserError(batch)

@@ -265,6 +265,23 @@ def test_a_dead_worker_is_named_and_survived(clips, tmp_path):
         same(one, two)
 
 
+def test_the_mel_of_a_whole_clip_is_computed_once(tmp_path, monkeypatch):
+    clips = [make_clip(tmp_path, 0, 1000), make_clip(tmp_path, 1, 24_000)]  # the second one is cropped
+    cached, plain = build(clips)[0], build(clips, cache=False)[0]
+    calls = []
+    original = cached._log_mel.forward
+    monkeypatch.setattr(cached._log_mel, "forward", lambda wave: calls.append(len(wave)) or original(wave))
+    for seed in range(4):
+        for index in (0, 1):
+            one, two = (d.item(index, torch.Generator().manual_seed(seed))["mel"] for d in (cached, plain))
+            assert torch.equal(one, two)
+    assert calls.count(1000) == 1
+    assert len(calls) == 5
+    batch = collate([cached.item(0, torch.Generator())], 40, ("speech",), CONFIG)
+    batch.mel.zero_()  # a batch is the caller's: the cache stays what it was
+    assert torch.equal(cached.item(0, torch.Generator())["mel"], plain.item(0, torch.Generator())["mel"])
+
+
 def test_every_batch_of_a_bucket_has_the_shape_of_its_longest_text(tmp_path):
     texts = ["a" * 5, "a" * 40, "a" * 17]
     clips = [dataclasses.replace(make_clip(tmp_path, n, 1000), text=text) for n, text in enumerate(texts)]
