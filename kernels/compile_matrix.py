@@ -241,6 +241,9 @@ def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKerne
     return triton.compile(source(launch), target=TARGETS[target], options=chosen)
 
 
+UNTRACED = "?"
+
+
 def _loop(lines: list[str]) -> set[int]:
     """Numbers of the lines of the row loop (between a label and a branch back to it); all where there is none."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
@@ -255,7 +258,8 @@ def _loop(lines: list[str]) -> set[int]:
 def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[int]]:
     """(argument, "ld" or "st") -> bytes that each global instruction of the row loop moves for a thread.
 
-    An address is followed from the kernel's parameter through the arithmetic on it to the instruction."""
+    An address is followed from the kernel's parameter through the arithmetic on it to the instruction; where that
+    fails, as it may with another Triton's PTX, the argument is UNTRACED."""
     origin: dict[str, str] = {}
     found: dict[tuple[str, str], list[int]] = {}
     lines = ptx.splitlines()
@@ -273,7 +277,7 @@ def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[in
         access = re.search(r"\b(ld|st)\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.[bfu](\d+)\s.*?\[ *(%rd\d+)", lines[i])
         if access:
             size = int(access[2] or 1) * int(access[3]) // 8
-            found.setdefault((origin[access[4]], access[1]), []).append(size)
+            found.setdefault((origin.get(access[4], UNTRACED), access[1]), []).append(size)
     return found
 
 

@@ -137,12 +137,13 @@ $L__BB0_1:
     @%p1 ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd3 + 0 ];
     @%p1 ld.global.L1::evict_last.v2.b32 {%r1, %r2}, [ %rd5 + 0 ];
     st.global.v4.b32 [ %rd4 + 0 ], {%r1, %r2, %r3, %r4};
+    st.global.b32 [ %rd77 + 0 ], {%r1};
     add.s64 %rd5, %rd3, 64;
     @%p2 bra $L__BB0_1;
     st.global.b16 [ %rd4 + 0 ], {%rs1};
 """
     found = compile_matrix.traffic(ptx, ["x", "out"])
-    assert found == {("x", "ld"): [16, 8], ("out", "st"): [16]}
+    assert found == {("x", "ld"): [16, 8], ("out", "st"): [16], (compile_matrix.UNTRACED, "st"): [4]}
     assert compile_matrix.traffic("ret;", ["x"]) == {}
 
 

@@ -33,7 +33,8 @@ def main() -> None:
     scores, checked = (ag.attribute_layers(model, inputs, engine=engine) for engine in ("auto", "loop"))
     torch.testing.assert_close(scores.by_sample, checked.by_sample, rtol=1e-5, atol=0)
 
-    some = [case for case in compile_matrix.cases() if case.width in (1024, compile_matrix.SPILL_FREE)]
+    # Every kernel and direction in one norm: what a newer compiler refuses, it refuses in any of them.
+    some = [c for c in compile_matrix.cases() if c.width in (1024, compile_matrix.SPILL_FREE) and c.norm != "rms"]
     rows = compile_matrix.matrix(some, targets=["sm90"])
     kernels = {row.kernel for row in rows}
     spilled = [row for row in rows if row.spills and row.case.width <= 4096]
