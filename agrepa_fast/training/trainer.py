@@ -164,6 +164,8 @@ class Trainer:
                     self._probe()
             inputs = [self._inputs(batch) for batch in islice(batches, train.accumulate)]
             self.train_step(inputs, self._align_weight(), self.learning_rate(self.step))
+            for given in inputs:
+                self.rates.count(*given.mask.shape)
             self.step += 1
             progress.update()
             if train.diagnose_every and self.step % train.diagnose_every == 0 and self._align_weight():

@@ -77,6 +77,11 @@ def test_a_log_line_has_rates_and_losses_by_time(tiny_config):
     [*_, last] = events(run_dir, "train")
     assert {"samples_per_second", "frames_per_second", "mfu", "memory_bytes", "skipped_steps"} <= last.keys()
     assert last["skipped_steps"] == 0
+    lines = events(run_dir, "train")
+    # The corpus has clips of one bucket here: 62 frames.
+    for line in lines:
+        assert 0 < line["mfu"] < 1
+        assert line["frames_per_second"] / line["samples_per_second"] == pytest.approx(62)
     by_time = [last[key] for key in last if key.startswith("flow_loss_t/")]
     assert 1 <= len(by_time) <= 4
     assert min(by_time) <= last["flow_loss"] <= max(by_time)
