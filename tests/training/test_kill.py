@@ -9,6 +9,8 @@ import signal
 import time
 import traceback
 
+import torch
+
 from agrepa_fast.training.checkpoint import load_checkpoint
 from agrepa_fast.training.report import read_log
 from agrepa_fast.training.step import TrainStep
@@ -26,6 +28,8 @@ def live(config, run_dir, *, call: int | None = None) -> tuple[int, int]:
         os.close(writing)
         return child, reading
     os.close(reading)
+    # A fork leaves torch a thread pool to replace at the next use; two threads doing so at once fail an assertion in it.
+    torch.set_num_threads(1)
     os.dup2(os.open(run_dir.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     counter = itertools.count()
 
