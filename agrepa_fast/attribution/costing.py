@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..models.dit import DiT, DiTConfig
@@ -30,8 +32,8 @@ t, which is {samples} samples. All of this is predicted by `AblationPlan` and `s
 |---|---:|---:|---:|---:|
 {plans}
 
-Operations are those of the matrices and of attention. Each pass also runs the control of the noise floor: one sample
-once through the network.
+Operations are those of the matrices and of attention. The first pass also runs the control of the noise floor: one
+sample once through the network.
 
 Nine tenths of a card, less the weights, are the budget; `split` says how many samples fit at once, and how many passes
 all {samples} then take. Fused kernels need less than this peak, which reckons with plain PyTorch between the branches.
@@ -73,7 +75,7 @@ def page() -> str:
                 batches = -(-samples // at_once)
                 peak = max(part.peak_bytes(sizes, at_once) for part in parts)
                 operations = sum(
-                    part.flops(sizes, min(at_once, samples - start))
+                    replace(part, control=part.control and start == 0).flops(sizes, min(at_once, samples - start))
                     for part in parts
                     for start in range(0, samples, at_once)
                 )

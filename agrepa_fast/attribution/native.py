@@ -1,7 +1,8 @@
 """A probe of a `DiT`: its device work as one static function of the plan, fit to be captured as a CUDA graph.
 
-Sequences are stacked stream-major, [1 + S B, T, D]: the control of sample 0, the baseline's B samples, then the streams
-in the order in which they join. Nothing here asks the device anything, so every launch follows from shapes and plan.
+Sequences are stacked stream-major, [C + S B, T, D]: the control of sample 0 (C = 1, or 0 in a plan without), the
+baseline's B samples, then the streams in the order in which they join. Nothing here asks the device anything, so every
+launch follows from shapes and plan.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ Inputs = dict[str, Tensor]  # x_t [B, T, M], t [B], and where given cond [B, T, 
 
 
 def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefix") -> Tensor:
-    """Mean squares of one pass, on the device: [U + 2, B] float32 (float64 for a float64 model).
+    """Mean squares of one pass, on the device: [U + 1 + C, B] float32 (float64 for a float64 model).
 
     Rows: the change of each unit, the energy of the baseline, and the control's change (of sample 0, in every column).
     """
     control, velocity = ENGINES[engine](model, plan, inputs)
     mask = inputs.get("mask")
     change, energy = ops.velocity_delta(velocity, mask)
-    noise, _ = ops.velocity_delta(torch.stack([velocity[0, :1], control]), None if mask is None else mask[:1])
-    return torch.cat([change, energy.unsqueeze(0), noise.expand(1, energy.shape[0])])
+    rows = [change, energy.unsqueeze(0)]
+    if plan.control:
+        noise, _ = ops.velocity_delta(torch.stack([velocity[0, :1], control]), None if mask is None else mask[:1])
+        rows.append(noise.expand(1, energy.shape[0]))
+    return torch.cat(rows)
 
 
 def nudged(x: Tensor) -> Tensor:
@@ -60,10 +64,11 @@ def between(
 
 
 def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Shared prefixes -> the control's velocity [1, T, M] and all streams' [S, B, T, M]."""
-    x, modulation, samples, masks = _opened(model, inputs, plan.streams)
-    batch = inputs["x_t"].shape[0]
-    x = torch.cat([nudged(x[:1]), x])
+    """Shared prefixes -> the control's velocity [C, T, M] and all streams' [S, B, T, M]."""
+    x, modulation, samples, masks = _opened(model, inputs, plan)
+    batch, first = inputs["x_t"].shape[0], int(plan.control)
+    if plan.control:
+        x = torch.cat([nudged(x[:1]), x])
     h = ops.layer_norm_modulate(
         x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
     )
@@ -72,7 +77,7 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
     for i, branch in enumerate(model.branches):
         for unit in plan.units:
             if unit.start == i:
-                before[unit.stop] = x[1 : 1 + batch]
+                before[unit.stop] = x[first : first + batch]
                 if unit.stop > i + 1:  # a view would hold the memory of all streams of its time
                     before[unit.stop] = before[unit.stop].clone()
         out = branch(h, None if masks is None else masks[: x.shape[0]])
@@ -84,38 +89,40 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
         del out, join
     del h
     velocity = model.close(x)
-    return velocity[:1], velocity[1:].unflatten(0, (plan.streams, batch))
+    return velocity[:first], velocity[first:].unflatten(0, (plan.streams, batch))
 
 
 def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """All streams from the first branch on, switched by stream_scale; results as `_staircase`."""
-    x, modulation, samples, masks = _opened(model, inputs, plan.streams)
-    batch = inputs["x_t"].shape[0]
-    x = torch.cat([nudged(x[:1]), x.repeat(plan.streams, 1, 1)])
+    x, modulation, samples, masks = _opened(model, inputs, plan)
+    batch, first = inputs["x_t"].shape[0], int(plan.control)
+    x = torch.cat([*([nudged(x[:1])] if plan.control else ()), x.repeat(plan.streams, 1, 1)])
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, sample_index=samples, eps=EPS)
     for i, branch in enumerate(model.branches):
         scale = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
         for stream, unit in enumerate(plan.units, 1):
             if unit.start <= i < unit.stop:
-                scale[1 + stream * batch : 1 + (stream + 1) * batch].zero_()
+                scale[first + stream * batch : first + (stream + 1) * batch].zero_()
         x, h = between(modulation, i, x, branch(h, masks), samples, scale)
     velocity = model.close(x)
-    return velocity[:1], velocity[1:].unflatten(0, (-1, batch))
+    return velocity[:first], velocity[first:].unflatten(0, (-1, batch))
 
 
 def _loop(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """One forward for the control, one for the baseline and one per unit; results as `_staircase`."""
-    first = {name: value[:1] for name, value in inputs.items()}
     velocities = [_forward(model, inputs, unit) for unit in (None, *plan.units)]
-    return _forward(model, first, None, nudged), torch.stack(velocities)
+    control = velocities[0][:0]
+    if plan.control:
+        control = _forward(model, {name: value[:1] for name, value in inputs.items()}, None, nudged)
+    return control, torch.stack(velocities)
 
 
 def _forward(
     model: DiT, inputs: Inputs, without: Unit | None, enter: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """The velocity [B, T, M] with one unit's branches not run; `enter` changes the stream before block 0."""
-    x, modulation, samples, masks = _opened(model, inputs, 1)
-    x, samples, masks = x if enter is None else enter(x), samples[1:], None if masks is None else masks[1:]
+    x, modulation, samples, masks = _opened(model, inputs, AblationPlan(model.depth, (), control=False))
+    x = x if enter is None else enter(x)
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
     for i, branch in enumerate(model.branches):
         skipped = without is not None and without.start <= i < without.stop
@@ -123,12 +130,16 @@ def _forward(
     return model.close(x)
 
 
-def _opened(model: DiT, inputs: Inputs, streams: int) -> tuple[Tensor, Sequence[Modulation], Tensor, Tensor | None]:
-    """The baseline before block 0 [B, T, D], the modulation of all branches, and of each of the 1 + S B sequences its
+def _opened(
+    model: DiT, inputs: Inputs, plan: AblationPlan
+) -> tuple[Tensor, Sequence[Modulation], Tensor, Tensor | None]:
+    """The baseline before block 0 [B, T, D], the modulation of all branches, and of each of the C + S B sequences its
     sample and its key mask."""
     x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
     each = torch.arange(x.shape[0], device=x.device)
-    samples = torch.cat([each[:1], each.repeat(streams)])
+    samples = each.repeat(plan.streams)
+    if plan.control:
+        samples = torch.cat([each[:1], samples])
     key_mask = model.key_mask(inputs.get("mask"), x)
     return x, modulation, samples, None if key_mask is None else key_mask.index_select(0, samples)
 

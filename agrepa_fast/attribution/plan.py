@@ -44,10 +44,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class AblationPlan:
-    """The streams of a probe of a chain of 2 `depth` branches; stream 0 is the baseline, stream k + 1 is units[k]."""
+    """The streams of a probe of a chain of 2 `depth` branches; stream 0 is the baseline, stream k + 1 is units[k].
+
+    control: whether one sequence more runs along, which measures the noise floor; one pass of a probe needs it.
+    """
 
     depth: int
     units: tuple[Unit, ...]
+    control: bool = True
 
     @classmethod
     def build(
@@ -111,7 +115,7 @@ class AblationPlan:
         state = samples * sizes.frames * sizes.width  # elements of one stream's residual state
         wide = statistics // e  # of one state element as a statistic, over one element
         most = 0.0
-        control = 1 / samples  # of the noise floor: one sample more
+        control = self.control / samples
         for i in range(2 * self.depth):
             r = self.active(i) + control
             # The baseline's states kept for units of several branches, and the streams once the branch is closed.
@@ -135,12 +139,13 @@ class AblationPlan:
         return int(max(most * state * e + modulation * e, closing * e + modulation * e, compared))
 
     def flops(self, sizes: Sizes, samples: int) -> int:
-        """Floating-point operations of all branches on `samples` samples and the control: two for each multiply-add of
-        the matrices (12 D^2 a frame at ff_ratio 4) and of attention's two products."""
+        """Floating-point operations of all branches on `samples` samples and the control, if any: two for each
+        multiply-add of the matrices (12 D^2 a frame at ff_ratio 4) and of attention's two products."""
         frames, width = sizes.frames, sizes.width
         attention = 8 * frames * width**2 + 4 * frames**2 * width
         feed_forward = 4 * sizes.ff_ratio * frames * width**2
-        return sum((self.active(i) * samples + 1) * (attention, feed_forward)[i % 2] for i in range(2 * self.depth))
+        sequences = (self.active(i) * samples + self.control for i in range(2 * self.depth))
+        return sum(count * (attention, feed_forward)[i % 2] for i, count in enumerate(sequences))
 
     def __str__(self) -> str:
         return (
@@ -165,8 +170,9 @@ def split(plan: AblationPlan, sizes: Sizes, samples: int, budget: int) -> tuple[
         return (plan,), fitting
     for count in range(2, len(plan.units) + 1):
         bounds = [len(plan.units) * k // count for k in range(count + 1)]
-        parts = tuple(AblationPlan(plan.depth, plan.units[a:b]) for a, b in itertools.pairwise(bounds))
+        parts = tuple(AblationPlan(plan.depth, plan.units[a:b], a == 0) for a, b in itertools.pairwise(bounds))
         if all(part.peak_bytes(sizes, 1) <= budget for part in parts):
             return parts, 1
-    needed = max(AblationPlan(plan.depth, (unit,)).peak_bytes(sizes, 1) for unit in plan.units)
+    singles = (AblationPlan(plan.depth, (unit,), unit is plan.units[0]) for unit in plan.units)
+    needed = max(single.peak_bytes(sizes, 1) for single in singles)
     raise ValueError(f"memory_budget: {budget} bytes are too few for one layer of one sample: give at least {needed}")

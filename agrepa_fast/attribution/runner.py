@@ -110,12 +110,19 @@ def attribute_layers(
         for start in range(0, samples, at_once):
             rows = slice(start, min(start + at_once, samples))
             measured = [network.measure(part, rows) for part in plans]
-            # Of several parts of the plan, the first one's baseline and control stand for all.
-            passes.append(torch.cat([*(part[:-2] for part in measured), measured[0][-2:]]))
+            # Of several parts of the plan, the first one's baseline stands for all; of several passes, its control.
+            changes = [rows[: len(part.units)] for part, rows in zip(plans, measured)]
+            energy, *control = measured[0][len(plans[0].units) :]
+            passes.append(torch.cat([*changes, energy.unsqueeze(0)]))
+            if start == 0:
+                noise = control[0][0] / energy[0]
+                if network.engine != "graph":  # which holds the memory of every plan that it has captured
+                    plans = tuple(dataclasses.replace(part, control=False) for part in plans)
         frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
         facts = torch.stack([frames.double(), (frames if t is None else t.detach().float()).double()])
+        facts = torch.cat([noise.double().expand(1, samples), facts.to(noise.device)])
         # The probe's one copy to the host.
-        result = torch.cat([torch.cat(passes, dim=1).double(), facts.to(passes[0].device)]).cpu()
+        result = torch.cat([torch.cat(passes, dim=1).double(), facts]).cpu()
     change, energy, noise, frames, flow_time = result[:-4], *result[-4:]
     _check_finite(plan, change, energy)
     if not frames.all():
@@ -133,7 +140,8 @@ def attribute_layers(
         metric=metric,
         branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
         floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
-        noise_by_sample=normalised_change(_carried(noise, energy, at_once), energy, metric),
+        # Rounding is relative: a sample with twice the energy gets twice the change.
+        noise_by_sample=normalised_change((noise * energy).nan_to_num(0.0), energy, metric),
         t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
@@ -215,7 +223,8 @@ class _Foreign:
         # Frames and bins; an image or a vector counts as one frame.
         velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
         change, energy = ops.velocity_delta(velocity, None if self.mask is None else self.mask[rows])
-        return torch.cat([change, energy.unsqueeze(0), (self.blocks.noise * energy[0]).expand(1, energy.shape[0])])
+        noise = (self.blocks.noise * energy).unsqueeze(0)
+        return torch.cat([change, energy.unsqueeze(0), *([noise] if plan.control else ())])
 
     def _run(self, plan: AblationPlan, index: Tensor) -> Tensor:
         try:
@@ -270,14 +279,6 @@ def probing(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
-
-
-def _carried(noise: Tensor, energy: Tensor, at_once: int) -> Tensor:
-    """The control's change [N], measured on the first sample of each pass, for every sample of the pass.
-
-    Rounding is relative: a sample with twice the energy gets twice the change."""
-    first = torch.arange(energy.shape[0]) // at_once * at_once
-    return (noise / energy[first] * energy).nan_to_num(0.0)
 
 
 def _check_finite(plan: AblationPlan, change: Tensor, energy: Tensor) -> None:

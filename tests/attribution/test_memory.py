@@ -78,7 +78,8 @@ def test_a_budget_is_kept_and_changes_no_score():
     model, inputs = build(4, 32, 4, 32, 6, torch.float64, 3)
     plan, sizes = AblationPlan.build(4), Sizes(32, 32, 4, 6, 4, 8)
     expected = attribute_layers(model, inputs)
-    least = max(AblationPlan.build(4, [layer]).peak_bytes(sizes, 1) for layer in range(4))
+    alone = [AblationPlan(4, (unit,), control=unit.layer == 0) for unit in plan.units]
+    least = max(one.peak_bytes(sizes, 1) for one in alone)
     seen = set()
     for budget in range(least, plan.peak_bytes(sizes, 3) + 1, 40_000):
         plans, at_once = split(plan, sizes, 3, budget)
@@ -91,7 +92,7 @@ def test_a_budget_is_kept_and_changes_no_score():
         # The least recomputation: no fewer plans and no more samples would fit.
         assert at_once == 3 or plan.peak_bytes(sizes, at_once + 1) > budget
         assert len(plans) == 1 or plan.peak_bytes(sizes, 1) > budget
-    assert {count for count, _ in seen} >= {1, 2, 4}
+    assert {count for count, _ in seen} >= {1, 2, 3}
     assert {at_once for _, at_once in seen} >= {1, 2}
     with pytest.raises(ValueError, match=f"{least - 1} bytes are too few .* at least {least}"):
         attribute_layers(model, inputs, memory_budget=least - 1)

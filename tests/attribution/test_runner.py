@@ -172,8 +172,8 @@ def test_inputs_in_order_are_the_inputs_by_name(build, draw):
 
 @pytest.mark.parametrize("branches", [None, ("attn", "ff")])
 def test_evaluations_as_counted_by_hooks(build, draw, branches):
-    """Sequences that pass each branch: the staircase costs L (L + 1) / 2 blocks of two branches, the control L on one
-    sample of each of the two passes."""
+    """Sequences that pass each branch: the staircase costs L (L + 1) / 2 blocks of two branches, the control L on the
+    first sample of the first pass."""
     depth = 5
     model, inputs = build(depth=depth), draw()
     counts = [0] * (2 * depth)
@@ -181,10 +181,10 @@ def test_evaluations_as_counted_by_hooks(build, draw, branches):
         branch.register_forward_hook(lambda _, args, __, i=i: counts.__setitem__(i, counts[i] + args[0].shape[0]))
     scores = attribute_layers(model, inputs, branches=branches, max_samples=2)
     if branches is None:
-        assert counts == [2 + (1 + i // 2) * BATCH for i in range(2 * depth)]
-        assert sum(counts) == depth * (depth + 1) // 2 * 2 * BATCH + 2 * 2 * depth
+        assert counts == [1 + (1 + i // 2) * BATCH for i in range(2 * depth)]
+        assert sum(counts) == depth * (depth + 1) // 2 * 2 * BATCH + 2 * depth
     else:
-        assert counts == [2 + (1 + i) * BATCH for i in range(2 * depth)]
-    assert scores.block_evaluations * 2 * BATCH == sum(counts) - 2 * 2 * depth
+        assert counts == [1 + (1 + i) * BATCH for i in range(2 * depth)]
+    assert scores.block_evaluations * 2 * BATCH == sum(counts) - 2 * depth
     assert len(scores.layers) == depth * (1 if branches is None else 2)
     assert (scores.by_sample > 0.01).all()  # every layer has a score

@@ -28,7 +28,7 @@ def live(config, run_dir, *, call: int | None = None) -> tuple[int, int]:
         os.close(writing)
         return child, reading
     os.close(reading)
-    # A fork leaves torch a thread pool to replace at the next use; two threads doing so at once fail an assertion in it.
+    # After a fork torch replaces its thread pool at the next use; two threads that do so at once fail an assertion.
     torch.set_num_threads(1)
     os.dup2(os.open(run_dir.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     counter = itertools.count()
