@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change
 
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
+# The widest activation of a pass on the CPU: in the processor's last cache the same work is an eighth faster.
+CPU_PASS_BYTES = 32 * 2**20
 
 
 def attribute_layers(
@@ -62,7 +65,8 @@ def attribute_layers(
         memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
             `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
             one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
-        max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice).
+        max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice). None: all,
+            but of a `DiT` on the CPU as many as its caches hold.
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
         block_list: dotted name(s) of another model's block lists; None = found under the usual names.
@@ -102,7 +106,7 @@ def attribute_layers(
             raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
         plan = AblationPlan.build(network.depth, blocks, branches)
         plans: tuple[AblationPlan, ...] = (plan,)
-        at_once = max_samples or samples
+        at_once = max_samples or network.at_once(plan)
         if memory_budget is not None:
             plans, fitting = network.split(plan, memory_budget)
             at_once = min(at_once, fitting)
@@ -185,6 +189,15 @@ class _Native:
             raise ValueError(f"engine: 'graph' cannot capture this probe: {obstacle}; engine='prefix' runs it eagerly")
         self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
 
+    def at_once(self, plan: AblationPlan) -> int:
+        """Samples of a pass: all on a device; on the CPU as many as its cache holds the feed-forward's inside of."""
+        x_t, config = self.inputs["x_t"], self.model.config
+        if x_t.device.type != "cpu" or self.engine != "prefix":
+            return self.samples
+        widest = plan.streams * x_t.shape[1] * config.ff_ratio * config.width * self.dtype.itemsize
+        passes = math.ceil(self.samples / max(1, CPU_PASS_BYTES // widest))
+        return math.ceil(self.samples / passes)
+
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
         if self.engine not in ("prefix", "graph"):
             raise ValueError(f"memory_budget: only for the staircase, not for engine={self.engine!r}: use max_samples")
@@ -214,6 +227,9 @@ class _Foreign:
         self.dtype = self.blocks.inspect()
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if self.blocks.not_a_chain else "prefix"
+
+    def at_once(self, plan: AblationPlan) -> int:
+        return self.samples
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
         raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")

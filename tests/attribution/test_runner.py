@@ -188,3 +188,19 @@ def test_evaluations_as_counted_by_hooks(build, draw, branches):
     assert scores.block_evaluations * 2 * BATCH == sum(counts) - 2 * depth
     assert len(scores.layers) == depth * (1 if branches is None else 2)
     assert (scores.by_sample > 0.01).all()  # every layer has a score
+
+
+def test_passes_on_the_cpu_fit_in_its_cache(build, draw, monkeypatch):
+    """As many samples as keep the widest activation below the limit, evenly dealt; the scores stay."""
+    model, inputs = build(), draw()
+    whole = attribute_layers(model, inputs)
+    inner = model.config.ff_ratio * model.config.width
+    one_sample = (1 + model.depth) * inputs["x_t"].shape[1] * inner * 4  # streams, frames, inner width, float32
+    for limit, expected in ((BATCH * one_sample, [BATCH]), (2 * one_sample, [2, 1]), (1, [1] * BATCH)):
+        monkeypatch.setattr("agrepa_fast.attribution.runner.CPU_PASS_BYTES", limit)
+        sizes = []
+        handle = model.branches[0].register_forward_hook(lambda _, args, __, to=sizes: to.append(args[0].shape[0]))
+        scores = attribute_layers(model, inputs)
+        handle.remove()
+        assert sizes == [expected[0] + 1, *expected[1:]]  # and the control, in the first pass
+        torch.testing.assert_close(scores.by_sample, whole.by_sample, rtol=1e-5, atol=0)
