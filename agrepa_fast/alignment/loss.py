@@ -93,6 +93,20 @@ def _similarity(loss: Tensor, rows: Tensor | None) -> Tensor:
     return similarity if rows is None else torch.where(rows.any(), similarity, torch.nan)
 
 
+def _shares(targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """This rank's rows that count over the mean rank's, for each teacher; `AlignmentLoss.shares`."""
+    counts = torch.stack(
+        [
+            targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
+            for name, r in rows.items()
+        ]
+    ).float()
+    total = counts.clone()
+    distributed.all_reduce(total)
+    found = counts * distributed.get_world_size() / total.clamp_min(1)
+    return dict(zip(rows, found.unbind()))
+
+
 def _comparable(rows: Tensor | None) -> Tensor | None:
     """Which sets of rows [..., N] -> [...] have two rows to compare."""
     return None if rows is None else rows.sum(-1) >= 2
@@ -240,17 +254,7 @@ class AlignmentLoss(nn.Module):
         A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over
         all ranks' rows. Every rank must call it: one small all-reduce."""
         kept = _domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
-        counts = torch.stack(
-            [
-                targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
-                for name, r in rows.items()
-            ]
-        ).float()
-        total = counts.clone()
-        distributed.all_reduce(total)
-        found = counts * distributed.get_world_size() / total.clamp_min(1)
-        return dict(zip(rows, found.unbind()))
+        return _shares(targets, {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers})
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
@@ -364,10 +368,11 @@ class InterfaceLoss(nn.Module):
         mask: Tensor | None = None,
         domains: Domains = None,
         kept: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics "cosine/<teacher>/tokens".
 
-        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains as `AlignmentLoss`;
+        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains and shares as `AlignmentLoss`;
         kept [B] bool: the samples whose tokens were not dropped.
 
         Raises:
@@ -379,23 +384,36 @@ class InterfaceLoss(nn.Module):
         if kept is not None and (kept.shape != embedding.shape[:1] or kept.dtype != torch.bool):
             raise ValueError(f"kept: expected bool [{embedding.shape[0]}], got {kept.dtype} {list(kept.shape)}")
         pooled = ops.masked_mean(embedding, mask)
-        by_domain = _domain_weights(list(self.teachers), domains, embedding)
+        rows = self._rows(targets, mask, domains, kept)
         total = embedding.new_zeros((), dtype=torch.float32)
         metrics = {}
         for name in self.teachers:
-            rows = _row_mask(by_domain[name], mask, targets[name])
-            if kept is not None:
-                rows = kept if rows is None else rows & kept
             weight = self.heads.get_parameter(f"{name}.weight")
             loss = ops.projection_cosine_loss(
                 pooled.to(weight.dtype),
                 weight,
                 None,
                 targets[name].detach(),
-                mask=rows,
+                mask=rows[name],
                 reduction="none",
             )
-            mean = _mean(loss, rows)
-            metrics[f"cosine/{name}/tokens"] = _similarity(mean, rows)
-            total = total + self.weights[name] * mean
+            mean = _mean(loss, rows[name])
+            metrics[f"cosine/{name}/tokens"] = _similarity(mean, rows[name])
+            total = total + self.weights[name] * (mean if shares is None else shares[name] * mean)
         return total, metrics
+
+    def shares(
+        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As `AlignmentLoss.shares`, of the rows that count here."""
+        return _shares(targets, self._rows(targets, mask, domains, kept))
+
+    def _rows(
+        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """{teacher: [B] bool, the samples that count}."""
+        by_domain = _domain_weights(list(self.teachers), domains, next(iter(targets.values())))
+        rows = {name: _row_mask(by_domain[name], mask, targets[name]) for name in self.teachers}
+        if kept is None:
+            return rows
+        return {name: kept if row is None else row & kept for name, row in rows.items()}

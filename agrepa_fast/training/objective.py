@@ -67,6 +67,7 @@ class StepInputs:
     target_mask: Tensor  # [B, T] bool, frames to align
     domains: dict[str, Tensor]  # {teacher: [B] bool}
     shares: dict[str, Tensor]  # {teacher: []} this rank's share of the rows that count; empty with one rank
+    tied_shares: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # the same of the rows that BiT-C counts
 
     @classmethod
     def of(
@@ -208,12 +209,28 @@ class Objective(nn.Module):
                 aligned = aligned * factor
             loss = loss + align_weight * aligned
         if self.interface is not None:
-            pooled = {name: pool_target(target, inputs.target_mask) for name, target in inputs.targets.items()}
-            tied, cosines = self.interface(embedding, pooled, inputs.mask, inputs.domains, draws.keep_tokens)
+            tied, cosines = self.interface(
+                embedding,
+                _pooled_targets(inputs),
+                inputs.mask,
+                inputs.domains,
+                draws.keep_tokens,
+                inputs.tied_shares or None,
+            )
             loss = loss + tied
             metrics |= {"bitc_loss": tied.detach(), **cosines}
         metrics["loss"] = loss.detach()
         return loss, metrics
+
+    def shared(self, inputs: StepInputs, draws: Draws) -> StepInputs:
+        """The inputs with what only the ranks together know: the shares of the samples whose tokens BiT-C counts.
+
+        Every rank must call it."""
+        if self.interface is None or self.ranks == 1:
+            return inputs
+        targets = _pooled_targets(inputs)
+        shares = self.interface.shares(targets, inputs.mask, inputs.domains, draws.keep_tokens)
+        return dataclasses.replace(inputs, tied_shares=shares)
 
     def observe(self, metrics: Mapping[str, Tensor]) -> None:
         """After an aligned step: its cosines decide whether the next one is aligned (alignment.stop_similarity)."""
@@ -271,6 +288,10 @@ def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
 def pool_target(target: Tensor, mask: Tensor) -> Tensor:
     """[B, W] as it is; [B, T, W] to its mean over the mask."""
     return target if target.dim() == 2 else masked_mean(target, mask)
+
+
+def _pooled_targets(inputs: StepInputs) -> dict[str, Tensor]:
+    return {name: pool_target(target, inputs.target_mask) for name, target in inputs.targets.items()}
 
 
 def teacher_targets(

@@ -2,8 +2,9 @@
 
 The same model, loss, random numbers and clips for all; from the second provider on each keeps what the one before
 changed. mel [B, T, M], tokens [B, S, 1], two teachers' pooled features. Dropout is 0, so that losses can be compared.
-Clips of equal length, or mixed: two of each quarter of T, which the straightforward form pads to T, and which the
-trainer takes in four buckets whose gradients it averages.
+Clips of equal length, one step; or mixed, four steps of B clips each: shuffled, the straightforward form pads a batch
+to T, and the trainer takes the clips of each quarter of T together, as its buckets do. The learning rate is 0, so that
+the order of the steps cannot matter; nothing is cheaper for it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +34,20 @@ from .foga import precision
 from .train_step import ALIGN_WEIGHT, BOUND, TEACHERS, selected
 
 TITLE = "What the trainer's changes to a step are worth"
-LR = 1e-4
+LR = 0.0
 QUICK_FRAMES = 128
 TOY = ("model.depth=3", "model.width=16", "model.heads=2", "model.token_width=8", "mel.mels=16")
 
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
     if scale == "toy":
-        return [_problem("small", 2, 16, "equal", "float32", TOY), _problem("small", 8, 16, "mixed", "float32", TOY)]
+        return [
+            _problem("small", batch, 16, lengths, "float32", TOY) for batch, lengths in ((2, "equal"), (4, "mixed"))
+        ]
     if device.type == "cpu":
-        name, frames = ("demo", QUICK_FRAMES) if scale == "quick" else ("small", 256)
-        sizes = [(4, "equal")] if scale == "quick" else [(4, "equal"), (8, "mixed")]
-        return [_problem(name, batch, frames, lengths, "float32") for batch, lengths in sizes]
+        if scale == "quick":
+            return [_problem("demo", 4, QUICK_FRAMES, "equal", "float32")]
+        return [_problem("small", 4, 256, lengths, "float32") for lengths in ("equal", "mixed")]
     found = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
     return found + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
 
@@ -54,12 +55,13 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
 def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, changes: tuple[str, ...] = ()) -> Problem:
     config = load_config(preset, [*changes, "model.dropout=0.0"])
     weights = config.model.depth * (4 + 2 * config.model.ff_ratio + 6) * config.model.width**2
-    clips = Counter(_lengths(batch, frames, lengths))
-    rows = config.model.depth * 12 * sum(length * count for length, count in clips.items()) * config.model.width
+    buckets = [frames] if lengths == "equal" else [frames * quarter // 4 for quarter in (1, 2, 3, 4)]
+    rows = config.model.depth * 12 * batch * sum(buckets) * config.model.width
     return Problem(
         params={
             "preset": preset,
             "lengths": lengths,
+            "steps": len(buckets),
             "layers": config.model.depth,
             "width": config.model.width,
             "frames": frames,
@@ -67,32 +69,27 @@ def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, cha
             "dtype": dtype,
         },
         dtype=dtype,
-        bytes=4 * 8 * weights + 3 * dtype_of(dtype).itemsize * rows,
-        flops=3 * sum(forward_flops(config.dit, count, length) for length, count in clips.items()),
-        build=functools.partial(_build, config, batch, frames, lengths, dtype),
+        bytes=4 * 8 * weights * len(buckets) + 3 * dtype_of(dtype).itemsize * rows,
+        flops=3 * sum(forward_flops(config.dit, batch, length) for length in buckets),
+        build=functools.partial(_build, config, batch, buckets, dtype),
     )
 
 
-def _lengths(batch: int, frames: int, lengths: str) -> list[int]:
-    """Frames of each clip; mixed ones in ascending order, as many of each of four lengths."""
-    if lengths == "equal":
-        return [frames] * batch
-    return [frames * (1 + 4 * n // batch) // 4 for n in range(batch)]
+Drawn = tuple[StepInputs, Draws]
 
 
-def _draw(config: RunConfig, lengths: list[int], device: torch.device) -> tuple[StepInputs, Draws]:
-    """One batch, padded to the longest clip; every other clip is speech."""
-    batch, frames = len(lengths), max(lengths)
+def _draw(config: RunConfig, batch: int, frames: int, device: torch.device) -> Drawn:
+    """A batch of clips of one length; every other clip is speech."""
     draw = functools.partial(torch.randn, device=device)
-    valid = torch.arange(frames, device=device) < torch.tensor(lengths, device=device)[:, None]
+    valid = torch.ones(batch, frames, dtype=torch.bool, device=device)
     speech = torch.arange(batch, device=device) % 2 == 0
     kept = torch.ones(batch, dtype=torch.bool, device=device)
     inputs = StepInputs(
-        mel=draw(batch, frames, config.mel.mels) * valid[..., None],
+        mel=draw(batch, frames, config.mel.mels),
         mask=valid,
-        prompt=torch.arange(frames, device=device).expand(batch, frames) < min(lengths) // 4,
-        tokens=torch.randint(1, 256, (batch, frames // 8, 1), device=device),
-        token_lengths=torch.tensor(lengths, device=device) // 8,
+        prompt=torch.arange(frames, device=device).expand(batch, frames) < frames // 4,
+        tokens=torch.randint(1, 256, (batch, max(1, frames // 8), 1), device=device),
+        token_lengths=torch.full((batch,), frames // 8, device=device),
         vocabulary=torch.zeros(batch, dtype=torch.int64, device=device),
         targets={name: draw(batch, width) for name, width in TEACHERS.items()},
         target_mask=valid,
@@ -103,86 +100,101 @@ def _draw(config: RunConfig, lengths: list[int], device: torch.device) -> tuple[
     return inputs, Draws(torch.rand(batch, device=device), noise, kept, kept)
 
 
-def _buckets(inputs: StepInputs, draws: Draws, lengths: list[int]) -> tuple[list[StepInputs], list[Draws]]:
-    """The batch by length, each part padded to its own."""
-    parts, numbers = [], []
-    for length in sorted(set(lengths)):
-        rows = slice(lengths.index(length), lengths.index(length) + lengths.count(length))
+def _shuffled(buckets: list[Drawn]) -> list[Drawn]:
+    """The same clips in as many batches, each with as many of every bucket, padded to the longest."""
+    count = len(buckets)
 
-        def cut(value: Any, rows: slice = rows, length: int = length) -> Any:
-            if isinstance(value, dict):
-                return {name: cut(item) for name, item in value.items()}
-            whole = value.dim() > 1 and value.shape[1] == max(lengths)
-            return value[rows, :length].contiguous() if whole else value[rows].contiguous()
+    def mixed(values: Sequence[Any], step: int) -> Any:
+        if isinstance(values[0], dict):
+            return {name: mixed([value[name] for value in values], step) for name in values[0]}
+        rows = [value[(step + number) % count :: count] for number, value in enumerate(values)]
+        if values[0].dim() < 2:
+            return torch.cat(rows)
+        longest = max(row.shape[1] for row in rows)
+        return torch.cat([F.pad(row, (*[0, 0] * (row.dim() - 2), 0, longest - row.shape[1])) for row in rows])
 
-        parts.append(StepInputs(**{f.name: cut(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)}))
-        numbers.append(Draws(*(cut(value) for value in draws)))
-    return parts, numbers
+    names = [field.name for field in dataclasses.fields(StepInputs)]
+    return [
+        (
+            StepInputs(**{name: mixed([getattr(inputs, name) for inputs, _ in buckets], step) for name in names}),
+            Draws(*(mixed(values, step) for values in zip(*(draws for _, draws in buckets)))),
+        )
+        for step in range(count)
+    ]
+
+
+class Watch:
+    """Losses and gradients of the first run, for the gate; the runs that are timed pay nothing for it."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.outputs: Outputs | None = None
+
+    def add(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
+        """A step's, before its gradients are clipped."""
+        if self.outputs is None:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.losses.append(loss.detach().clone())
+            self.sums = (
+                [a + b for a, b in zip(self.sums, gradients, strict=True)]
+                if self.sums
+                else [g.clone() for g in gradients]
+            )
+
+    def read(self) -> Outputs:
+        """The mean loss of the steps and the norm of their mean gradient."""
+        if self.outputs is None:
+            steps = len(self.losses)
+            self.outputs = torch.stack(self.losses).mean(), nn.utils.get_total_norm(self.sums) / steps
+            self.sums = []
+        return self.outputs
 
 
 class Watched(TrainStep):
-    """The trainer's step, with the loss and the gradient norm where the gate finds them."""
+    """The trainer's step under a watch."""
 
-    losses: list[Tensor]
-    norm: Tensor
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.losses = []
-        add = self.meter.add
-
-        def seen(metrics: Mapping[str, Tensor]) -> None:
-            self.losses.append(metrics["loss"])
-            add(metrics)
-
-        self.meter.add = seen  # type: ignore[method-assign]
-
-    def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
-        self.losses.clear()
-        super()._run(inputs, aligned)
+    watch: Watch
 
     def _update(self, metrics: dict[str, Tensor]) -> None:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # First: AdamW leaves them clipped.
-        self.norm = nn.utils.get_total_norm(gradients)
+        self.watch.add(metrics["loss"], (p for group in self.optimizer.param_groups for p in group["params"]))
         super()._update(metrics)
 
 
-def _build(config: RunConfig, batch: int, frames: int, lengths: str, dtype: str, device: torch.device) -> Setup:
+def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device: torch.device) -> Setup:
     torch.manual_seed(0)
     origin = Objective(config, TEACHERS, torch.Generator(device)).to(device)
     origin.backbone.network.load_state_dict(random_dit(config.dit).state_dict())
     origin.alignment.select(selected(config.model.depth))
-    clips = _lengths(batch, frames, lengths)
-    inputs, draws = _draw(config, clips, device)
-    parts, numbers = _buckets(inputs, draws, clips)
+    together = [_draw(config, batch, frames, device) for frames in buckets]
+    shuffled = _shuffled(together)
     bf16 = dtype == "bfloat16"
 
     def trainer(engine: str) -> Run:
         objective = copy.deepcopy(origin)
-        turn = itertools.cycle(numbers)
-        objective.draw = lambda inputs, generator=None: next(turn)  # type: ignore[method-assign]
+        numbers = {inputs.mel.shape: draws for inputs, draws in together}
+        objective.draw = lambda inputs, generator=None: numbers[inputs.mel.shape]  # type: ignore[method-assign]
         optimizer = build_optimizer(objective, config, capturable=engine == "graph")
         ema = Ema(objective.backbone, config.optimizer.ema_decay)
         step = Watched(objective, optimizer, ema, config, device, bf16, engine)
+        step.watch = Watch()
 
         def run() -> Outputs:
-            step(parts, ALIGN_WEIGHT, LR)
-            return torch.stack(step.losses).mean(), step.norm
+            for inputs, _ in together:
+                step([inputs], ALIGN_WEIGHT, LR)
+            return step.watch.read()
 
         return run
 
     def straight(**options: Any) -> Run:
-        return _straight(copy.deepcopy(origin), inputs, draws, config, dtype, device, **options)
+        return _straight(copy.deepcopy(origin), shuffled, config, dtype, device, **options)
 
     def reference() -> Outputs:
         wide = copy.deepcopy(origin).double()
-        values = {f.name: _double(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)}
-        given, numbers = StepInputs(**values), Draws(*(_double(value) for value in draws))
-        return _straight(wide, given, numbers, config, "float32", device)()
+        return _straight(wide, [_double(drawn) for drawn in together], config, "float32", device)()
 
     # What train.engine=auto is here.
-    auto = "eager" if device.type == "cpu" else "graph" if len(parts) == 1 else "compile"
+    auto = "eager" if device.type == "cpu" else "graph"
     providers = [
         Provider("ours", "ours", lambda: trainer(auto)),
         Provider("straightforward", "rival", straight),
@@ -192,7 +204,7 @@ def _build(config: RunConfig, batch: int, frames: int, lengths: str, dtype: str,
         ),
     ]
     # Left out where the compilations would take longer than all the rest: of every mixed length, and in the quick run.
-    if len(parts) == 1 and frames != QUICK_FRAMES:
+    if len(buckets) == 1 and buckets != [QUICK_FRAMES]:
         providers.append(Provider("trainer, compiled", "engine", lambda: trainer("compile")))
     if device.type == "cuda":
         providers += [
@@ -207,13 +219,17 @@ def _build(config: RunConfig, batch: int, frames: int, lengths: str, dtype: str,
 def _double(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _double(item) for name, item in value.items()}
+    if isinstance(value, StepInputs):
+        return StepInputs(**{f.name: _double(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    if isinstance(value, tuple):
+        parts = [_double(item) for item in value]
+        return Draws(*parts) if isinstance(value, Draws) else tuple(parts)
     return value.double() if value.is_floating_point() else value
 
 
 def _straight(
     objective: Objective,
-    inputs: StepInputs,
-    draws: Draws,
+    batches: list[Drawn],
     config: RunConfig,
     dtype: str,
     device: torch.device,
@@ -222,7 +238,7 @@ def _straight(
     items: bool = True,
     keep_weights: bool = False,
 ) -> Run:
-    """A step as one writes it down: AdamW and EMA as torch and a loop have them, every metric read with .item()."""
+    """Steps as one writes them down: AdamW and EMA as torch and a loop have them, every metric read with .item()."""
     backbone, alignment = objective.backbone, objective.alignment
     module: nn.Module = backbone.network
     if network != "ours":
@@ -242,9 +258,10 @@ def _straight(
     average = [p.detach().clone() for p in trained]
     weight = torch.tensor(ALIGN_WEIGHT, device=device)
     # Without padding there is nothing to mask: the fast attention kernels take no mask.
-    mask = None if inputs.mask.all() else inputs.mask
+    masks = [None if inputs.mask.all() else inputs.mask for inputs, _ in batches]
+    watch = Watch()
 
-    def published_loss() -> tuple[Tensor, list[Tensor]]:
+    def published_loss(inputs: StepInputs, draws: Draws, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         time = draws.t[:, None, None]
         x_t = (1 - time) * draws.noise + time * inputs.mel
         cond = assemble_condition(backbone.embed_tokens(inputs), inputs.mel, inputs.prompt)
@@ -266,13 +283,15 @@ def _straight(
                 total = total + ALIGN_WEIGHT * alignment.weights[layer] * distance
         return total, seen
 
-    def run() -> Outputs:
-        objective.train()
-        module.train()
+    def step(inputs: StepInputs, draws: Draws, mask: Tensor | None) -> None:
         with precision("float32" if keep_weights else dtype, device):
-            total, seen = published_loss() if loss == "published" else (objective(inputs, draws, weight)[0], [])
+            if loss == "published":
+                total, seen = published_loss(inputs, draws, mask)
+            else:
+                total, seen = objective(inputs, draws, weight)[0], []
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        watch.add(total, trained)
         norm = nn.utils.clip_grad_norm_(trained, config.optimizer.clip)
         optimizer.step()
         with torch.no_grad():
@@ -280,6 +299,12 @@ def _straight(
                 mean.lerp_(parameter, 1 - config.optimizer.ema_decay)
         if items:
             [metric.item() for metric in (total, norm, *seen)]
-        return total.detach(), norm
+
+    def run() -> Outputs:
+        objective.train()
+        module.train()
+        for (inputs, draws), mask in zip(batches, masks):
+            step(inputs, draws, mask)
+        return watch.read()
 
     return run
