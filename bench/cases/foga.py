@@ -41,7 +41,8 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
     if device.type == "cpu":
         if scale == "quick":
             return [problem("compact", COMPACT, 1, 64, "float32")]
-        return [problem("compact", COMPACT, 4, 256, "float32"), problem("deep", DEEP, 4, 256, "float32")]
+        loops = ("SDPA loop", "released loop")
+        return [problem("compact", COMPACT, 4, 256, "float32"), problem("deep", DEEP, 4, 256, "float32", loops)]
     found = [problem("compact", COMPACT, 4, 256, "bfloat16"), problem("paper", PAPER, 4, 938, "bfloat16")]
     if scale == "full":  # the slow rivals once is enough
         rivals = ("SDPA loop", "compiled loop")
