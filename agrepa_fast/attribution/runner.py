@@ -65,8 +65,8 @@ def attribute_layers(
         memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
             `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
             one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
-        max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice). None: all,
-            but of a `DiT` on the CPU as many as its caches hold.
+        max_samples: run at most so many of the N samples in one batch (bounds memory; costs nothing twice). None: all.
+            A `DiT` on the CPU runs no more than its caches hold.
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
         block_list: dotted name(s) of another model's block lists; None = found under the usual names.
@@ -106,7 +106,7 @@ def attribute_layers(
             raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
         plan = AblationPlan.build(network.depth, blocks, branches)
         plans: tuple[AblationPlan, ...] = (plan,)
-        at_once = max_samples or network.at_once(plan)
+        at_once = min(max_samples or samples, network.at_once(plan))
         if memory_budget is not None:
             plans, fitting = network.split(plan, memory_budget)
             at_once = min(at_once, fitting)

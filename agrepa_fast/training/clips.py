@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.batches import Batch, ClipDataset, Sample, Skipped, collate
+from ..data.batches import Batch, collate
 from ..data.corpus import write_corpus
+from ..data.dataset import ClipDataset, Sample, Skipped
 from ..data.manifest import Clip, read_manifest
 from ..errors import UserError
 from .config import RunConfig

@@ -12,7 +12,7 @@ import torch
 from ..attribution.probes import lasp, linear_cka, pooled_hidden
 from ..attribution.runner import probing
 from ..attribution.scd import Stored
-from ..data.batches import ClipDataset
+from ..data.dataset import ClipDataset
 from ..models.flow import probe_inputs
 from ..teachers.cache import CachedTeacher
 from ..teachers.registry import Teacher

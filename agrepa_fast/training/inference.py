@@ -16,7 +16,8 @@ from ..attribution.probes import lasp, pooled_hidden
 from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
 from ..data.audio import read_audio
-from ..data.batches import Batch, ClipDataset, Sample, collate
+from ..data.batches import Batch, collate
+from ..data.dataset import ClipDataset, Sample
 from ..data.manifest import Clip
 from ..data.mel import LogMel
 from ..data.tokens import BYTE_VOCABULARY, encode_text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COSINE = "cosine/"
+SIMILARITIES = (COSINE, "relation/", "cka/")  # what alignment.objective may be, as its metrics begin
 DOMAIN_LOSS = "flow_loss/"
 TRAIN = "#8a93a3"  # grey: the palette's colours stand for domains and teachers in every picture
 MANY_POINTS = 4000  # beyond this a noisy line is drawn as pixels, so that a long run keeps a small report
@@ -119,8 +121,20 @@ def plot_losses(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def similarity_keys(log: list[dict[str, Any]]) -> list[str]:
+    """The keys of all metrics of alignment: of the raw cosine, or of what another objective has in its place."""
+    return [key for prefix in SIMILARITIES for key in keys_under(log, prefix)]
+
+
+def similarity_name(keys: Sequence[str]) -> str:
+    """What to call them together."""
+    others = {prefix.rstrip("/") for prefix in SIMILARITIES[1:] for key in keys if key.startswith(prefix)}
+    return f"similarity ({', '.join(sorted(others))})" if others else "raw cosine"
+
+
 def plot_cosines(log: list[dict[str, Any]]) -> Figure:
-    """Raw cosine between projected hidden states and teacher features: one colour per teacher/layer.
+    """Raw cosine between projected hidden states and teacher features, or what another objective has in its place: one
+    colour per teacher/layer.
 
     Lines are the moving mean of the train entries, points the valid entries. A teacher keeps one hue; its
     layers go from dark to light with depth.
@@ -129,7 +143,8 @@ def plot_cosines(log: list[dict[str, Any]]) -> Figure:
     figure = new_figure(10, 4.2)
     axes = figure.add_subplot()
     by_teacher: dict[str, list[str]] = {}
-    for key in keys_under(log, COSINE):
+    keys_drawn = similarity_keys(log)
+    for key in keys_drawn:
         teacher, _, _ = key.removeprefix(COSINE).rpartition("/")
         by_teacher.setdefault(teacher, []).append(key)
     for hue, (teacher, keys) in enumerate(by_teacher.items()):
@@ -146,7 +161,7 @@ def plot_cosines(log: list[dict[str, Any]]) -> Figure:
                 axes.plot(steps, values, "o", color=color, markersize=4.5, label=label)
     axes.axhline(0.0, color=INK, alpha=0.35, linewidth=0.8)
     _step_axis(axes)
-    axes.set_ylabel("raw cosine (line train, points valid)")
+    axes.set_ylabel(f"{similarity_name(keys_drawn)} (line train, points valid)")
     style_axes(axes)
     legend_beside(figure, axes)
     return figure

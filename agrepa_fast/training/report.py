@@ -23,12 +23,15 @@ from . import page as html
 from .plots import (
     COSINE,
     DOMAIN_LOSS,
+    SIMILARITIES,
     current_timeline,
     keys_under,
     number,
     plot_cosines,
     plot_losses,
     series,
+    similarity_keys,
+    similarity_name,
 )
 from .vitals import vitals_section
 
@@ -151,7 +154,8 @@ def _summary(log: Log, selection: Selection | None, skipped: int) -> str:
 
     first, last, shared, event = _mean_cosines(log)
     note = f"{event}, mean over {shared} teacher/layer pair{'s' if shared != 1 else ''}" if shared else ""
-    tiles.append(html.tile("Raw cosine", f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
+    name = similarity_name(similarity_keys(log)).capitalize()
+    tiles.append(html.tile(name, f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
 
     layers = ", ".join(str(layer) for layer in selection.layers) if selection else ""
     weights = ", ".join(f"{weight:.2f}" for weight in selection.weights) if selection else ""
@@ -212,7 +216,8 @@ def _loss_section(run_dir: Path, log: Log) -> str:
 
 def _cosine_section(run_dir: Path, log: Log) -> str:
     rows = []
-    for key in keys_under(log, COSINE):
+    keys = similarity_keys(log)
+    for key in keys:
         teacher, _, layer = key.removeprefix(COSINE).rpartition("/")
         event = "valid" if len(series(log, "valid", key)[1]) else "train"
         values = series(log, event, key)[1]
@@ -220,8 +225,11 @@ def _cosine_section(run_dir: Path, log: Log) -> str:
             rows.append([escape(teacher), escape(layer), event, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     if not rows:
         return MISSING
-    table = html.table(["teacher", "layer", "measured in", "first cosine", "last cosine"], rows, text_columns=3)
-    return html.picture(run_dir / "cosine.png", plot_cosines(log), "Raw cosine by teacher and layer") + table
+    name = similarity_name(keys)
+    first_and_last = ["first cosine", "last cosine"] if name == "raw cosine" else ["first", "last"]
+    table = html.table(["teacher", "layer", "measured in", *first_and_last], rows, text_columns=3)
+    title = f"{name.capitalize()} by teacher and layer"
+    return html.picture(run_dir / "cosine.png", plot_cosines(log), title) + table
 
 
 def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selection | None) -> str:
@@ -512,7 +520,7 @@ def _mean_cosines(log: Log) -> tuple[float, float, int, str]:
     """
     for event in ("valid", "train"):
         entries = [
-            {key: value for key in entry if key.startswith(COSINE) and (value := number(entry[key])) is not None}
+            {key: value for key in entry if key.startswith(SIMILARITIES) and (value := number(entry[key])) is not None}
             for entry in log
             if entry.get("event") == event
         ]

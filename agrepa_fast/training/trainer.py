@@ -25,32 +25,30 @@ from ..alignment.reselect import average_scores, reselect
 from ..alignment.schedule import AlignmentSchedule
 from ..attribution.scd import write_scd
 from ..attribution.scores import LayerScores
-from ..data.audio import write_audio
-from ..data.batches import Batch, BucketBatches, iterate
-from ..data.mel import LogMel
+from ..data.batches import Batch
+from ..data.buckets import BucketBatches
+from ..data.loading import iterate
 from ..errors import UserError
 from ..models import packed
-from ..models.flow import SIGMA
 from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
 from .checkpoint import Checkpoint, begun, drop_old, load_checkpoint, restore, save_checkpoint, write_whole
-from .clips import fixed_batches, load_data, spread
+from .clips import load_data
 from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
 from .dissociation import stored_by_layer
 from .distributed import gather, join, rank, ranks
 from .ema import Ema
 from .environment import pick_device, versions
-from .inference import generate, layer_values, score_layers
+from .evaluation import validate, write_samples
+from .inference import layer_values, score_layers
 from .log import RunLog, average
-from .objective import Backbone, Objective, StepInputs, domain_tables, teacher_targets
+from .objective import Objective, StepInputs, domain_tables, teacher_targets
 from .optimizer import build_optimizer, one_cycle
 from .rates import Rates
 from .report import write_report
 from .step import TrainStep, pick_engine
-from .vocoder import build_vocoder
 
 T = TypeVar("T")
-VALID_TIMES = (0.125, 0.375, 0.625, 0.875)
 REPORT_SECONDS = 60.0  # report.html is at most this much older than the last validation
 
 
@@ -347,36 +345,13 @@ class Trainer:
             )
         return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Flow loss on fixed clips, noise and t; the same numbers for any run on the same clips. By rank 0 alone."""
+        """By rank 0 alone."""
         if rank():
             return
-        self.objective.eval()
-        losses: list[Tensor] = []
-        records: list[dict[str, Tensor]] = []
-        domains: list[str] = []
-        indices = spread(self.data.valid, self.config.train.valid_samples)
-        for number, batch in enumerate(fixed_batches(self.data.valid, indices, self.config)):
-            generator = torch.Generator().manual_seed(number)
-            noise = SIGMA * torch.randn(batch.mel.shape, generator=generator)
-            batch, noise = batch.to(self.device), noise.to(self.device)
-            domains += [batch.domains[i] for i in batch.domain.tolist()]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                targets, mask = teacher_targets(self.teachers, batch, self.config)
-                at_times = []
-                for time_ in VALID_TIMES:
-                    t = torch.full((batch.mel.shape[0],), time_, device=self.device)
-                    loss, cosines = self.objective.validate(batch, targets, mask, self._domains(batch), t, noise)
-                    at_times.append(loss)
-                    records.append(self._selected(cosines))
-            losses.append(torch.stack(at_times).mean(0))
-        loss = torch.cat(losses).cpu()
-        by_domain = {
-            f"flow_loss/{name}": loss[[i for i, d in enumerate(domains) if d == name]].mean().item()
-            for name in sorted(set(domains))
-        }
-        self.log.write("valid", step=self.step, flow_loss=loss.mean().item(), **by_domain, **average(records))
+        o, clips = self.objective, self.data.valid
+        metrics = validate(o, self.teachers, self.domain_tables, clips, self.config, self.device, self.bf16)
+        self.log.write("valid", step=self.step, **self._selected(metrics))
         if time.monotonic() - self.reported > REPORT_SECONDS:
             write_report(self.run_dir)
             self.reported = time.monotonic()
@@ -391,34 +366,9 @@ class Trainer:
         }
 
     def _samples(self) -> None:
-        """Generate a few held-out clips from their text and reference with the EMA weights, as WAV files."""
-        indices = spread(self.data.valid, self.config.train.samples)
-        if not indices or rank():
-            return
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        vocoder = build_vocoder(self.config.train.vocoder, LogMel(self.config.mel))
-        [batch] = fixed_batches(self.data.valid, indices, self.config, one_shape=True)
-        model = self.ema.module.eval()
-        assert isinstance(model, Backbone)
-        mel = generate(model, batch.to(self.device), self.config).cpu()
-        for row, clip in enumerate(batch.clips):
-            frames = int(batch.mask[row].sum())
-            if not mel[row].isfinite().all():
-                raise UserError(f"step {self.step}: the generated mel is not finite; lower optimizer.lr")
-            generated = folder / f"step_{self.step:08d}_{row}.wav"
-            reference = folder / f"reference_{row}.wav"
-            write_audio(generated, vocoder(mel[row, :frames]), self.config.mel.sample_rate)
-            audio = batch.audio[row, : int(batch.audio_lengths[row])]
-            write_audio(reference, audio, self.config.mel.sample_rate)
-            self.log.write(
-                "sample",
-                step=self.step,
-                path=f"samples/{generated.name}",
-                reference=f"samples/{reference.name}",
-                text=clip.text,
-                domain=clip.domain,
-            )
+        if rank() == 0:
+            for facts in write_samples(self.ema.module, self.data.valid, self.config, self.run_dir, self.step):
+                self.log.write("sample", step=self.step, **facts)
 
     def _log_start(self) -> None:
         parts = {

@@ -15,7 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agrepa_fast.data.batches import BucketBatches, ClipDataset, collate, iterate, load_batch
+from agrepa_fast.data.batches import collate, load_batch
+from agrepa_fast.data.buckets import BucketBatches
+from agrepa_fast.data.dataset import ClipDataset
+from agrepa_fast.data.loading import iterate
 from agrepa_fast.data.manifest import Clip
 from agrepa_fast.data.mel import LogMel, MelConfig
 from agrepa_fast.errors import UserError
@@ -348,7 +351,7 @@ def test_too_short_for_one_window_is_skipped(tmp_path):
 
 
 def test_cache_stops_at_its_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("agrepa_fast.data.batches.CACHE_BYTES", 9000)
+    monkeypatch.setattr("agrepa_fast.data.dataset.CACHE_BYTES", 9000)
     clips = [make_clip(tmp_path, number, 1000) for number in range(4)]
     dataset = ClipDataset(clips, CONFIG, max_frames=20)
     dataset.check(max_share=0.0)

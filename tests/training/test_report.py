@@ -523,6 +523,28 @@ def test_cosine_curves_one_colour_per_teacher_and_layer():
     assert valid.get_color() == drawn["whisper/large · layer 2"].get_color()
 
 
+def test_another_objective_is_called_by_its_name(tmp_path):
+    """BiT-C's cosine stands beside it."""
+    log = [
+        {"event": "valid", "step": 1, "relation/voice/3": 0.25, "cosine/voice/tokens": 0.125},
+        {"event": "valid", "step": 2, "relation/voice/3": 0.5, "cosine/voice/tokens": 0.375},
+    ]
+    figure = plot_cosines(log)
+    assert {name: line.get_ydata().tolist() for name, line in curves(figure).items()} == {
+        "relation/voice · layer 3": [0.25, 0.5],
+        "voice · layer tokens": [0.125, 0.375],
+    }
+    assert figure.axes[0].get_ylabel().startswith("similarity (relation)")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    found = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert found.rows["cosine"] == [
+        ["teacher", "layer", "measured in", "first", "last"],
+        ["voice", "tokens", "valid", "0.1250", "0.3750"],
+        ["relation/voice", "3", "valid", "0.2500", "0.5000"],
+    ]
+    assert "0.1875 → 0.4375" in found.sections["summary"]
+
+
 def test_series_leaves_out_what_is_no_finite_number():
     log = [
         {"event": "train", "step": 1, "x": 1.0},

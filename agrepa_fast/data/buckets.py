@@ -1,0 +1,120 @@
+"""Which clips make up which batch: a few bucket lengths, domains in balance, the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class BucketBatches:
+    """Which clips make up batch number `step`, for any step, from (seed, step) alone.
+
+    lengths: frames of each clip. Each clip goes into the shortest of `buckets` that holds it, and every batch
+    of a bucket of T frames has B = max(1, frames_per_batch // T) clips, so there are as many shapes as
+    buckets. An epoch covers every clip; the last batch of a bucket is filled from the bucket's beginning.
+    balance: every domain (domains: one name per clip) is drawn equally often over an epoch and spread evenly
+    through the batches of each bucket, the clips of smaller domains several times; one batch holds what its
+    bucket holds, so short clips of one domain make batches of that domain.
+    tokens: of each clip; a bucket's batches are all padded to its clips' most, so that their shapes are one.
+    Of `world_size` ranks, all get the same bucket at each step and different parts of its order.
+
+    ValueError when a clip is longer than the longest bucket, or for sizes that make no sense.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        buckets: Sequence[int],
+        frames_per_batch: int,
+        seed: int,
+        domains: Sequence[str] | None = None,
+        balance: bool = False,
+        tokens: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not len(lengths):
+            raise ValueError("lengths is empty")
+        if not len(buckets) or min(buckets) < 1 or frames_per_batch < 1:
+            raise ValueError(f"need positive buckets and frames_per_batch, got {buckets}, {frames_per_batch}")
+        if max(lengths) > max(buckets):
+            raise ValueError(f"a clip of {max(lengths)} frames fits no bucket, the longest is {max(buckets)}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside a world of {world_size}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if balance and domains is None:
+            raise ValueError("balance needs the domain of each clip")
+        if domains is not None and len(domains) != len(lengths):
+            raise ValueError(f"{len(domains)} domains for {len(lengths)} clips")
+        if tokens is not None and len(tokens) != len(lengths):
+            raise ValueError(f"{len(tokens)} token counts for {len(lengths)} clips")
+        self.seed = seed
+        self.frames_per_batch = frames_per_batch
+        self.rank, self.world_size = rank, world_size
+        names = np.array(domains if balance and domains is not None else ["all"] * len(lengths))
+        largest = max(np.count_nonzero(names == name) for name in set(names))
+        sizes = np.array(sorted(set(buckets)))
+        bucket_of = np.searchsorted(sizes, np.asarray(lengths))
+        # (frames, [(clips of one domain, how many to draw of them in an epoch)])
+        self._buckets: list[tuple[int, list[tuple[np.ndarray, int]]]] = []
+        for number, frames in enumerate(sizes.tolist()):
+            groups = []
+            for name in sorted(set(names)):
+                members = np.flatnonzero((bucket_of == number) & (names == name))
+                if len(members):
+                    draws = round(len(members) * largest / np.count_nonzero(names == name))
+                    groups.append((members, max(draws, len(members))))
+            if groups:
+                self._buckets.append((frames, groups))
+        # {frames: tokens}
+        self.tokens: dict[int, int] = {}
+        if tokens is not None:
+            counts = np.asarray(tokens)
+            self.tokens = {f: max(int(counts[members].max()) for members, _ in g) for f, g in self._buckets}
+        self.steps_per_epoch = sum(
+            -(-sum(draws for _, draws in groups) // (self.batch_size(frames) * world_size))
+            for frames, groups in self._buckets
+        )
+        self._epoch = -1
+        self._plan: list[tuple[int, np.ndarray]] = []
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (clips per batch, frames) that occurs."""
+        return [(self.batch_size(frames), frames) for frames, _ in self._buckets]
+
+    def batch_size(self, frames: int) -> int:
+        """Clips per batch and rank in the bucket of `frames` frames."""
+        return max(1, self.frames_per_batch // frames)
+
+    def batch(self, step: int) -> tuple[int, tuple[int, ...]]:
+        """Batch number `step` of this rank: its bucket in frames and the indices of its clips."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._plan, self._epoch = self._plan_epoch(epoch), epoch
+        frames, indices = self._plan[position]
+        return frames, tuple(indices[self.rank :: self.world_size].tolist())
+
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """The batches of all ranks together, in order: the same on every rank."""
+        rng = np.random.default_rng([self.seed, epoch])
+        plan = []
+        for frames, groups in self._buckets:
+            drawn, place = [], []
+            for members, draws in groups:
+                whole, rest = divmod(draws, len(members))
+                extra = rng.permutation(members)[:rest]
+                drawn.append(np.concatenate([*(rng.permutation(members) for _ in range(whole)), extra]))
+                # Each domain evenly over 0 to 1, so that every stretch of the order has the same mix.
+                place.append((np.arange(draws) + rng.random(draws)) / draws)
+            order = np.concatenate(drawn)[np.argsort(np.concatenate(place), kind="stable")]
+            size = self.batch_size(frames) * self.world_size
+            batches = -(-len(order) // size)
+            # np.resize repeats from the beginning.
+            plan += [(frames, chunk) for chunk in np.resize(order, (batches, size))]
+        return [plan[position] for position in rng.permutation(len(plan))]
