@@ -21,7 +21,7 @@ from .targets import ours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 2  # counts up when a drawing changes, so that stored pictures count as outdated
+VERSION = 3  # counts up when a drawing changes, so that stored pictures count as outdated
 COLOURS = {"win": "#2a7f62", "tie": "#8a8a8a", "loss": "#b4452f"}
 INK, GRID = "#222222", "#dddddd"
 
@@ -77,7 +77,7 @@ def speedups(result: Mapping[str, Any]) -> Figure:
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.margins(x=0.12, y=0.01)
     axes.set_xlabel(
-        "time of the other over ours; green faster, grey within noise, red slower; line: noise floor", fontsize=7
+        "time of the other over ours\ngreen faster, grey within noise, red slower; line: noise floor", fontsize=7
     )
     _tidy(axes, f"Ours against each provider, {result['environment']['device']}", "x")
     return figure
@@ -165,6 +165,12 @@ DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "roofline": roofline,
     "scaling": scaling,
 }
+
+
+def drawn(result: Mapping[str, Any]) -> list[str]:
+    """The pictures that have something to show of a result."""
+    scaled = any(problem["case"] == "scaling" for problem in result["problems"])
+    return [name for name in DRAWINGS if name != "scaling" or scaled]
 
 
 def digest(name: str, result: Mapping[str, Any]) -> str:

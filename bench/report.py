@@ -57,14 +57,14 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
             if not check:
                 path.write_text(filled, encoding="utf-8")
     for stem, result in stored.items():
-        for name in figures.DRAWINGS:
+        for name in figures.drawn(result):
             for kind in ("png", "svg"):
                 path = root / "docs" / "figures" / f"bench-{name}-{stem}.{kind}"
                 if figures.stored_digest(path) != figures.digest(name, result):
                     changed.append(path)
                     if not check:
                         figures.draw(name, result, path)
-    kept = {f"bench-{name}-{stem}" for stem in stored for name in figures.DRAWINGS}
+    kept = {f"bench-{name}-{stem}" for stem, result in stored.items() for name in figures.drawn(result)}
     for path in sorted((root / "docs" / "figures").glob("bench-*")):
         if path.stem not in kept:
             changed.append(path)
@@ -177,25 +177,24 @@ HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
 
 
 def headline(stored: Stored) -> str:
-    """The short table of the README: wins, ties and losses alike, the first fitting problem of each result."""
+    """The short table of the README: wins, ties and losses alike, the first fitting problem of each result.
+
+    Of the trainer's step every problem, since mixed lengths are another matter than equal ones."""
     rows = []
     for kind, title in KINDS.items():
         of_kind = [r for r in stored.values() if r["environment"]["device_type"] == kind]
         for work, case, match, providers in HEADLINE:
-            if not of_kind:
-                rows.append([work, title, UNMEASURED, ""])
+            found = []
             for result in of_kind:
-                problem = next(
-                    (
-                        p
-                        for p in result["problems"]
-                        if p["case"] == case and all(p["params"].get(k) == v for k, v in match.items())
-                    ),
-                    None,
-                )
-                if problem is None:
-                    rows.append([work, result["environment"]["device"], UNMEASURED, ""])
-                    continue
+                fitting = [
+                    p
+                    for p in result["problems"]
+                    if p["case"] == case and all(p["params"].get(k) == v for k, v in match.items())
+                ]
+                found += [(result, p) for p in (fitting if case == "trainer" else fitting[:1])]
+            if not found:
+                rows.append([work, "", of_kind[0]["environment"]["device"] if of_kind else title, UNMEASURED, ""])
+            for result, problem in found:
                 said = [
                     f"{speedup(row)} against {row['provider']}"
                     for name in providers
@@ -203,8 +202,16 @@ def headline(stored: Stored) -> str:
                     if row["provider"] == name and row["speedup"] is not None
                 ]
                 verdicts = "; ".join(said) if problem["gate"]["passed"] else gate_line(problem)
-                rows.append([work, result["environment"]["device"], duration(ours(problem)["median_us"]), verdicts])
-    return markdown(["work", "device", "ours", "ours is"], rows)
+                device, median = result["environment"]["device"], ours(problem)["median_us"]
+                rows.append([work, _size(problem["params"]), device, duration(median), verdicts])
+    return markdown(["work", "size", "device", "ours", "ours is"], rows)
+
+
+def _size(params: Mapping[str, Any]) -> str:
+    """What tells problems of one case apart, in a few words."""
+    said = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
+    named = ("preset", "layers", "rows", "width", "frames", "batch", "lengths", "dtype")
+    return ", ".join(said.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
 
 
 def targets(stored: Stored) -> str:
@@ -261,7 +268,9 @@ def pictures(stored: Stored) -> str:
     """The figures, for a page in docs/."""
     titles = {"speedups": "Ours against each provider", "roofline": "Roofline", "scaling": "Scaling of FoG-A"}
     return "\n\n".join(
-        f"![{titles[name]}, {stem}](figures/bench-{name}-{stem}.png)" for stem in stored for name in figures.DRAWINGS
+        f"![{titles[name]}, {stem}](figures/bench-{name}-{stem}.png)"
+        for stem, result in stored.items()
+        for name in figures.drawn(result)
     )
 
 

@@ -71,7 +71,7 @@ def test_report_fills_tables_and_draws(checkout: Path) -> None:
     assert readme.endswith("b\n")
     assert "0.80x loss against SDPA loop" in readme
     assert "1.01x tie against released loop" in readme
-    assert "| FoG-A scores of all layers | GPU | not yet measured |  |" in readme
+    assert "| FoG-A scores of all layers |  | GPU | not yet measured |  |" in readme
     docs = {p.stem: p.read_text(encoding="utf-8") for p in (checkout / "docs").glob("*.md")}
     assert "| cpu-x: foga | SDPA loop | 0 | 0 | 1 | 0.80x |" in docs["summary"]
     assert "| cpu-x: foga | released loop | 0 | 1 | 0 | 1.01x |" in docs["summary"]
@@ -97,6 +97,17 @@ def test_a_figure_of_no_result_is_removed(checkout: Path) -> None:
     shutil.copy(checkout / "docs/figures/bench-roofline-cpu-x.svg", checkout / "docs/figures/bench-roofline-gone.svg")
     assert [p.name for p in report.write_report(checkout)] == ["bench-roofline-gone.svg"]
     assert not (checkout / "docs/figures/bench-roofline-gone.svg").exists()
+
+
+def test_no_picture_of_what_was_not_measured(checkout: Path) -> None:
+    [path] = (checkout / "bench" / "results").glob("*.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["problems"] = [problem for problem in result["problems"] if problem["case"] != "scaling"]
+    path.write_text(json.dumps(result), encoding="utf-8")
+    report.write_report(checkout)
+    drawn = {p.name for p in (checkout / "docs" / "figures").glob("*.png")}
+    assert drawn == {"bench-speedups-cpu-x.png", "bench-roofline-cpu-x.png"}
+    assert "Scaling of FoG-A" not in report.pictures(report.load(checkout))
 
 
 def test_figures_carry_their_digest(checkout: Path) -> None:
