@@ -115,7 +115,7 @@ def attribute_layers(
             rows = slice(start, min(start + at_once, samples))
             measured = [network.measure(part, rows) for part in plans]
             # Of several parts of the plan, the first one's baseline stands for all; of several passes, its control.
-            changes = [rows[: len(part.units)] for part, rows in zip(plans, measured)]
+            changes = [result[: len(part.units)] for part, result in zip(plans, measured)]
             energy, *control = measured[0][len(plans[0].units) :]
             passes.append(torch.cat([*changes, energy.unsqueeze(0)]))
             if start == 0:
