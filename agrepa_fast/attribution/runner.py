@@ -25,7 +25,7 @@ from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change
 
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
-# The widest activation of a pass on the CPU: in the processor's last cache the same work is an eighth faster.
+# The widest activation of a pass on the CPU: what a server processor's last cache holds, where the same work is faster.
 CPU_PASS_BYTES = 32 * 2**20
 
 
@@ -190,7 +190,7 @@ class _Native:
         self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
 
     def at_once(self, plan: AblationPlan) -> int:
-        """Samples of a pass: all on a device; on the CPU as many as its cache holds the feed-forward's inside of."""
+        """Samples of a pass: on the CPU as many as keep the feed-forward's inner activation in its cache, else all."""
         x_t, config = self.inputs["x_t"], self.model.config
         if x_t.device.type != "cpu" or self.engine != "prefix":
             return self.samples

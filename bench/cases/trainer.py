@@ -136,11 +136,9 @@ class Watch:
         if self.outputs is None:
             gradients = [p.grad for p in parameters if p.grad is not None]
             self.losses.append(loss.detach().clone())
-            self.sums = (
-                [a + b for a, b in zip(self.sums, gradients, strict=True)]
-                if self.sums
-                else [g.clone() for g in gradients]
-            )
+            self.sums = self.sums or [torch.zeros_like(gradient) for gradient in gradients]
+            for total, gradient in zip(self.sums, gradients, strict=True):
+                total.add_(gradient)
 
     def read(self) -> Outputs:
         """The mean loss of the steps and the norm of their mean gradient."""
