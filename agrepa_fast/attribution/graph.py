@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from ..graphs import Recording, run_aside
 from ..models.dit import DiT
 from ..ops import dispatch
 from .plan import AblationPlan
@@ -32,22 +33,15 @@ class Captured:
         self.inputs = {name: value.detach().clone() for name, value in inputs.items()}
         device = self.inputs["x_t"].device
         with torch.cuda.device(device), _uncached_autocast():
-            # Once outside the graph: kernels are compiled, libraries take their workspaces.
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                run(self.inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = run(self.inputs)
+            run_aside(lambda: run(self.inputs), device)
+            self.recording = Recording(lambda: run(self.inputs), device)
 
     def replay(self, inputs: Inputs) -> Tensor:
         """The output for `inputs`, in memory of its own: the next replay overwrites the graph's."""
         for name, static in self.inputs.items():
             static.copy_(inputs[name], non_blocking=True)
-        self.graph.replay()
-        return self.output.clone()
+        self.recording.replay()
+        return self.recording.output.clone()
 
 
 def replayed(model: DiT, plan: AblationPlan, inputs: Inputs, run: Run) -> Tensor:

@@ -6,7 +6,7 @@ Backbone (network and token conditioner) and alignment heads are apart: the head
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,21 +97,26 @@ class StepInputs:
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [t for value in values for t in (value.values() if isinstance(value, dict) else [value])]
 
-    def shapes(self) -> tuple[torch.Size, ...]:
-        return tuple(tensor.shape for tensor in self.tensors())
+    def layout(self) -> tuple[Hashable, ...]:
+        """What another batch must agree in to take this one's place: shapes, dtypes, and which tensors are the same."""
+        places: dict[int, int] = {}
+        return tuple((t.shape, t.dtype, places.setdefault(id(t), len(places))) for t in self.tensors())
 
     def clone(self) -> StepInputs:
-        """The same values in memory of its own."""
-        copies: dict[str, Any] = {}
+        """The same values in memory of its own; what was one tensor stays one tensor."""
+        copies = {id(tensor): tensor.clone() for tensor in self.tensors()}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            mapping = isinstance(value, dict)
-            copies[field.name] = {k: t.clone() for k, t in value.items()} if mapping else value.clone()
-        return StepInputs(**copies)
+            values[field.name] = (
+                {k: copies[id(t)] for k, t in value.items()} if isinstance(value, dict) else copies[id(value)]
+            )
+        return StepInputs(**values)
 
     def copy_(self, other: StepInputs) -> None:
-        """Take the values of `other`, which has the same shapes."""
-        for own, given in zip(self.tensors(), other.tensors()):
+        """Take the values of `other`, which has the same layout."""
+        pairs = {id(own): (own, given) for own, given in zip(self.tensors(), other.tensors(), strict=True)}
+        for own, given in pairs.values():
             own.copy_(given, non_blocking=True)
 
 

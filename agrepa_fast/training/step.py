@@ -7,7 +7,8 @@ Nothing in it waits for the device, and all that changes from step to step lies 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..graphs import Recording, run_aside
 from .config import RunConfig
 from .ema import Ema
 from .meter import Meter
 from .objective import Objective, StepInputs
 
-# Real steps before a shape is captured: kernels are compiled and the optimizer's state is made in them.
+# Real steps on a shape's static inputs before it is recorded: kernels are compiled and the optimizer's state is made
+# in them.
 WARMUP = 3
 
 
@@ -81,9 +84,7 @@ class TrainStep:
         self.skipped = torch.zeros(3, device=device)
         self.align_weight = torch.zeros((), device=device)
         self.captures = 0
-        self._graphs: dict[Hashable, _Captured] = {}
-        self._seen: dict[Hashable, int] = {}
-        self._pool: Any = None
+        self._shapes: dict[Hashable, _Shape] = {}
         self._topology: Hashable = None
         # One compiled graph for each batch shape, with and without alignment; never a break in one.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * config.data.buckets + 8)
@@ -159,55 +160,43 @@ class TrainStep:
         self.meter.add({**metrics, "grad_norm": norm})
 
     def _replay(self, given: StepInputs, aligned: bool) -> None:
-        """The step by the graph of this shape, captured once the shape has been seen WARMUP times."""
-        key = (given.shapes(), self._topology)
-        if key in self._graphs:
-            self._graphs[key].replay(given)
+        """The step on static inputs of this shape; recorded, and from then on replayed, after WARMUP such steps."""
+        key = (given.layout(), self._topology)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = _Shape(given.clone())
+        else:
+            shape.static.copy_(given)
+        # Warm-up and recording run on the very tensors of the replays: torch.compile's guards look at a tensor's
+        # strides and at which arguments are the same tensor, and another answer would compile during the recording.
+        if shape.warm < WARMUP:
+            shape.warm += 1
+            run_aside(lambda: self._run([shape.static], aligned), self.device)
             return
-        seen = self._seen.get(key, 0)
-        self._seen[key] = seen + 1
-        if seen < WARMUP:
-            self._aside(lambda: self._run([given], aligned))
-            return
-        # Frame by frame, other layers make another graph; the ones before would only hold memory.
-        for old in [k for k in self._graphs if k[1] != self._topology]:  # type: ignore[index]
-            del self._graphs[old]
-        self.captures += 1
-        self._graphs[key] = _Captured(lambda static: self._run([static], aligned), given, self._capture)
-        self._graphs[key].replay(given)
+        if shape.recording is None:
+            shape.recording = self._record(shape.static, aligned)
+        shape.recording.replay()
 
-    def _aside(self, work: Callable[[], None]) -> None:
-        """Run `work` on another stream than the default one, as what is captured later will."""
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            work()
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-
-    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record `work` as a CUDA graph, without running it; returns what runs it."""
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.objective.generator)
-        # Gradients of the graph live in its own memory, so none may be left from before.
+    def _record(self, static: StepInputs, aligned: bool) -> Recording:
+        # Shapes of another topology are not coming back soon, and their recordings hold memory.
+        self._shapes = {key: shape for key, shape in self._shapes.items() if key[1] == self._topology}  # type: ignore[index]
+        living = [shape.recording for shape in self._shapes.values() if shape.recording is not None]
+        # The gradients of a recording live in its own memory, so none may be left from before.
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        self._pool = graph.pool()
-        return graph.replay
+        self.captures += 1
+        return Recording(
+            lambda: self._run([static], aligned),
+            self.device,
+            # The memory of a recording that is gone is gone with it: only a living one can share.
+            pool=living[0] if living else None,
+            generators=[self.objective.generator],
+        )
 
 
-class _Captured:
-    """Work recorded on static copies of its inputs."""
+@dataclass
+class _Shape:
+    """A batch shape under one topology: its static inputs, the steps made on them, and their recording."""
 
-    def __init__(
-        self,
-        work: Callable[[StepInputs], None],
-        given: StepInputs,
-        capture: Callable[[Callable[[], None]], Callable[[], None]],
-    ) -> None:
-        self.static = given.clone()
-        self.run = capture(lambda: work(self.static))
-
-    def replay(self, given: StepInputs) -> None:
-        self.static.copy_(given)
-        self.run()
+    static: StepInputs
+    warm: int = 0
+    recording: Recording | None = None

@@ -17,16 +17,28 @@ ROOT_PACKAGE = "agrepa_fast"  # as a room: the public names of agrepa_fast/__ini
 OPS = {"kernels", "reference", "errors"}
 NETWORK = {"ops", "reference", "errors"}
 SIDE = {"ops", "reference", "errors", "data"}
-TRAINING = {ROOT_PACKAGE, "alignment", "attribution", "data", "errors", "evaluation", "models", "ops", "teachers"}
+TRAINING = {
+    ROOT_PACKAGE,
+    "graphs",
+    "alignment",
+    "attribution",
+    "data",
+    "errors",
+    "evaluation",
+    "models",
+    "ops",
+    "teachers",
+}
 
 # Beside itself, a room may import these rooms.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "graphs": set(),
     "kernels": set(),
     "reference": set(),
     "ops": OPS,
     "models": NETWORK,
-    "attribution": NETWORK | {"models"},
+    "attribution": NETWORK | {"models", "graphs"},
     "alignment": NETWORK,
     ROOT_PACKAGE: NETWORK | {"models", "attribution", "alignment"},
     "data": SIDE,
@@ -40,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # These, only for annotations: under `if TYPE_CHECKING:`.
 MAY_ANNOTATE = {"alignment": {"attribution"}}
 # Rooms that must run, or be read, without the rest of the world. Elsewhere any package is allowed.
-OTHER_PACKAGES = {"kernels": {"torch", "triton"}, "reference": {"torch"}, "errors": set()}
+OTHER_PACKAGES = {"kernels": {"torch", "triton"}, "reference": {"torch"}, "graphs": {"torch"}, "errors": set()}
 
 
 @dataclass(frozen=True)

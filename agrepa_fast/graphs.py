@@ -1,0 +1,92 @@
+"""CUDA graphs: run work on a side stream until it is warm, record it once, replay it.
+
+Only what is alike for every recording is here; what a caller records, and on which static inputs, is its own matter
+(`training.step` records a training step, `attribution.graph` a probe).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device on which work is warmed up and recorded.
+
+    cuBLAS keeps a workspace of 32 MiB on Hopper for every stream it has run on, so a new stream for each warm-up would
+    use up memory."""
+    return _stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def run_aside(work: Callable[[], Any], device: torch.device) -> None:
+    """Run `work` on the side stream, behind what the current stream has been given, and let that wait for it.
+
+    The last runs before a recording must be there: kernels are compiled, libraries take their workspaces, and autograd
+    remembers the stream of a parameter's gradient."""
+    current, aside = torch.cuda.current_stream(device), side_stream(device)
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        work()
+    current.wait_stream(aside)
+
+
+class Recording:
+    """`work()` recorded as a CUDA graph: `replay()` runs it again on what the same memory holds then.
+
+    Nothing is computed while recording. `output` is what `work` returned; every replay overwrites its tensors.
+
+    Args:
+        work: static device work. It must neither wait for the device nor compile anything: torch.compile is told to
+            raise where it would, since a compilation in the middle of a recording breaks it less legibly.
+        pool: a living recording to share memory with; the two must then not run at the same time.
+        generators: the CUDA generators besides the default one from which `work` draws.
+
+    Raises:
+        RuntimeError: the work cannot be recorded. CUDA's allocator and generators may be unusable from then on, so the
+            process should end.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], Any],
+        device: torch.device,
+        pool: Recording | None = None,
+        generators: Iterable[torch.Generator] = (),
+    ) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        try:
+            with _compiling_refused():
+                self.output = _record(self.graph, work, device, None if pool is None else pool.graph.pool())
+        except RuntimeError as error:
+            raise RuntimeError(f"the work cannot be recorded as a CUDA graph: {error}") from error
+
+    def replay(self) -> None:
+        """Run the recorded work; returns without waiting for the device."""
+        self.graph.replay()
+
+
+def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], Any], device: torch.device, pool: Any) -> Any:
+    # When a recording breaks, torch.cuda.graph leaves its stream the current one; the outer context puts it back.
+    current, aside = torch.cuda.current_stream(device), side_stream(device)
+    with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, stream=aside):
+        return work()
+
+
+def _compiling_refused() -> contextlib.AbstractContextManager[Any]:
+    """torch.compile raises where it would compile. Without its module, which takes seconds to import, nothing is
+    compiled anyway."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("fail_on_recompile")
