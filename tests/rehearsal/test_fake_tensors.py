@@ -1,6 +1,6 @@
 """Forward passes on tensors that say they are on a CUDA device: a tensor left on the CPU or a read by the host raises.
 
-The tensors are those of FakeTensorMode, which have shapes, dtypes and devices and no values. The engine of autograd asks a
+The tensors are those of FakeTensorMode, which have shapes, dtypes and devices and no values. Autograd's engine asks a
 real device for its streams, so the backward is not run here; tests/training/test_step.py watches it on the CPU.
 """
 
