@@ -8,7 +8,7 @@ targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,20 @@ def _row_mask(kept: Tensor | None, mask: Tensor | None, target: Tensor) -> Tenso
     if kept is None or mask is None:
         return mask if kept is None else kept
     return mask & kept
+
+
+def _counted_frames(kept: Iterable[Tensor | None], mask: Tensor | None, frames: int) -> Tensor | None:
+    """[B, T] bool: the valid frames of samples that count for any teacher; None when all do. kept: [B] each."""
+    by_teacher = list(kept)
+    if any(samples is None for samples in by_teacher):
+        return mask
+    counted = torch.stack(by_teacher).any(0).unsqueeze(1)  # type: ignore[arg-type]
+    return counted.expand(-1, frames) if mask is None else mask & counted
+
+
+def _where_counted(sample_weight: Tensor, counted: Tensor | None) -> Tensor:
+    """The weights [B] or [B, 1] of what counts, 0 elsewhere: what does not count may have nan for a weight."""
+    return sample_weight if counted is None else torch.where(counted, sample_weight, 0)
 
 
 def _mean(loss: Tensor, rows: Tensor | None) -> Tensor:
@@ -236,7 +250,8 @@ class AlignmentLoss(nn.Module):
         if self.standardise_targets:
             targets = {name: standardise(target, mask) for name, target in targets.items()}
         run = self._pooled if self.pool is not None else self._framewise
-        distances = run(hidden, targets, mask, rows, sample_weight)
+        frames = _counted_frames(kept.values(), mask, any_hidden.shape[1])
+        distances = run(hidden, targets, frames, rows, sample_weight)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         for layer in self.active:
@@ -295,13 +310,14 @@ class AlignmentLoss(nn.Module):
                     by_clip = by_clip if clips is None else torch.where(clips, by_clip, 0)
                     mean = weighted = _mean(by_clip, clips)
                     if sample_weight is not None:
-                        weighted = _mean(by_clip * sample_weight, clips)
+                        weighted = _mean(by_clip * _where_counted(sample_weight, clips), clips)
                 elif sample_weight is None:
                     mean = weighted = head.loss(x, targets[name], rows[name])
                 else:
                     row_loss = head.loss(x, targets[name], rows[name], reduction="none")
                     mean = _mean(row_loss, rows[name])
-                    weighted = _mean(row_loss * sample_weight.unsqueeze(1), rows[name])
+                    weights = _where_counted(sample_weight.unsqueeze(1), rows[name])
+                    weighted = _mean(row_loss * weights, rows[name])
                 distances[name, layer] = mean, weighted
         return distances
 
@@ -337,7 +353,7 @@ class AlignmentLoss(nn.Module):
                 count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
                 means = weighted = (loss.sum(1) / count).unbind()
                 if sample_weight is not None:
-                    weighted = ((loss * sample_weight).sum(1) / count).unbind()
+                    weighted = ((loss * _where_counted(sample_weight, row)).sum(1) / count).unbind()
             distances |= {keys[i]: pair for i, pair in zip(members, zip(means, weighted))}
         return distances
 
@@ -388,7 +404,7 @@ class InterfaceLoss(nn.Module):
         total = embedding.new_zeros((), dtype=torch.float32)
         metrics = {}
         for name in self.teachers:
-            weight = self.heads.get_parameter(f"{name}.weight")
+            weight: Tensor = self.heads[name].weight  # type: ignore[assignment]
             loss = ops.projection_cosine_loss(
                 pooled.to(weight.dtype),
                 weight,

@@ -123,10 +123,11 @@ def _checked(
 
 def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The velocity [N, T, M] as a function of m [U, N], at 1."""
-    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    mask = inputs.get("mask")
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"), mask)
     gates = torch.ones(len(plan.units), x.shape[0], device=x.device, dtype=x.dtype, requires_grad=True)
     rows = torch.arange(x.shape[0], device=x.device)
-    key_mask = model.key_mask(inputs.get("mask"), x)
+    key_mask = model.key_mask(mask)
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
     for i, branch in enumerate(model.branches):
         scales = [gate for unit, gate in zip(plan.units, gates) if unit.start <= i < unit.stop]

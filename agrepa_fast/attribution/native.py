@@ -135,12 +135,12 @@ def _opened(
 ) -> tuple[Tensor, Sequence[Modulation], Tensor, Tensor | None]:
     """The baseline before block 0 [B, T, D], the modulation of all branches, and of each of the C + S B sequences its
     sample and its key mask."""
-    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))
+    x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"), inputs.get("mask"))
     each = torch.arange(x.shape[0], device=x.device)
     samples = each.repeat(plan.streams)
     if plan.control:
         samples = torch.cat([each[:1], samples])
-    key_mask = model.key_mask(inputs.get("mask"), x)
+    key_mask = model.key_mask(inputs.get("mask"))
     return x, modulation, samples, None if key_mask is None else key_mask.index_select(0, samples)
 
 

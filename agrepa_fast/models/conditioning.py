@@ -7,6 +7,7 @@ secondary one, embedded apart, concatenated, projected). Samples may use differe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ class TokenConditioner(nn.Module):
         The projections act on the tables, not on the tokens: the same numbers, and the samples of all
         vocabularies are one gather (no boolean indexing, so fixed shapes and no host sync)."""
         names = list(self.vocabularies)
-        weights = [self.projections.get_parameter(f"{name}.weight") for name in names]
-        tables = [self.tables.get_parameter(f"{name}.weight") for name in names]
+        weights: list[Any] = [self.projections[name].weight for name in names]
+        tables: list[Any] = [self.tables[name].weight for name in names]
         rows = tokens[:, :, 0] + self.offsets[vocabulary].unsqueeze(1)
         primary = torch.cat([table @ w[:, : self.width].T for table, w in zip(tables, weights)])
         embedded = F.embedding(rows, primary)
@@ -65,7 +66,7 @@ class TokenConditioner(nn.Module):
 
         Args:
             tokens: [B, S, K] int64, each below its vocabulary's size (not checked here: that would wait for
-                the device), padded with any such number.
+                the device). What lies beyond a sample's length is not read.
             token_lengths: [B] (0 = no tokens: the null embedding, zeros).
             vocabulary: [B] index into `vocabularies`.
             mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.
@@ -78,6 +79,8 @@ class TokenConditioner(nn.Module):
             raise ValueError(
                 f"tokens: expected non-empty [batch, tokens, {streams}] ({self.topology}), got {list(tokens.shape)}"
             )
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < token_lengths.unsqueeze(1)
+        tokens = torch.where(inside.unsqueeze(-1), tokens, 0)
         stretched = interpolate_time(self.embed(tokens, vocabulary), token_lengths, mask.sum(1), mask.shape[1])
         kept = (mask & (token_lengths > 0).unsqueeze(1)).unsqueeze(-1)
         # In float32 or wider: float16 has no room for normalize's eps, and 0 / 0 would be nan.

@@ -175,10 +175,17 @@ class DiT(nn.Module):
     def depth(self) -> int:
         return self.config.depth
 
-    def open(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, list[Modulation]]:
+    def open(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Modulation]]:
         """The residual stream before block 0 [B, T, D], and the modulation of each of the 2 L branches."""
-        self._check_input(x_t, t, cond)
-        x = self.input(x_t if cond is None else torch.cat([x_t, cond], dim=-1))
+        self._check_input(x_t, t, cond, mask)
+        x = x_t if cond is None else torch.cat([x_t, cond], dim=-1)
+        if mask is not None:
+            # Padding may hold nan. Attention gives a padded frame the weight 0, and 0 * nan would reach every frame;
+            # so it would reach the weights' gradients.
+            x = torch.where(mask.unsqueeze(-1), x, 0)
+        x = self.input(x)
         x = x + self.positions[: x.shape[1]].to(x.dtype)
         embedded = self.time(time_sinusoid(t.to(self.positions.dtype), self.config.width).to(x.dtype))
         m = self.modulation(F.silu(embedded)).view(t.shape[0], self.depth, 6, self.config.width)
@@ -207,8 +214,8 @@ class DiT(nn.Module):
             x_t: [B, T, M] noisy mel.
             t: [B] in [0, 1], 0 = noise, 1 = data.
             cond: [B, T, C], or None for a model without a condition.
-            mask: [B, T] bool, True = real frame; padded frames are never attended to (what they hold is
-                free, as long as it is finite).
+            mask: [B, T] bool, True = real frame. Padded frames are never attended to; what x_t and cond hold there,
+                nan included, changes nothing in the others.
             hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is wanted too.
 
         Returns:
@@ -220,8 +227,8 @@ class DiT(nn.Module):
         wanted = frozenset(hidden_layers or ())
         if not wanted <= frozenset(range(self.depth)):
             raise ValueError(f"hidden_layers: expected 0-based layers below {self.depth}, got {sorted(wanted)}")
-        x, modulation = self.open(x_t, t, cond)
-        key_mask: Tensor | Packing | None = self.key_mask(mask, x)
+        x, modulation = self.open(x_t, t, cond, mask)
+        key_mask: Tensor | Packing | None = self.key_mask(mask)
         if self.packed and mask is not None:
             key_mask = Packing(mask)
         hidden: dict[int, Tensor] = {}
@@ -243,15 +250,11 @@ class DiT(nn.Module):
         velocity = self.close(x)
         return velocity if hidden_layers is None else (velocity, hidden)
 
-    def key_mask(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    def key_mask(self, mask: Tensor | None) -> Tensor | None:
         """[B, T] bool -> [B, 1, 1, T] for attention."""
-        if mask is None:
-            return None
-        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-            raise ValueError(f"mask: expected bool {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
-        return mask[:, None, None, :]
+        return None if mask is None else mask[:, None, None, :]
 
-    def _check_input(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> None:
+    def _check_input(self, x_t: Tensor, t: Tensor, cond: Tensor | None, mask: Tensor | None) -> None:
         c = self.config
         if x_t.dim() != 3 or x_t.shape[2] != c.mels or 0 in x_t.shape:
             raise ValueError(f"x_t: expected non-empty [batch, frames, {c.mels}], got {list(x_t.shape)}")
@@ -263,6 +266,8 @@ class DiT(nn.Module):
         if (cond is None) != (c.cond == 0) or (cond is not None and cond.shape != (batch, frames, c.cond)):
             got = "None" if cond is None else list(cond.shape)
             raise ValueError(f"cond: expected {[batch, frames, c.cond] if c.cond else None}, got {got}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, frames)):
+            raise ValueError(f"mask: expected bool {[batch, frames]}, got {mask.dtype} {list(mask.shape)}")
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor], heads: int = 16, dropout: float = 0.2) -> DiT:

@@ -281,7 +281,7 @@ def _check(
 def _plain(*given: Tensor | None) -> bool:
     """Whether the differentiable reference is asked for, or needed: the fused ops give no gradient to these."""
     wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in given)
-    return dispatch.MODE == "reference" or wanted
+    return dispatch.MODE == "reference" or wanted or dispatch.transformed()
 
 
 def _flat(value: Tensor | None) -> Tensor | None:

@@ -19,6 +19,11 @@ MODE = os.environ.get("AGREPA_OPS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) transforms what runs now."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
@@ -42,7 +47,7 @@ KERNEL_OPS = (
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether an op on rows x [..., D] runs its kernel.
+    """Whether an op on rows x [..., D] runs its kernel; never under torch.func, which can transform the reference.
 
     Raises:
         UserError: AGREPA_OPS is none of its values, or asks for kernels that cannot run on x.
@@ -50,6 +55,8 @@ def use_kernels(x: Tensor) -> bool:
     if MODE == "reference":
         return False
     reason = _why_not(x.device.type, x.dtype, x.shape[-1])
+    if transformed():
+        reason = "torch.func cannot transform the kernels"
     if MODE == "triton" and reason is not None:
         raise UserError(f"AGREPA_OPS=triton: {reason}")
     if MODE not in MODES:

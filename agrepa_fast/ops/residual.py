@@ -72,6 +72,14 @@ def _check(
         raise ValueError(f"stream_scale: expected [{sequences}], got {list(stream_scale.shape)}")
 
 
+def _check_rows(sample_index: Tensor, rows: int) -> None:
+    """IndexError unless every entry is a row of the modulation. For CPU tensors: reading others makes the host wait."""
+    low, high = (int(bound) for bound in sample_index.aminmax())
+    if low < 0 or high >= rows:
+        missing = low if low < 0 else high
+        raise IndexError(f"sample_index: no row {missing}, the modulation has rows 0 to {rows - 1}")
+
+
 _paths: dict[tuple[Any, ...], bool] = {}  # of the eager calls seen: whether they run the kernels
 
 
@@ -92,17 +100,18 @@ def _kernels_run(
         arguments = (x, branch, gate, shift, scale, stream_scale, sample_index, join)
         signature = [None if value is None else (value.shape, value.dtype, value.device) for value in arguments]
         key = (dispatch.MODE, dispatch.TRITON, dispatch.INTERPRETED, norm, *signature)
-        path = _paths.get(key)
-        if path is not None:
-            return path
-    modulation = {"gate": gate, "shift": shift, "scale": scale}
-    given = {name: value for name, value in modulation.items() if value is not None}
-    _check(x, branch, given, stream_scale, sample_index, join, norm)
-    path = dispatch.use_kernels(x)
-    if key is not None:
-        if len(_paths) >= 10_000:  # as many lengths of batches
-            _paths.clear()
-        _paths[key] = path
+    path = None if key is None else _paths.get(key)
+    if path is None:
+        modulation = {"gate": gate, "shift": shift, "scale": scale}
+        given = {name: value for name, value in modulation.items() if value is not None}
+        _check(x, branch, given, stream_scale, sample_index, join, norm)
+        path = dispatch.use_kernels(x)
+        if key is not None:
+            if len(_paths) >= 10_000:  # as many lengths of batches
+                _paths.clear()
+            _paths[key] = path
+    if sample_index is not None and key is not None and x.device.type == "cpu":
+        _check_rows(sample_index, next(m.shape[0] for m in (gate, scale) if m is not None))
     return path
 
 
@@ -358,8 +367,9 @@ def gated_residual_norm(
         branch: [R' <= S, T, D]; the sequences past R' take no branch (their scale is 0).
         gate, shift, scale: [B, D], any floating dtype.
         stream_scale: [R] or None for 1; where it is 0 the branch is not read, and its gradients are 0.
-        sample_index: int64 [R], the modulation row of each sequence, 0 <= row < B; None when R == B. A row that
-            does not exist is an IndexError on the reference path; a kernel cannot raise and gives nan.
+        sample_index: int64 or int32 [R], the modulation row of each sequence, 0 <= row < B; None when R == B. On the
+            CPU another row is an IndexError; on a GPU, where reading the values would make the host wait, a kernel
+            gives nan for it and the reference path stops the device.
         join: [R - S, T, D] in x's dtype: sequences that come after x's and take no branch, as after
             `torch.cat([x, join])`, whose copy is not made. It may be a part of x. Forward only.
         eps: added to the variance ("layer") or mean square ("rms").

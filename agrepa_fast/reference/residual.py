@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 def _rows(modulation: Tensor, sample_index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[B, D] -> [R, 1, D], one modulation row per sequence."""
-    rows = modulation if sample_index is None else modulation[sample_index]
+    # Not modulation[sample_index], which takes -1 for the last row.
+    rows = modulation if sample_index is None else modulation.index_select(0, sample_index)
     return rows.to(dtype).unsqueeze(1)
 
 

@@ -132,7 +132,7 @@ def layer_values(
                 by_time.append(pooled_hidden(backbone.network, inputs).double())
                 continue
             with torch.enable_grad():
-                block_input, _ = backbone.network.open(x_t, t, cond)
+                block_input, _ = backbone.network.open(x_t, t, cond, batch.mask)
                 layers = range(config.model.depth)
                 velocity, hidden = backbone.network(**inputs, hidden_layers=layers)
                 loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()

@@ -315,9 +315,9 @@ def test_any_shape(bench, device, data) -> None:
 def test_a_second_gradient_is_refused(bench, device) -> None:
     case = bench.make_case(device)
     case.x.requires_grad_()
-    (grad,) = torch.autograd.grad(bench.fused(case, OPS[1])[0].square().sum(), case.x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|gradient of their gradient"):
-        grad.sum().backward()
+    value = bench.fused(case, OPS[1])[0].square().sum()
+    with pytest.raises(RuntimeError, match="gradient of their gradient"):
+        torch.autograd.grad(value, case.x, create_graph=True)
 
 
 def test_wider_than_the_tables_falls_back(bench, device) -> None:
