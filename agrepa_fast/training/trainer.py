@@ -338,11 +338,6 @@ class Trainer:
         if not a.enabled:
             return AlignmentSchedule(0, 0, 0, 0)
         stop = math.ceil(a.stop * steps)
-        if start >= stop:
-            raise UserError(
-                f"probe.start: the selection comes at step {start}, but alignment stops at {stop} "
-                f"(alignment.stop {a.stop:g} of train.steps {steps}): probe earlier or train longer"
-            )
         return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
     def _validate(self) -> None:
@@ -413,7 +408,7 @@ class Trainer:
             "train",
             step=self.step,
             **metrics,
-            align_weight=self.schedule(self.step - 1) if self.selection else 0.0,
+            align_weight=self.applied_weight,
             lr=self.learning_rate(self.step - 1),
             skipped_steps=int(skipped),
             captures=self.train_step.captures,

@@ -16,12 +16,24 @@ ROOT_PACKAGE = "agrepa_fast"  # as a room: the public names of agrepa_fast/__ini
 
 OPS = {"kernels", "reference", "errors"}
 NETWORK = {"ops", "reference", "errors"}
-SIDE = {"ops", "reference", "errors", "data"}
-TRAINING = {ROOT_PACKAGE, "alignment", "attribution", "data", "errors", "evaluation", "models", "ops", "teachers"}
+SIDE = {"ops", "reference", "errors", "fields", "data"}
+TRAINING = {
+    ROOT_PACKAGE,
+    "alignment",
+    "attribution",
+    "data",
+    "errors",
+    "evaluation",
+    "fields",
+    "models",
+    "ops",
+    "teachers",
+}
 
 # Beside itself, a room may import these rooms.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fields": {"errors"},
     "kernels": set(),
     "reference": set(),
     "ops": OPS,
@@ -40,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # These, only for annotations: under `if TYPE_CHECKING:`.
 MAY_ANNOTATE = {"alignment": {"attribution"}}
 # Rooms that must run, or be read, without the rest of the world. Elsewhere any package is allowed.
-OTHER_PACKAGES = {"kernels": {"torch", "triton"}, "reference": {"torch"}, "errors": set()}
+OTHER_PACKAGES = {"kernels": {"torch", "triton"}, "reference": {"torch"}, "errors": set(), "fields": set()}
 
 
 @dataclass(frozen=True)
