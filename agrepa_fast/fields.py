@@ -101,7 +101,7 @@ class Section:
         cls.section = name
 
     def __post_init__(self) -> None:
-        for name, hint in hints(type(self)).items():
+        for name, hint in hints(type(self)).items():  # type: ignore[arg-type]
             value = convert(getattr(self, name), hint, join(self.section, name))
             object.__setattr__(self, name, value)  # a list becomes a tuple, an int in a float field a float
         self.check()
@@ -115,13 +115,13 @@ class Section:
 
 
 @functools.cache
-def hints(section: type) -> dict[str, Any]:
+def hints(section: Any) -> dict[str, Any]:
     """{field: its type with annotations}."""
     known = typing.get_type_hints(section, include_extras=True)
     return {field.name: known[field.name] for field in dataclasses.fields(section)}
 
 
-def build(section: type, values: Mapping[str, Any], path: str) -> Any:
+def build(section: Any, values: Mapping[str, Any], path: str) -> Any:
     """A section of plain values: mappings, sequences, numbers, text. `path` begins the messages.
 
     Raises:
@@ -156,7 +156,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _one_of_types(value, options, path)
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, path)  # type: ignore[arg-type]
+        return value if isinstance(value, typing.cast(type, hint)) else build(hint, value, path)
     if origin is tuple:
         return _tuple(value, options, path)
     if origin is dict:
@@ -253,7 +253,8 @@ def join(path: str, name: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value on one line, shortened."""
+    """A value on one line, shortened; a tuple as the list that a user wrote."""
+    value = list(value) if type(value) is tuple else value
     if isinstance(value, numbers.Integral) and abs(int(value)) >= 10**SHOWN:
         return f"an integer of {int(value).bit_length():,} bits"  # Python refuses to print thousands of digits
     short = reprlib.Repr()

@@ -95,6 +95,7 @@ class Trainer:
         self.scores: LayerScores | None = None
         self.average: list[float] | None = None  # of the scores over probes
         self.probed = -1  # the step of the last probe
+        self.applied_weight = 0.0  # what alignment's loss was multiplied by at the last step
         self.unreadable: set[Path] = set()
         self.signalled = False  # a signal came to this rank
         self.stopping = False  # all ranks have agreed to end
@@ -161,7 +162,8 @@ class Trainer:
                 with self._paused():
                     self._probe()
             inputs = [self._inputs(batch) for batch in islice(batches, train.accumulate)]
-            self.train_step(inputs, self._align_weight(), self.learning_rate(self.step))
+            self.applied_weight = self._align_weight()
+            self.train_step(inputs, self.applied_weight, self.learning_rate(self.step))
             for given in inputs:
                 self.rates.count(*given.mask.shape)
             self.step += 1

@@ -17,6 +17,9 @@ STEPS = between(0, 1_000_000_000)
 LAYER = Annotated[int, between(0, 511)]
 AT_MOST_100 = Allowed("at most 100 values", lambda values: len(values) <= 100)
 AT_MOST_64 = Allowed("at most 64 teachers", lambda teachers: len(teachers) <= 64)
+POOL = Allowed("mean or null", lambda pool: pool == "mean")
+COSINE = Allowed("null or a cosine in [-1, 1]", lambda value: -1 <= value <= 1)
+LAYERS = Allowed("distinct layers", lambda layers: len(set(layers)) == len(layers))
 OPTION = Allowed(
     "names of Python arguments other than source", lambda name: name.isidentifier() and name not in ("source", "self")
 )
@@ -61,7 +64,7 @@ class AlignmentConfig(Section, name="alignment"):
         dict[Annotated[str, MODULE_NAME], TeacherConfig], AT_LEAST_ONE, AT_MOST_64, "{name: teacher} (docs/teachers.md)"
     ] = field(default_factory=lambda: {"spectral": TeacherConfig()})
     weight: Annotated[float, between(0, 1_000_000), "factor on the alignment loss"] = 0.5
-    pool: Annotated[str | None, one_of(("mean",)), "mean: one vector a clip; null: frame by frame"] = "mean"
+    pool: Annotated[str | None, POOL, "mean: one vector a clip; null: frame by frame"] = "mean"
     head: Annotated[str, one_of(HEADS), "projection to the teacher's width; conv with pool: null"] = "mlp"
     objective: Annotated[
         str, one_of(OBJECTIVES), "cosine; relation compares matrices of cosines; cka their kernel alignment"
@@ -73,14 +76,14 @@ class AlignmentConfig(Section, name="alignment"):
     policy: Annotated[str, one_of(POLICIES), "who chooses probe.k layers at the probe: FoG-A's score, or a control"] = (
         "foga"
     )
-    layers: Annotated[tuple[LAYER, ...], DISTINCT, "these layers, weighted alike, in place of the probe's choice"] = ()
+    layers: Annotated[tuple[LAYER, ...], LAYERS, "these layers, weighted alike, in place of the probe's choice"] = ()
     selection: Annotated[str, "or a selection.json"] = ""
     ramp: Annotated[int, STEPS, "steps from nothing to full weight, after the probe"] = 100
     decay_start: Annotated[float, between(0, 1), "share of all steps at which the weight starts to fall"] = 0.6
     stop: Annotated[float, between(0, 1), "share of all steps at which it has reached zero"] = 0.9
     decay: Annotated[str, one_of(("cosine", "linear")), "form of the fall"] = "cosine"
     stop_similarity: Annotated[
-        float | None, between(-1, 1), "off for good once the running mean of the raw cosine is there; null: never"
+        float | None, COSINE, "off for good once the running mean of the raw cosine is there; null: never"
     ] = None
     timestep_weight: Annotated[str, one_of(TIMESTEP_WEIGHTS), "weight of a sample by its t"] = "uniform"
     bitc: Annotated[bool, "BiT-C: align the pooled token embedding too"] = False
@@ -109,7 +112,7 @@ class AlignmentConfig(Section, name="alignment"):
         if self.layers and self.selection:
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")
         if self.policy == "fixed" and not self.layers:
-            raise UserError("alignment.policy: expected alignment.layers with fixed, got none")
+            raise UserError("alignment.policy: expected alignment.layers with it, got fixed without any")
         if self.decay_start > self.stop:
             raise UserError(
                 f"alignment.decay_start: expected at most alignment.stop ({self.stop:g}), got {self.decay_start:g}"

@@ -80,7 +80,7 @@ def _change(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(section: type, current: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
+def _merge(section: Any, current: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
     """Values of a section with some replaced: a section keeps the fields that are not named."""
     if not isinstance(changes, Mapping):
         build(section, changes, where)  # raises
@@ -91,7 +91,7 @@ def _merge(section: type, current: Mapping[str, Any], changes: Any, where: str) 
             raise UserError(f"{path}: {unknown(name, hints(section))}")
         hint = _bare(hints(section)[name])
         if dataclasses.is_dataclass(hint):
-            value = _merge(typing.cast(type, hint), merged.get(name, {}), value, path)
+            value = _merge(hint, merged.get(name, {}), value, path)
         elif typing.get_origin(hint) is dict and isinstance(value, Mapping):
             before = merged.get(name, {})
             item = _bare(typing.get_args(hint)[1])
@@ -136,7 +136,7 @@ def _plain(config: Any) -> Any:
 
 @functools.cache
 def _dumper() -> type:
-    yaml = import_yaml()
+    import yaml
 
     class Dumper(yaml.SafeDumper):
         """Also quotes the text that we, unlike YAML 1.1, would read as a number, such as 1e5."""

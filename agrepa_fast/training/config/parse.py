@@ -47,7 +47,8 @@ def parse(text: str, source: str, *, is_file: bool = True) -> Any:
     Raises:
         UserError: not YAML, a key that occurs twice, a tag, or too much of anything; names the line of a file.
     """
-    yaml = import_yaml()
+    import_yaml()
+    import yaml
 
     class Loader(yaml.SafeLoader):
         """Without a guess at the type of unquoted scalars."""

@@ -82,8 +82,8 @@ class RunConfig(Section, name=""):
             )
         if max(alignment.layers, default=0) >= depth:
             raise UserError(
-                f"alignment.layers: expected layers from 0 to {depth - 1} (model.depth is {depth}), "
-                f"got {max(alignment.layers)}"
+                f"alignment.layers: expected distinct layers from 0 to {depth - 1} (model.depth {depth}), "
+                f"got {list(alignment.layers)}"
             )
         stop = math.ceil(alignment.stop * self.train.steps)
         start = 0 if alignment.selection or alignment.layers else probe.start
