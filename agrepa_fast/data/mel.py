@@ -26,10 +26,10 @@ class MelConfig(Section, name="mel"):
     """
 
     sample_rate: Annotated[int, between(1000, 384_000), "samples per second; clips are resampled to it"] = 24000
-    n_fft: Annotated[int, between(4, 65_536), "samples of a Fourier transform"] = 1024
-    win_length: Annotated[int, between(4, 65_536), "samples of its Hann window; at most n_fft"] = 1024
-    hop_length: Annotated[int, between(1, 32_768), "samples between frames; at most half of win_length"] = 256
-    mels: Annotated[int, between(1, 4096), "mel bins; at most n_fft // 2 + 1"] = 100
+    n_fft: Annotated[int, between(4, 16_384), "samples of a Fourier transform; even"] = 1024
+    win_length: Annotated[int, between(4, 16_384), "samples of its Hann window; at most n_fft"] = 1024
+    hop_length: Annotated[int, between(1, 8192), "samples between frames; at most half of win_length"] = 256
+    mels: Annotated[int, between(1, 1024), "mel bins; at most n_fft // 2 + 1"] = 100
     f_min: Annotated[float, between(0, 192_000), "lowest frequency in Hz"] = 0.0
     f_max: Annotated[float, between(0, 192_000), "highest frequency in Hz; at most sample_rate / 2"] = 12000.0
     mean: Annotated[float, between(-1000, 1000), "subtracted from the log-mel"] = -5.8843
@@ -41,6 +41,8 @@ class MelConfig(Section, name="mel"):
         Raises:
             UserError: names the fields.
         """
+        if self.n_fft % 2:
+            raise UserError(f"mel.n_fft: expected an even number, got {self.n_fft}")
         if self.win_length > self.n_fft:
             raise UserError(f"mel.win_length: expected at most mel.n_fft ({self.n_fft}), got {self.win_length}")
         if self.hop_length > self.win_length // 2:

@@ -19,7 +19,7 @@ AT_MOST_100 = Allowed("at most 100 values", lambda values: len(values) <= 100)
 AT_MOST_64 = Allowed("at most 64 teachers", lambda teachers: len(teachers) <= 64)
 POOL = Allowed("mean or null", lambda pool: pool == "mean")
 COSINE = Allowed("null or a cosine in [-1, 1]", lambda value: -1 <= value <= 1)
-LAYERS = Allowed("distinct layers", lambda layers: len(set(layers)) == len(layers))
+LAYERS = Allowed("distinct layers from 0 on", lambda layers: len(set(layers)) == len(layers))
 OPTION = Allowed(
     "names of Python arguments other than source", lambda name: name.isidentifier() and name not in ("source", "self")
 )
@@ -107,7 +107,7 @@ class AlignmentConfig(Section, name="alignment"):
         if self.timestep_weight != "uniform" and self.objective != "cosine" and self.pool is not None:
             raise UserError(
                 f"alignment.timestep_weight: expected uniform with pooled {self.objective}, which compares samples "
-                f"with each other, got {self.timestep_weight!r}"
+                f"with each other (alignment.objective, alignment.pool), got {self.timestep_weight!r}"
             )
         if self.layers and self.selection:
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")

@@ -27,7 +27,7 @@ class DataConfig(Section, name="data"):
     valid_share: Annotated[float, inside(0, 1), "share of each domain's clips that is held out"] = 0.1
     max_seconds: Annotated[float, between(0.001, 3600), "longer clips are cropped at random"] = 10.0
     buckets: Annotated[int, between(1, 256), "batch lengths, evenly spaced up to max_seconds"] = 4
-    frames_per_batch: Annotated[int, between(1, 1_000_000), "mel frames of a batch, padding included"] = 4096
+    frames_per_batch: Annotated[int, between(1, 262_144), "mel frames of a batch, padding included"] = 4096
     prompt_share: Annotated[
         tuple[Annotated[float, from_below(0, 1)], Annotated[float, from_below(0, 1)]],
         PROMPT_SHARE,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ...errors import UserError
-from ...fields import DECIMAL, SHOWN, build, hints, join, shown, unknown
+from ...fields import DECIMAL, build, hints, join, shown, unknown
 from .parse import import_yaml, parse, read_text
 from .presets import RUN_PRESETS
 from .run import RunConfig
@@ -72,7 +72,7 @@ class _Entry(dict[str, Any]):
 
 def _change(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"{shown(override)}: expected section.field=value")
     value = parse(text, join("", key), is_file=False)
     for part in reversed(key.split(".", 20)):
@@ -116,10 +116,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = parse(read_text(path), str(path))
     except OSError as error:
-        place = shown(str(path)) if len(str(path)) > SHOWN else str(path)
-        if path.suffix in (".yaml", ".yml"):
-            raise UserError(f"{place}: {error.strerror}") from None
-        raise UserError(f"{unknown(str(path), RUN_PRESETS)} (presets), or give a YAML file") from None
+        if isinstance(error, FileNotFoundError) and path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"{unknown(str(path), RUN_PRESETS)} (presets), or give a YAML file") from None
+        raise UserError(f"{join('', str(path))}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections like `train:`, got {shown(content)}")
     return content

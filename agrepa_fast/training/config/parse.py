@@ -56,15 +56,20 @@ def parse(text: str, source: str, *, is_file: bool = True) -> Any:
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     try:
+        # Composing is recursive, events are not: too deep a nesting is found before it.
+        depth = 0
+        for event in yaml.parse(text, Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                mark = event.start_mark if is_file else None
+                raise UserError(f"{_at(source, mark)}: nested too deeply, at most {DEEPEST} levels are read")
         node = yaml.compose(text, Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         if not is_file:
             raise UserError(f"{source}: {shown(text)} is not a YAML value ({problem})") from None
         raise UserError(f"{_at(source, getattr(error, 'problem_mark', None))}: not YAML ({problem})") from None
-    except RecursionError:
-        raise UserError(f"{source}: nested too deeply, at most {DEEPEST} levels are read") from None
-    return None if node is None else _Values(source, is_file).of(node)
+    return Plain("") if node is None else _Values(source, is_file).of(node)
 
 
 class _Values:

@@ -15,7 +15,7 @@ from .data import DataConfig
 from .model import FlowConfig, ModelConfig
 from .train import OptimizerConfig, TrainConfig
 
-MOST_FRAMES = 65_536  # of a crop
+MOST_FRAMES = 16_384  # of a crop
 MOST_PARAMETERS = 10_000_000_000
 
 
@@ -54,22 +54,24 @@ class RunConfig(Section, name=""):
         tables = sum(sum(streams) * model.token_width for streams in self.data.vocabularies.values())
         if blocks + tables > MOST_PARAMETERS:
             raise UserError(
-                f"model.depth, model.width, data.vocabularies: expected at most {MOST_PARAMETERS:,} parameters, "
-                f"got about {blocks + tables:,}"
+                "model.depth, model.width, model.ff_ratio, model.token_width, data.vocabularies: expected at most "
+                f"{MOST_PARAMETERS:,} parameters together, got about {blocks + tables:,}"
             )
 
     def _check_frames(self) -> None:
-        mel = self.mel
-        least = math.ceil((mel.minimum_samples + 1) / mel.hop_length) / mel.frame_rate
+        mel, seconds = self.mel, self.data.max_seconds
+        grid = f"mel.hop_length {mel.hop_length} at mel.sample_rate {mel.sample_rate}"
         if mel.samples(self.max_frames) < mel.minimum_samples:
+            frames = math.ceil((mel.minimum_samples + 1) / mel.hop_length)
+            least = math.ceil(frames / mel.frame_rate * 1e4) / 1e4  # rounded up, so that it is enough
             raise UserError(
-                f"data.max_seconds: expected at least {least:g} (half a window of mel.n_fft {mel.n_fft}), "
-                f"got {self.data.max_seconds:g}"
+                f"data.max_seconds: expected at least {least} (half of mel.n_fft {mel.n_fft}, in frames of {grid}), "
+                f"got {seconds:g}"
             )
         if self.max_frames > MOST_FRAMES:
+            most = math.floor(MOST_FRAMES / mel.frame_rate * 1e4) / 1e4
             raise UserError(
-                f"data.max_seconds: expected at most {MOST_FRAMES / mel.frame_rate:g} ({MOST_FRAMES:,} frames of the "
-                f"mel), got {self.data.max_seconds:g}"
+                f"data.max_seconds: expected at most {most} ({MOST_FRAMES:,} frames of {grid}), got {seconds:g}"
             )
 
     def _check_alignment(self) -> None:
@@ -78,12 +80,13 @@ class RunConfig(Section, name=""):
             raise UserError(f"probe.k: expected 1 to model.depth ({depth}), got {probe.k}")
         if probe.every and POLICIES[alignment.policy] not in ("values", "scores"):
             raise UserError(
-                f"probe.every: expected 0, as policy {alignment.policy} does not look at scores, got {probe.every}"
+                f"probe.every: expected 0, as alignment.policy {alignment.policy} does not look at scores, "
+                f"got {probe.every}"
             )
         if max(alignment.layers, default=0) >= depth:
             raise UserError(
-                f"alignment.layers: expected distinct layers from 0 to {depth - 1} (model.depth {depth}), "
-                f"got {list(alignment.layers)}"
+                f"alignment.layers: expected distinct layers from 0 to {depth - 1}, "
+                f"got {list(alignment.layers)} (model.depth is {depth})"
             )
         stop = math.ceil(alignment.stop * self.train.steps)
         start = 0 if alignment.selection or alignment.layers else probe.start
