@@ -28,6 +28,7 @@ from .errors import UserError
 
 SHOWN = 80  # characters of a value or a name that a message quotes
 LONGEST_TEXT = 4096
+UNFIT = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph separators
 MOST_ITEMS = 10_000
 NULL = ("", "~", "null", "Null", "NULL")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -216,7 +217,7 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
     elif hint is str and isinstance(value, str):
         if plain and value in NULL:
             raise UserError(f"{path}: expected str, got null (write '' for empty text)")
-        if len(value) > LONGEST_TEXT or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        if len(value) > LONGEST_TEXT or any(unicodedata.category(letter) in UNFIT for letter in value):
             most = f"at most {LONGEST_TEXT:,} characters, none of them a control character"
             raise UserError(f"{path}: expected {most}, got {shown(value)}")
         return str(value)

@@ -26,14 +26,15 @@ class MelConfig(Section, name="mel"):
     """
 
     sample_rate: Annotated[int, between(1000, 384_000), "samples per second; clips are resampled to it"] = 24000
-    n_fft: Annotated[int, between(4, 16_384), "samples of a Fourier transform; even"] = 1024
-    win_length: Annotated[int, between(4, 16_384), "samples of its Hann window; at most n_fft"] = 1024
-    hop_length: Annotated[int, between(1, 8192), "samples between frames; at most half of win_length"] = 256
+    n_fft: Annotated[int, between(64, 16_384), "samples of a Fourier transform; even"] = 1024
+    win_length: Annotated[int, between(32, 16_384), "samples of its Hann window; at most n_fft"] = 1024
+    hop_length: Annotated[int, between(16, 8192), "samples between frames; at most half of win_length"] = 256
     mels: Annotated[int, between(1, 1024), "mel bins; at most n_fft // 2 + 1"] = 100
     f_min: Annotated[float, between(0, 192_000), "lowest frequency in Hz"] = 0.0
     f_max: Annotated[float, between(0, 192_000), "highest frequency in Hz; at most sample_rate / 2"] = 12000.0
-    mean: Annotated[float, between(-1000, 1000), "subtracted from the log-mel"] = -5.8843
-    std: Annotated[float, between(0.001, 1000), "the log-mel is divided by it"] = 2.2615
+    # Within these bounds the exponential of a generated mel stays a float32.
+    mean: Annotated[float, between(-20, 20), "subtracted from the log-mel"] = -5.8843
+    std: Annotated[float, between(0.01, 10), "the log-mel is divided by it"] = 2.2615
 
     def check(self) -> None:
         """Check the sizes against each other.

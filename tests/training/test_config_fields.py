@@ -56,7 +56,7 @@ def wrong_values(hint: Any) -> list[Any]:
         bool: [2, "perhaps"],
         int: [-(10**12), 10**12],
         float: [math.nan, math.inf, -math.inf, -1e300, 1e300],
-        str: ["\0", "a\nb", "\ud800", "x" * 5000],
+        str: ["\0", "a\nb", "a\u2028b", "\ud800", "x" * 5000],
     }
     return wrong.get(bare, [3, {"no_such_field": 1}])
 

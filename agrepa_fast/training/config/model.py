@@ -18,7 +18,7 @@ class ModelConfig(Section, name="model"):
     heads: Annotated[int, between(1, 1024), "attention heads"] = 6
     ff_ratio: Annotated[int, between(1, 64), "inner width of the feed-forward over width"] = 4
     dropout: Annotated[float, from_below(0, 1), "of attention weights and feed-forward, while training"] = 0.1
-    token_width: Annotated[int, between(1, 16_384), "channels of the token embedding"] = 256
+    token_width: Annotated[int, between(1, 4096), "channels of the token embedding"] = 256
     attention: Annotated[
         str, one_of(("sdpa", "xformers")), "xformers: valid frames alone, packed; for train.engine eager"
     ] = "sdpa"
