@@ -159,7 +159,9 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"validation flow-matching loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
     if trainer.selection is not None:
         pairs = zip(trainer.selection.layers, trainer.selection.weights)
-        print("aligned layers (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+        a = trainer.config.alignment
+        label = "aligned layers" if a.enabled and a.weight > 0 else "selected layers, not aligned"
+        print(f"{label} (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
     print(f"report: {run_dir / 'report.html'}")
     return 0
 

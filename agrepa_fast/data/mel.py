@@ -6,45 +6,61 @@ The settings are those of the Vocos mel-24khz vocoder (torchaudio defaults: HTK 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..fields import Section, between
 from .audio import import_torchaudio
 
 LOG_FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class MelConfig:
+class MelConfig(Section, name="mel"):
     """Settings of one mel spectrogram. Lengths in samples, frequencies in Hz.
 
     `mean` and `std` are of the natural log of the mel magnitude; the features are `(log_mel - mean) / std`.
     """
 
-    sample_rate: int = 24000
-    n_fft: int = 1024
-    win_length: int = 1024
-    hop_length: int = 256
-    mels: int = 100
-    f_min: float = 0.0
-    f_max: float = 12000.0
-    mean: float = -5.8843
-    std: float = 2.2615
+    sample_rate: Annotated[int, between(1000, 384_000), "samples per second; clips are resampled to it"] = 24000
+    n_fft: Annotated[int, between(64, 16_384), "samples of a Fourier transform; even"] = 1024
+    win_length: Annotated[int, between(32, 16_384), "samples of its Hann window; at most n_fft"] = 1024
+    hop_length: Annotated[int, between(16, 8192), "samples between frames; at most half of win_length"] = 256
+    mels: Annotated[int, between(1, 1024), "mel bins; at most n_fft // 2 + 1"] = 100
+    f_min: Annotated[float, between(0, 192_000), "lowest frequency in Hz"] = 0.0
+    f_max: Annotated[float, between(0, 192_000), "highest frequency in Hz; at most sample_rate / 2"] = 12000.0
+    # Within these bounds the exponential of a generated mel stays a float32.
+    mean: Annotated[float, between(-20, 20), "subtracted from the log-mel"] = -5.8843
+    std: Annotated[float, between(0.01, 10), "the log-mel is divided by it"] = 2.2615
 
-    def __post_init__(self) -> None:
-        for name in ("sample_rate", "n_fft", "win_length", "hop_length", "mels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MelConfig.{name} must be at least 1, got {getattr(self, name)}")
+    def check(self) -> None:
+        """Check the sizes against each other.
+
+        Raises:
+            UserError: names the fields.
+        """
+        if self.n_fft % 2:
+            raise UserError(f"mel.n_fft: expected an even number, got {self.n_fft}")
         if self.win_length > self.n_fft:
-            raise ValueError(f"MelConfig.win_length {self.win_length} is longer than n_fft {self.n_fft}")
-        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
-            raise ValueError(
-                f"MelConfig needs 0 <= f_min < f_max <= sample_rate / 2, got f_min {self.f_min}, "
-                f"f_max {self.f_max}, sample_rate {self.sample_rate}"
+            raise UserError(f"mel.win_length: expected at most mel.n_fft ({self.n_fft}), got {self.win_length}")
+        if self.hop_length > self.win_length // 2:
+            # Windows that overlap less do not add up to a waveform again.
+            raise UserError(
+                f"mel.hop_length: expected at most half of mel.win_length ({self.win_length}), got {self.hop_length}"
             )
-        if self.std <= 0:
-            raise ValueError(f"MelConfig.std must be positive, got {self.std}")
+        if self.mels > self.n_fft // 2 + 1:
+            raise UserError(
+                f"mel.mels: expected at most the {self.n_fft // 2 + 1} frequencies of mel.n_fft ({self.n_fft}), "
+                f"got {self.mels}"
+            )
+        if not self.f_min < self.f_max <= self.sample_rate / 2:
+            raise UserError(
+                f"mel.f_min, mel.f_max: expected f_min < f_max <= mel.sample_rate / 2 ({self.sample_rate / 2:g}), "
+                f"got f_min {self.f_min:g}, f_max {self.f_max:g}"
+            )
 
     @property
     def frame_rate(self) -> float:

@@ -35,8 +35,6 @@ class Backbone(nn.Module):
         super().__init__()
         sizes = {name: streams[0] for name, streams in config.data.vocabularies.items()}
         second = {streams[1] for streams in config.data.vocabularies.values() if len(streams) == 2}
-        if len(second) > 1:
-            raise UserError("data.vocabularies: the second stream needs one size for all vocabularies")
         self.conditioner = TokenConditioner(sizes, config.model.token_width, second.pop() if second else 0)
         self.network = DiT(config.dit)
 
@@ -154,7 +152,9 @@ class Objective(nn.Module):
         self.alignment = AlignmentLoss(
             config.model.width, teachers, every_layer, a.pool, a.head, a.objective, a.standardise_targets
         )
-        self.interface = InterfaceLoss(config.model.token_width, teachers, a.bitc_weights) if a.bitc else None
+        # The paper's weights where the configuration gives none.
+        bitc_weights = {"speech": 0.5} | a.bitc_weights
+        self.interface = InterfaceLoss(config.model.token_width, teachers, bitc_weights) if a.bitc else None
         self.stop = None if a.stop_similarity is None else SimilarityStop(a.stop_similarity)
 
     def heads(self) -> nn.ModuleDict:

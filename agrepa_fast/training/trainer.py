@@ -95,6 +95,7 @@ class Trainer:
         self.scores: LayerScores | None = None
         self.average: list[float] | None = None  # of the scores over probes
         self.probed = -1  # the step of the last probe
+        self.applied_weight = 0.0  # what alignment's loss was multiplied by at the last step
         self.unreadable: set[Path] = set()
         self.signalled = False  # a signal came to this rank
         self.stopping = False  # all ranks have agreed to end
@@ -161,7 +162,8 @@ class Trainer:
                 with self._paused():
                     self._probe()
             inputs = [self._inputs(batch) for batch in islice(batches, train.accumulate)]
-            self.train_step(inputs, self._align_weight(), self.learning_rate(self.step))
+            self.applied_weight = self._align_weight()
+            self.train_step(inputs, self.applied_weight, self.learning_rate(self.step))
             for given in inputs:
                 self.rates.count(*given.mask.shape)
             self.step += 1
@@ -338,11 +340,6 @@ class Trainer:
         if not a.enabled:
             return AlignmentSchedule(0, 0, 0, 0)
         stop = math.ceil(a.stop * steps)
-        if start >= stop:
-            raise UserError(
-                f"probe.start: the selection comes at step {start}, but alignment stops at {stop} "
-                f"(alignment.stop {a.stop:g} of train.steps {steps}): probe earlier or train longer"
-            )
         return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
     def _validate(self) -> None:
@@ -413,7 +410,7 @@ class Trainer:
             "train",
             step=self.step,
             **metrics,
-            align_weight=self.schedule(self.step - 1) if self.selection else 0.0,
+            align_weight=self.applied_weight,
             lr=self.learning_rate(self.step - 1),
             skipped_steps=int(skipped),
             captures=self.train_step.captures,

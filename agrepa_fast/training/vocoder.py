@@ -23,18 +23,30 @@ def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
         UserError: a Vocos was asked for and cannot be used.
     """
     if choice == "griffin-lim":
-        return log_mel.inverse
+        return _griffin_lim(log_mel)
     fits = log_mel.config == MEL_PRESETS["vocos-24khz"]
     if choice == "auto":
         if not fits:
-            return log_mel.inverse
+            return _griffin_lim(log_mel)
         try:
             return _vocos(VOCOS, log_mel)
         except UserError:
-            return log_mel.inverse
+            return _griffin_lim(log_mel)
     if not fits:
         raise UserError(f"train.vocoder: {choice!r} needs the mel settings of Vocos mel-24khz; use griffin-lim")
     return _vocos(choice, log_mel)
+
+
+def _griffin_lim(log_mel: LogMel) -> Callable[[Tensor], Tensor]:
+    """`LogMel.inverse`, also of mels that are shorter than a window: their last frame is repeated, then cut away."""
+    config = log_mel.config
+    least = 1 - (-config.minimum_samples // config.hop_length)
+
+    def decode(mel: Tensor) -> Tensor:
+        missing = mel[-1:].expand(max(0, least - mel.shape[0]), -1)
+        return log_mel.inverse(torch.cat([mel, missing]))[: (mel.shape[0] - 1) * config.hop_length]
+
+    return decode
 
 
 def _vocos(source: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:

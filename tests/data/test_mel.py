@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from agrepa_fast.data.mel import MEL_PRESETS, LogMel, MelConfig
+from agrepa_fast.errors import UserError
 
 
 def signal(samples: int, rate: int) -> torch.Tensor:
@@ -116,12 +117,16 @@ def test_misuse_is_refused():
         log_mel.inverse(torch.zeros(9, 80))
     with pytest.raises(ValueError, match="2 frames, too few"):
         log_mel.inverse(torch.zeros(2, 100))
-    for change, message in {
-        "f_max": "f_max 13000",
-        "mels": "mels must be at least 1",
-        "win_length": "longer than n_fft",
-        "std": "std must be positive",
-    }.items():
-        value = {"f_max": 13000, "mels": 0, "win_length": 2048, "std": 0.0}[change]
-        with pytest.raises(ValueError, match=message):
-            MelConfig(**{change: value})
+    for field, value, message in (
+        ("f_max", 13000, "mel.f_min, mel.f_max: expected .* f_max 13000"),
+        ("mels", 0, "mel.mels: expected at least 1"),
+        ("mels", 600, "mel.mels: expected at most the 513 frequencies"),
+        ("win_length", 2048, r"mel.win_length: expected at most mel.n_fft \(1024\), got 2048"),
+        ("win_length", 1, "mel.win_length: expected at least 32"),
+        ("hop_length", 513, "mel.hop_length: expected at most half of mel.win_length"),
+        ("std", 0.0, "mel.std: expected at least 0.01"),
+        ("std", math.nan, "mel.std: expected a finite number"),
+        ("mean", math.inf, "mel.mean: expected a finite number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MelConfig(**{field: value})

@@ -16,7 +16,7 @@ ROOT_PACKAGE = "agrepa_fast"  # as a room: the public names of agrepa_fast/__ini
 
 OPS = {"kernels", "reference", "errors"}
 NETWORK = {"ops", "reference", "errors"}
-SIDE = {"ops", "reference", "errors", "data"}
+SIDE = {"ops", "reference", "errors", "fields", "data"}
 TRAINING = {
     ROOT_PACKAGE,
     "graphs",
@@ -25,6 +25,7 @@ TRAINING = {
     "data",
     "errors",
     "evaluation",
+    "fields",
     "models",
     "ops",
     "teachers",
@@ -34,6 +35,7 @@ TRAINING = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "graphs": set(),
+    "fields": {"errors"},
     "kernels": set(),
     "reference": set(),
     "ops": OPS,
@@ -52,7 +54,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 # These, only for annotations: under `if TYPE_CHECKING:`.
 MAY_ANNOTATE = {"alignment": {"attribution"}}
 # Rooms that must run, or be read, without the rest of the world. Elsewhere any package is allowed.
-OTHER_PACKAGES = {"kernels": {"torch", "triton"}, "reference": {"torch"}, "graphs": {"torch"}, "errors": set()}
+OTHER_PACKAGES = {
+    "kernels": {"torch", "triton"},
+    "reference": {"torch"},
+    "graphs": {"torch"},
+    "errors": set(),
+    "fields": set(),
+}
 
 
 @dataclass(frozen=True)

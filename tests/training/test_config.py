@@ -46,11 +46,11 @@ def test_buckets_cover_the_longest_crop():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("model.depth=true", "model.depth: expected int, got True"),
+        ("model.depth=true", "model.depth: expected int, got true"),
         ("train.tensorboard=1", "train.tensorboard: expected bool, got 1"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected 2 values"),
         ("optimizer.lr=fast", "optimizer.lr: expected float, got 'fast'"),
-        ("mel.f_max=9000", "mel: .*f_max"),
+        ("mel.f_max=9000", "mel.f_min, mel.f_max: .*9000"),
         ("train=3", "train: expected fields of TrainConfig, got 3"),
         ("train.steps=[", "train.steps: '\\[' is not a YAML value"),
     ],

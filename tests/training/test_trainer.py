@@ -123,13 +123,18 @@ def test_sigterm_saves_and_exits_0(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_report")
-def test_alignment_weight_follows_the_schedule(tiny_config):
-    log = read_log(start_run(tiny_config("train.log_every=1", "train.samples=0")).run() / "log.jsonl")
+def test_the_log_holds_the_weight_that_was_applied(tiny_config):
+    changes = ("train.log_every=1", "train.samples=0", "alignment.weight=0.25")
+    log = read_log(start_run(tiny_config(*changes)).run() / "log.jsonl")
     weights = {e["step"]: e["align_weight"] for e in log if e["event"] == "train"}
     # probe before the fourth step; ramp of 2; decay from step 6 of 8; stop at 0.9 of 8, rounded up
     assert [weights[step] for step in (1, 2, 3)] == [0, 0, 0]
-    assert [weights[step] for step in (4, 5, 6)] == [0.5, 1, 1]
-    assert 0 < weights[8] < 1
+    assert [weights[step] for step in (4, 5, 6)] == [0.125, 0.25, 0.25]
+    assert 0 < weights[8] < 0.25
+    for entry in log:
+        if entry["event"] == "train":
+            aligned_part = entry["align_weight"] * entry.get("align_loss", 0.0)
+            assert entry["loss"] == pytest.approx(entry["flow_loss"] + aligned_part, rel=1e-5)
     aligned = {e["step"]: "align_loss" in e for e in log if e["event"] == "train"}
     assert aligned == {step: step > 3 for step in range(1, 9)}
 
@@ -141,7 +146,7 @@ def test_a_given_selection_is_used_from_the_start(tiny_config, tmp_path):
     run_dir = start_run(config).run()
     first = next(e for e in read_log(run_dir / "log.jsonl") if e["event"] == "train")
     assert {key for key in first if key.startswith("cosine/")} == {"cosine/spectral/1"}
-    assert first["align_weight"] == 0.5
+    assert first["align_weight"] == 0.25  # half of the ramp, of alignment.weight 0.5
 
 
 @pytest.mark.usefixtures("_no_report")
