@@ -14,7 +14,7 @@ from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
-from agrepa_fast.training.clips import fixed_batches, hold_out, load_data, spread
+from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.inference import layer_values
 from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
 from agrepa_fast.training.trainer import Trainer
@@ -110,17 +110,6 @@ def test_domain_tables(tiny_config):
     tables = domain_tables(config, ("audio", "speech"))
     assert tables["a"].tolist() == [False, True]
     assert tables["b"].tolist() == [True, True]
-
-
-def test_hold_out_takes_a_share_of_each_domain_and_is_repeatable(tiny_config, tmp_path):
-    from agrepa_fast.data.manifest import read_manifest
-
-    clips = read_manifest(tiny_config().data.train[0])
-    rest, held = hold_out(clips, 0.34, seed=1)
-    assert sorted(map(str, [*rest, *held])) == sorted(map(str, clips))
-    assert [sum(clip.domain == d for clip in held) for d in ("audio", "speech")] == [2, 2]
-    assert hold_out(clips, 0.34, seed=1) == (rest, held)
-    assert hold_out(clips, 0.34, seed=2) != (rest, held)
 
 
 def cache(batch, teachers, pooled=False):
