@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import os
 import sys
@@ -94,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="preset's name or YAML file; not with --resume")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the configuration")
     train.add_argument("--resume", metavar="RUN", help="go on with a run's newest checkpoint (or the one given)")
+    train.add_argument(
+        "--accept-data-changes",
+        action="store_true",
+        help="with --resume: go on although clips were added, removed or changed; known ones stay held out or not",
+    )
 
     probe = add("probe", _probe, "Score every layer of a checkpoint (FoG-A) and select the ones to align.", PROBE_HELP)
     probe.add_argument(
@@ -140,7 +144,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         # With --resume the first positional, if any, is a change like the rest.
         overrides = [arguments.config, *arguments.overrides] if arguments.config else arguments.overrides
-        trainer = resume_run(arguments.resume, overrides)
+        trainer = resume_run(arguments.resume, overrides, arguments.accept_data_changes)
+    elif arguments.accept_data_changes:
+        raise UserError("--accept-data-changes: only with --resume")
     elif arguments.config:
         trainer = start_run(load_config(arguments.config, arguments.overrides))
     else:
@@ -152,10 +158,11 @@ def _train(arguments: argparse.Namespace) -> int:
     leave()
     if not first:
         return 0
-    losses = [entry["flow_loss"] for entry in read_log(run_dir / "log.jsonl") if entry["event"] == "valid"]
+    valid = [entry for entry in read_log(run_dir / "log.jsonl") if entry.get("event") == "valid"]
+    losses = [loss for entry in valid if isinstance(loss := entry.get("flow_loss"), float)]
     if trainer.stopping:
         print(f"stopped after step {trainer.step}; go on with: agrepa train --resume {run_dir}")
-    else:
+    elif losses:
         print(f"validation flow-matching loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
     if trainer.selection is not None:
         pairs = zip(trainer.selection.layers, trainer.selection.weights)
@@ -246,7 +253,7 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
 def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, list[Stored], int]:
     """Scores of a checkpoint of `agrepa train` on held-out or given clips, K, what its layers store, and its step."""
     from .teachers.registry import build_teacher
-    from .training.clips import load_data
+    from .training.clips import load_held_out
     from .training.config import override_config
     from .training.dissociation import stored_by_layer
     from .training.environment import pick_device
@@ -262,23 +269,22 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, 
         "probe.k": arguments.k,
     }
     config = override_config(checkpoint.config, [f"{key}={value}" for key, value in given.items() if value is not None])
-    if arguments.data:
-        data = dataclasses.replace(config.data, train=tuple(arguments.data), valid=tuple(arguments.data))
-        config = dataclasses.replace(config, data=data)
-    loaded = load_data(config, checkpoint.path.parent.parent)
-    for item in loaded.skipped:
+    clips, skipped = load_held_out(
+        config, checkpoint.path.parent.parent, checkpoint.state["clips"], arguments.data or ()
+    )
+    for item in skipped:
         print(f"skipped: {item.path} ({item.source}): {item.reason}", file=sys.stderr)
     if arguments.lasp and arguments.branches:
         raise UserError("--lasp: what a layer stores is asked of whole layers; leave --branches out")
-    scores = score_layers(backbone, loaded.valid, config, device, branches=arguments.branches)
+    scores = score_layers(backbone, clips, config, device, branches=arguments.branches)
     stored = []
     if arguments.lasp:
-        first = loaded.valid.clips[0].path
+        first = clips.clips[0].path
         teachers = {
             name: build_cached(name, t, config, first) if t.cached else build_teacher(t.source, **t.options).to(device)
             for name, t in config.alignment.teachers.items()
         }
-        stored = stored_by_layer(backbone, teachers, loaded.valid, config, device)
+        stored = stored_by_layer(backbone, teachers, clips, config, device)
         if not stored:
             raise UserError("--lasp: no domain has three clips to fit a head on and measure; give more with --data")
     return scores, config.probe.k, stored, checkpoint.state["step"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import writing
 from .probes import Dissociation, dissociation
 from .report import INK, PALETTE, layer_t_map, new_figure, style_axes
 from .scores import LayerScores
@@ -105,6 +106,7 @@ def write_scd(
 
     Raises:
         ValueError: scores of branches, or as `dissociations`.
+        UserError: a file cannot be written; names it.
     """
     if scores.branches is not None:
         raise ValueError("scores: expected whole layers, got branches")
@@ -123,7 +125,8 @@ def write_scd(
         _write_layers(folder / "lasp_layers.csv", step, epoch, columns, scores.layers, list(rows))
         _write_scd(folder / "scd.csv", found)
         state = {"step": step, "epoch": epoch, "k": k, "domains": [_plain(asdict(entry)) for entry in found]}
-        (folder / "scd.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        with writing(folder / "scd.json"):
+            (folder / "scd.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -180,7 +183,7 @@ def _thin(axes: Any, layers: int) -> None:
 def _write_layers(
     path: Path, step: int, epoch: float, columns: Sequence[str], layers: Sequence[int], rows: Sequence[Sequence[float]]
 ) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("step", "epoch", "layer", *columns))
         for layer, row in zip(layers, rows, strict=True):
@@ -192,17 +195,18 @@ def _write_map(folder: Path, scores: LayerScores, domains: Sequence[str]) -> Non
     for domain in domains or [""]:
         values, times = layer_t_map(scores, domain or None)
         entries.append({"domain": domain, "t": times.tolist(), "layers": list(scores.layers), "foga": values.tolist()})
-    with open(folder / "foga_map.csv", "w", newline="", encoding="utf-8") as file:
+    with writing(folder / "foga_map.csv"), open(folder / "foga_map.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("domain", "layer", "t", "foga"))
         for entry in entries:
             for layer, row in zip(entry["layers"], entry["foga"], strict=True):
                 writer.writerows((entry["domain"], layer, f"{t:g}", repr(v)) for t, v in zip(entry["t"], row))
-    (folder / "foga_map.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    with writing(folder / "foga_map.json"):
+        (folder / "foga_map.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_scd(path: Path, found: Sequence[DomainDissociation]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("domain", "teacher", "layer", "foga", "lasp", "cka", "most_used", "most_stored"))
         for entry in found:

@@ -1,8 +1,8 @@
 """Checkpoints: a folder `step_000600` with weights as safetensors, the rest of the state apart, the config beside.
 
 model.safetensors, ema.safetensors (network and token conditioner), heads.safetensors (alignment heads),
-state.pt (step, optimizer, schedule, random state, selection; tensors and plain containers only), config.yaml, and
-manifest.json with the size and SHA-256 of each. A checkpoint is written under another name, flushed to disk and
+state.pt (see `state`; tensors and plain containers only), config.yaml, and manifest.json with the format's number and
+the size and SHA-256 of each. A checkpoint is written under another name, flushed to disk and
 renamed: it is whole or absent. What a disk damages later is found by the manifest, and the one before is taken.
 """
 
@@ -13,19 +13,24 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from .. import __version__
+from ..errors import UserError, writing
 from .config import RunConfig, dump_config, load_config
+from .state import FORMAT, check_format, check_state
 
 WEIGHTS = ("model", "ema", "heads")
+FILES = (*(f"{name}.safetensors" for name in WEIGHTS), "state.pt", "config.yaml")
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 20  # at most: a longer one is not ours
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,25 @@ def save_checkpoint(
     target = folder / f"step_{step:08d}"
     building = folder / f".{target.name}.{os.getpid()}"
     safetensors = _safetensors()
+    name = ""
     try:
         _sweep(folder)
         building.mkdir(parents=True)
-        for name, tensors in weights.items():
+        for part, tensors in weights.items():
+            name = f"{part}.safetensors"
             # Cloned: safetensors refuses tensors that share memory.
             own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            safetensors.torch.save_file(own, building / f"{name}.safetensors")
-        torch.save(dict(state), building / "state.pt")
-        (building / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            safetensors.torch.save_file(own, building / name)
+        name = "state.pt"
+        _save_state(dict(state), building / name)
+        name = "config.yaml"
+        (building / name).write_text(dump_config(config), encoding="utf-8")
+        name = MANIFEST
         write_manifest(building)
         for file in building.iterdir():
+            name = file.name
             _flush(file)
+        name = ""
         _flush(building)
         if target.exists():
             # A folder cannot be replaced in one move; `find_checkpoint` knows the names it has in between.
@@ -86,9 +98,44 @@ def save_checkpoint(
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # The last two are how torch and safetensors report a failed write.
         shutil.rmtree(building, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{target}: cannot write the checkpoint ({reason}); earlier ones are kept") from error
+        where = f"{name}: " if name else ""
+        raise UserError(
+            f"{target}: cannot write the checkpoint ({where}{_reason(error)}); earlier ones are kept"
+        ) from error
     return target
+
+
+class _Recorder:
+    """A file that keeps the first error of the disk: torch.save replaces it by an assertion that failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    with open(path, "wb", buffering=0) as file:
+        recorder = _Recorder(file)
+        try:
+            torch.save(state, cast(BinaryIO, recorder))
+        except RuntimeError as error:
+            raise recorder.error or error from error
+
+
+def _reason(error: Exception) -> str:
+    """What the disk says, also through safetensors, which puts the error's number into its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else _first_line(error))
 
 
 def _sweep(folder: Path) -> None:
@@ -106,9 +153,10 @@ def _whole_name(path: Path) -> Path:
 
 
 def write_manifest(path: Path) -> None:
-    """Record size and SHA-256 of every file of a checkpoint."""
+    """Record the format, and size and SHA-256 of every file of a checkpoint."""
     files = {file.name: _fingerprint(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
-    (path / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest = {"format": FORMAT, "version": __version__, "files": files}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _fingerprint(file: Path) -> dict[str, int | str]:
@@ -116,21 +164,64 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def _flaw(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None when each is as it was written."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, a JSON object.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is something else."""
+    file = path / MANIFEST
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for a writer
+        raise ValueError("not a regular file")
+    with open(file, "rb") as content:
+        text = content.read(MANIFEST_BYTES + 1)
+    if len(text) > MANIFEST_BYTES:
+        raise ValueError("too long")
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(manifest, dict):
+        raise ValueError("not an object")
+    return manifest
+
+
+def _flaw(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when each is as it was written.
+
+    A checkpoint of another format counts as whole: `check_format` refuses it where it is read, and nobody deletes it.
+    """
+    try:
+        manifest = _read_manifest(path)
+        if manifest.get("format") != FORMAT:
+            return None if _files(manifest) or "format" in manifest else f"{path / MANIFEST}: damaged"
+        files = _files(manifest)
+        if not set(FILES) <= set(files):
+            return f"{path / MANIFEST}: damaged"
         for name, written in files.items():
+            found = (path / name).stat()
             # The size first: it costs nothing, and most damage shows in it.
-            if (path / name).stat().st_size != written["bytes"] or _fingerprint(path / name) != written:
+            size_fits = stat.S_ISREG(found.st_mode) and found.st_size == written["bytes"]
+            if not size_fits or _fingerprint(path / name) != written:
                 return f"{path / name}: damaged (not the bytes that were written)"
     except FileNotFoundError as error:
         return f"{error.filename}: no such file"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return f"{path / MANIFEST}: damaged"
     return None
+
+
+def _files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's files; ValueError where that is not one or more plain names with an object each."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError("no files")
+    for name, written in files.items():
+        if name in (".", "..") or "/" in name or "\0" in name or not isinstance(written, dict):
+            raise ValueError(name)
+    return files
 
 
 def _flush(path: Path) -> None:
@@ -148,6 +239,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path means one checkpoint, intact or not, rather than a run's folder."""
+    return bool(re.fullmatch(r"step_\d{8,}", path.name)) or any(os.path.lexists(path / name) for name in FILES[:-1])
+
+
 def begun(run_dir: Path) -> bool:
     """Whether a run has written a checkpoint: a first one cut short does not count, a damaged one does."""
     folder = run_dir / "checkpoints"
@@ -157,8 +253,9 @@ def begun(run_dir: Path) -> bool:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file aside and rename it: it is never there in part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
 
 
 def drop_old(folder: Path, keep: int) -> None:
@@ -177,7 +274,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, tuple[str, ...]]:
         UserError: there is none, or none is intact.
     """
     path = Path(path)
-    if (path / "state.pt").is_file():
+    if is_checkpoint(path):
         if flaw := _flaw(path):
             raise UserError(flaw)
         return path, ()
@@ -202,12 +299,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         UserError: a file is missing, damaged, or not what its name says; names it.
     """
     folder, damaged = find_checkpoint(path)
+    check_format(_read_manifest(folder), folder)
     weights = {name: read_weights(folder / f"{name}.safetensors") for name in WEIGHTS}
     file = folder / "state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{file}: not a training state ({_first_line(error)})") from None
+    check_state(state, file)
     return Checkpoint(folder, weights, state, load_config(folder / "config.yaml"), damaged)
 
 
@@ -237,6 +336,8 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) 
             raise UserError(f"{path}: no tensor {key!r}; is it a checkpoint of another configuration?")
         if value.shape != tensors[key].shape:
             raise UserError(f"{path}: {key} is {list(tensors[key].shape)}, the configuration needs {list(value.shape)}")
+        if value.dtype != tensors[key].dtype:
+            raise UserError(f"{path}: {key} is {tensors[key].dtype}, expected {value.dtype}")
     extra = [key for key in tensors if key not in own]
     if extra:
         raise UserError(f"{path}: unexpected tensor {extra[0]!r}; is it a checkpoint of another configuration?")

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.batches import Batch, collate
 from ..data.corpus import write_corpus
 from ..data.dataset import ClipDataset, Sample, Skipped
 from ..data.manifest import Clip, read_manifest
-from ..errors import UserError
+from ..errors import UserError, writing
 from .config import RunConfig
+from .distributed import gather
+from .identity import Known, compare, drop_duplicates, held_out, identify, list_digest, record
 
 BUILTIN = "builtin"
 
 
 @dataclass(frozen=True)
+class Split:
+    """Clips to train on and clips held out, each sorted by identity, and what was left out or differs.
+
+    duplicates: how many rows repeated others. notes: lines for the user, about duplicates and changes."""
+
+    train: list[Known]
+    valid: list[Known]
+    duplicates: int
+    notes: tuple[str, ...]
+
+    @property
+    def record(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, {"train", "valid"}: [n, 3] int64 of `identity.record`."""
+        return {"train": record(self.train), "valid": record(self.valid)}
+
+
+@dataclass(frozen=True)
 class RunData:
-    """Training and validation sets, and the files that could not be read."""
+    """Training and validation sets, the files that could not be read, and the split that both come from."""
 
     train: ClipDataset
     valid: ClipDataset
     skipped: list[Skipped]
+    split: Split
+
+    @property
+    def digest(self) -> str:
+        """Of the clips in use, in their order: the same on all ranks."""
+        in_use = [set(self.train.clips), set(self.valid.clips)]
+        lists = (self.split.train, self.split.valid)
+        return list_digest(*([known for known in part if known.clip in used] for part, used in zip(lists, in_use)))
 
 
 def read_clips(specs: Sequence[str], run_dir: Path, config: RunConfig) -> list[Clip]:
@@ -34,61 +61,151 @@ def read_clips(specs: Sequence[str], run_dir: Path, config: RunConfig) -> list[C
     clips = []
     for spec in specs:
         if spec == BUILTIN:
-            spec = str(write_corpus(run_dir / "corpus", seed=config.train.seed))
+            with writing(run_dir / "corpus"):
+                spec = str(write_corpus(run_dir / "corpus", seed=config.train.seed))
         clips += read_manifest(spec, allow_outside=config.data.allow_outside)
     return clips
 
 
-def load_data(config: RunConfig, run_dir: Path) -> RunData:
-    """Read, split and check the clips.
+def split_clips(
+    config: RunConfig,
+    run_dir: Path,
+    recorded: Mapping[str, Tensor] | None = None,
+    accept_changes: bool = False,
+) -> Split:
+    """Read the lists, drop duplicates and hold clips out (`identity.held_out`, or `data.valid`).
 
-    The split depends on the seed and the list alone, so that a resumed run has the same one.
+    A sound that is held out is never trained on. `recorded`: the split of the checkpoint that a run goes on from; a
+    clip that it knows, by its sound or by its path, stays on its side.
 
     Raises:
-        UserError: nothing to train on, too many unreadable files, a manifest that does not fit.
+        UserError: a manifest that does not fit; clips that differ from the recorded ones, unless accept_changes.
     """
-    train = read_clips(config.data.train, run_dir, config)
-    if config.data.valid:
-        valid = read_clips(config.data.valid, run_dir, config)
-    else:
-        train, valid = hold_out(train, config.data.valid_share, config.train.seed)
-    domains = tuple(sorted({clip.domain for clip in train + valid}))
-    skipped: list[Skipped] = []
-
-    def read(clips: list[Clip]) -> ClipDataset:
-        dataset = ClipDataset(
-            clips,
-            config.mel,
-            max_frames=config.max_frames,
-            vocabularies=config.data.vocabularies,
-            vocabulary_of=config.data.vocabulary_of,
-            prompt_fraction=config.data.prompt_share,
-            domains=domains,
+    listed = identify(read_clips(config.data.train, run_dir, config))
+    apart = identify(read_clips(config.data.valid, run_dir, config))
+    clips, repeated = drop_duplicates(listed)
+    apart, repeated_apart = drop_duplicates(apart)
+    repeated += repeated_apart
+    notes = []
+    if repeated:
+        again, first = repeated[0]
+        notes.append(
+            f"{len(repeated)} of {len(clips) + len(apart) + len(repeated)} listed clips are duplicates and dropped: "
+            f"{again.clip.source} ({again.clip.path.name}) repeats {first.clip.source}, ..."
         )
-        skipped.extend(dataset.check(config.data.unreadable_share))
-        return dataset
+    held = {known.identity.sound for known in apart} or held_out(clips, config.data.valid_share)
+    if apart:
+        both = sum(known.identity.sound in held for known in clips)
+        if both:
+            notes.append(f"{both} clips of data.train are in data.valid too: they are held out, and not trained on")
+        clips = [known for known in clips if known.identity.sound not in held] + apart
+    if recorded is not None:
+        changes = compare(torch.cat([recorded["train"], recorded["valid"]]), record(clips))
+        if changes and not accept_changes:
+            raise UserError(
+                f"data: the clips are not those that this run has seen: {changes}; give it the same clips, "
+                "or go on with these by --accept-data-changes"
+            )
+        if changes:
+            notes.append(f"the clips are not those that the run began with: {changes}; known ones keep their side")
+        held = _kept_sides(clips, held, recorded)
+    parts: tuple[list[Known], list[Known]] = ([], [])
+    for known in sorted(clips, key=lambda known: (known.identity, str(known.clip.path))):
+        parts[known.identity.sound in held].append(known)
+    return Split(*parts, len(repeated), tuple(notes))
 
-    train_set = read(train)
-    if not valid:
+
+def _kept_sides(clips: Sequence[Known], held: set[int], recorded: Mapping[str, Tensor]) -> set[int]:
+    """The sounds to hold out where a record knows some: by the record, the others as in `held`."""
+    sides = [{column: set(part[:, column].tolist()) for column in (0, 2)} for part in recorded.values()]
+    train, valid = (dict(zip(recorded, sides))[name] for name in ("train", "valid"))
+    kept = set()
+    for known in clips:
+        sound, place = known.identity.sound, known.identity.place
+        for column, value in ((0, sound), (2, place)):
+            if value in valid[column] or value in train[column]:
+                belongs = value in valid[column]
+                break
+        else:
+            belongs = sound in held
+        if belongs:
+            kept.add(sound)
+    return kept
+
+
+def load_data(
+    config: RunConfig,
+    run_dir: Path,
+    recorded: Mapping[str, Tensor] | None = None,
+    accept_changes: bool = False,
+) -> RunData:
+    """Read, split (`split_clips`) and check the clips. Every rank must call it.
+
+    Raises:
+        UserError: nothing to train on, too many unreadable files, a manifest that does not fit, clips that are not
+            the recorded ones, ranks that do not have the same clips.
+    """
+    split = split_clips(config, run_dir, recorded, accept_changes)
+    domains = _domains([*split.train, *split.valid])
+    skipped: list[Skipped] = []
+    train = _dataset(split.train, config, domains, skipped)
+    if not split.valid:
         raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
-    return RunData(train_set, read(valid), skipped)
+    data = RunData(train, _dataset(split.valid, config, domains, skipped), skipped, split)
+    _same_on_all_ranks(data)
+    return data
 
 
-def hold_out(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Split off `share` of each domain's clips, at least one where there are two; (rest, held out)."""
-    by_domain = defaultdict(list)
-    for index, clip in enumerate(clips):
-        by_domain[clip.domain].append(index)
-    held: set[int] = set()
-    for number, domain in enumerate(sorted(by_domain)):
-        members = by_domain[domain]
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        order = np.random.default_rng([seed, number]).permutation(len(members))
-        held |= {members[i] for i in order[:count]}
-    return (
-        [clip for i, clip in enumerate(clips) if i not in held],
-        [clip for i, clip in enumerate(clips) if i in held],
+def load_held_out(
+    config: RunConfig, run_dir: Path, recorded: Mapping[str, Tensor], specs: Sequence[str] = ()
+) -> tuple[ClipDataset, list[Skipped]]:
+    """The clips that a run holds out, or those of the given manifests; and the files that could not be read.
+
+    Raises:
+        UserError: a manifest that does not fit, too many unreadable files.
+    """
+    skipped: list[Skipped] = []
+    if specs:
+        clips, _ = drop_duplicates(identify(read_clips(specs, run_dir, config)))
+        return _dataset(clips, config, _domains(clips), skipped), skipped
+    split = split_clips(config, run_dir, recorded, accept_changes=True)
+    return _dataset(split.valid, config, _domains([*split.train, *split.valid]), skipped), skipped
+
+
+def _domains(clips: Sequence[Known]) -> tuple[str, ...]:
+    return tuple(sorted({known.clip.domain for known in clips}))
+
+
+def _dataset(
+    clips: Sequence[Known], config: RunConfig, domains: tuple[str, ...], skipped: list[Skipped]
+) -> ClipDataset:
+    """The clips that can be read; the others go to `skipped`."""
+    dataset = ClipDataset(
+        [known.clip for known in clips],
+        config.mel,
+        max_frames=config.max_frames,
+        vocabularies=config.data.vocabularies,
+        vocabulary_of=config.data.vocabulary_of,
+        prompt_fraction=config.data.prompt_share,
+        domains=domains,
     )
+    skipped.extend(dataset.check(config.data.unreadable_share))
+    return dataset
+
+
+def _same_on_all_ranks(data: RunData) -> None:
+    """Ranks with other clips would train on other batches than the plan says, and end at other steps.
+
+    Raises:
+        UserError: on every rank, with the numbers of clips of two that differ."""
+    facts = gather((data.digest, len(data.train), len(data.valid), len(data.skipped)))
+    for number, (digest, train, valid, skipped) in enumerate(facts):
+        if digest != facts[0][0]:
+            raise UserError(
+                f"data: the ranks have different clips: rank 0 {facts[0][1]} to train on, {facts[0][2]} held out and "
+                f"{facts[0][3]} unreadable, rank {number} {train}, {valid} and {skipped}; "
+                "give every rank the same manifests and files"
+            )
 
 
 def spread(dataset: ClipDataset, count: int) -> list[int]:

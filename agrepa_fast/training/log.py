@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, writing
 from .config import RunConfig, dump_config
 
 
@@ -28,9 +29,10 @@ class RunLog:
         if run_dir is None:
             return
         path = run_dir / "log.jsonl"
-        if resume is not None and path.exists() and path.stat().st_size > resume[1]:
-            os.truncate(path, resume[1])
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
+        with writing(path):
+            if resume is not None and path.exists() and path.stat().st_size > resume[1]:
+                os.truncate(path, resume[1])
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close())
         self.position = self._file.tell()
         if config.train.tensorboard:
             try:
@@ -59,11 +61,16 @@ class RunLog:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
-            self._file.flush()
-            self.position = self._file.tell()
-        except OSError as error:
-            raise UserError(f"{self._file.name}: {error.strerror}") from error
+            with writing(self._file.name):
+                self._file.write(json.dumps({"event": event, **fields}) + "\n")
+                self._file.flush()
+                self.position = self._file.tell()
+        except UserError:
+            # What is left in the buffer must not fail a second time, when the log is closed.
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+            raise
         numbers = {
             f"{event}/{key}": value for key, value in fields.items() if isinstance(value, int | float) and key != "step"
         }

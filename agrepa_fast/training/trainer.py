@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,27 +20,35 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..alignment.policy import POLICIES, LayerSelection, choose_layers
-from ..alignment.reselect import average_scores, reselect
-from ..alignment.schedule import AlignmentSchedule
-from ..attribution.scd import write_scd
+from ..alignment.policy import LayerSelection, choose_layers
 from ..attribution.scores import LayerScores
 from ..data.batches import Batch
 from ..data.buckets import BucketBatches
 from ..data.loading import iterate
-from ..errors import UserError
+from ..errors import UserError, writing
 from ..models import packed
 from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
-from .checkpoint import Checkpoint, begun, drop_old, load_checkpoint, restore, save_checkpoint, write_whole
+from . import state
+from .checkpoint import (
+    Checkpoint,
+    begun,
+    drop_old,
+    find_checkpoint,
+    is_checkpoint,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    write_whole,
+)
+from .choice import alignment_schedule, choose
 from .clips import load_data
 from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
-from .dissociation import stored_by_layer
 from .distributed import gather, join, rank, ranks
 from .ema import Ema
 from .environment import pick_device, versions
 from .evaluation import validate, write_samples
-from .inference import layer_values, score_layers
+from .lock import RunLock, hold
 from .log import RunLog, average
 from .objective import Objective, StepInputs, domain_tables, teacher_targets
 from .optimizer import build_optimizer, one_cycle
@@ -53,17 +61,29 @@ REPORT_SECONDS = 60.0  # report.html is at most this much older than the last va
 
 
 class Trainer:
-    """One run. `run()` trains to the last step, or until SIGINT or SIGTERM, and returns the run's folder."""
+    """One run. `run()` trains to the last step, or until SIGINT, SIGTERM or SIGHUP, and returns the run's folder.
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume: Checkpoint | None = None) -> None:
+    lock: of the run's folder, released when `run` ends.
+    accept_changes: go on with other clips than the checkpoint's."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume: Checkpoint | None = None,
+        *,
+        lock: RunLock | None = None,
+        accept_changes: bool = False,
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.lock = lock
         self.device = join(pick_device(config.train.device))
         precision = config.train.precision
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        self.data = load_data(config, run_dir)
+        self.data = load_data(config, run_dir, resume.state["clips"] if resume else None, accept_changes)
         self.plan = self._plan()
         teachers = {
             name: build_cached(name, t, config, self.data.train.clips[0].path)
@@ -104,13 +124,13 @@ class Trainer:
         self.began = time.perf_counter()
         self.reported = 0.0
         if config.alignment.selection:
-            self._select(LayerSelection.from_json(config.alignment.selection).synchronised())
+            self.select(LayerSelection.from_json(config.alignment.selection).synchronised())
         if config.alignment.layers:
-            self._select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
+            self.select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
         self.given = self.selection is not None
         if resume is not None:
             self._restore(resume)
-        self.schedule = self._schedule()
+        self.schedule = alignment_schedule(config)
         resumed = None if resume is None else (self.step, resume.state["log_bytes"])
         if rank() == 0:
             write_whole(run_dir / "config.yaml", dump_config(config))
@@ -119,19 +139,45 @@ class Trainer:
             self.log.write("damaged", step=self.step, reason=flaw)
             if rank() == 0:
                 print(f"passed over: {flaw}", file=sys.stderr)
+        for note in self.data.split.notes if rank() == 0 else ():
+            print(f"data: {note}", file=sys.stderr)
 
     def run(self) -> Path:
-        """Train; every exit but a crash leaves a checkpoint, the log and report.html.
+        """Train; every exit but a crash leaves a checkpoint, the log with the reason, and report.html.
 
         Raises:
-            UserError: something cannot be written (a full disk, say); earlier checkpoints are untouched.
+            UserError: training cannot go on, or something cannot be written (a full disk, say); earlier checkpoints
+                are untouched.
         """
         try:
-            return self._run()
+            self._run()
+        except UserError as error:
+            self._stop(str(error))
+            raise
         except OSError as error:
-            raise UserError(f"{error.filename or self.run_dir}: {error.strerror or error}") from error
+            reason = f"{error.filename or self.run_dir}: {error.strerror or error}"
+            self._stop(reason)
+            raise UserError(reason) from error
+        finally:
+            self.log.close()
+            if self.lock is not None:
+                self.lock.release()
+        return self.run_dir
 
-    def _run(self) -> Path:
+    def _stop(self, reason: str) -> None:
+        """Say in the log and the report why the run ends early, or what went wrong after its last step."""
+        # A disk that is full again must not hide the first reason.
+        with suppress(UserError, OSError):
+            self._log_end("end" if self.step == self.config.train.steps else "stopped", reason=reason)
+        if rank() == 0:
+            with suppress(UserError, OSError):
+                write_report(self.run_dir)
+
+    def _log_end(self, event: str, **facts: Any) -> None:
+        seconds = self.seconds()
+        self.log.write(event, step=self.step, seconds=seconds, probe_share=self.probe_seconds / seconds, **facts)
+
+    def _run(self) -> None:
         self.began = time.perf_counter()
         self.rates = Rates(self.config.dit, self.device, self.bf16)
         if self.step == 0:
@@ -139,18 +185,17 @@ class Trainer:
             self._validate()
         else:
             self.log.write("resume", step=self.step)
+        for note in self.data.split.notes:
+            self.log.write("data", step=self.step, note=note)
         with self._signals():
             self._train()
         if self.stopping:
             self.log.write("interrupted", step=self.step)
         else:
             self._samples()
-            seconds = self._seconds()
-            self.log.write("end", step=self.step, seconds=seconds, probe_share=self.probe_seconds / seconds)
-        self.log.close()
+            self._log_end("end")
         if rank() == 0:
             write_report(self.run_dir)
-        return self.run_dir
 
     def _train(self) -> None:
         train = self.config.train
@@ -160,7 +205,7 @@ class Trainer:
         while self.step < train.steps:
             if self._probe_due():
                 with self._paused():
-                    self._probe()
+                    choose(self)
             inputs = [self._inputs(batch) for batch in islice(batches, train.accumulate)]
             self.applied_weight = self._align_weight()
             self.train_step(inputs, self.applied_weight, self.learning_rate(self.step))
@@ -247,7 +292,7 @@ class Trainer:
         yield
         self.rates.go_on()
 
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         """Wall time of the run so far, over all its sessions."""
         return self.seconds_before + time.perf_counter() - self.began
 
@@ -262,60 +307,6 @@ class Trainer:
         again = every > 0 and (self.step - start) % every == 0 and self.step < self.schedule.stop
         return self.step == start or (again and not self.given)
 
-    def _probe(self) -> None:
-        """Score every layer on held-out clips over the grid of t, and choose the layers, or choose them again."""
-        probe, a = self.config.probe, self.config.alignment
-        began = time.perf_counter()
-        try:
-            self.scores = score_layers(self.objective.backbone, self.data.valid, self.config, self.device, self.bf16)
-        except ValueError as error:  # a velocity that is not finite
-            raise UserError(f"the probe at step {self.step}: {error}; lower optimizer.lr") from error
-        values = self.scores.mean.tolist()
-        if POLICIES[a.policy] == "values":
-            clips, backbone = self.data.valid, self.objective.backbone
-            values = layer_values(
-                a.policy, backbone, self.teachers, clips, self.config, self.device, self.bf16
-            ).tolist()
-        self.average = average_scores(self.average, values, probe.momentum)
-        if self.selection is None or self.given:
-            chosen = choose_layers(
-                a.policy,
-                self.config.model.depth,
-                probe.k,
-                layers=a.layers,
-                values=values if POLICIES[a.policy] == "values" else (),
-                scores=self.scores,
-                seed=self.config.train.seed,
-            )
-        else:
-            chosen = reselect(self.selection, self.average, probe.margin, weighted=POLICIES[a.policy] == "scores")
-        chosen = chosen.synchronised(self.device)
-        before = self.selection
-        if not self.given:
-            self._select(chosen)
-        backbone, valid = self.objective.backbone, self.data.valid
-        stored = stored_by_layer(backbone, self.teachers, valid, self.config, self.device, self.bf16)
-        self.probed = self.step
-        seconds = time.perf_counter() - began
-        self.probe_seconds += seconds
-        self.log.write(
-            "probe",
-            step=self.step,
-            seconds=seconds,
-            share=self.probe_seconds / self._seconds(),
-            block_evaluations=self.scores.block_evaluations,
-            selection=chosen.state(),
-            changed=before is not None and before.layers != chosen.layers,
-            scores=values,
-            average=self.average,
-        )
-        if rank() == 0:
-            self.scores.to_csv(self.run_dir / "foga.csv")
-            epoch = self.step * self.config.train.accumulate / self.plan.steps_per_epoch
-            write_scd(self.run_dir, self.scores, stored, probe.k, self.step, epoch)
-            facts = {**chosen.state(), "metric": probe.metric, "step": self.step}
-            write_whole(self.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")
-
     def _diagnose(self, inputs: StepInputs) -> None:
         """Log whether the gradients of the two losses agree at the aligned layers."""
         self.objective.eval()
@@ -324,7 +315,7 @@ class Trainer:
             cosines = self.objective.gradient_cosines(inputs, draws)
         self.log.write("gradients", step=self.step, **average([self._selected(cosines)]))
 
-    def _select(self, selection: LayerSelection) -> None:
+    def select(self, selection: LayerSelection) -> None:
         deep = [layer for layer in selection.layers if layer >= self.config.model.depth]
         if deep:
             raise UserError(
@@ -332,15 +323,6 @@ class Trainer:
             )
         self.selection = selection
         self.objective.alignment.select(selection)
-
-    def _schedule(self) -> AlignmentSchedule:
-        """Alignment starts after the probe, or at once when the selection is given."""
-        a, steps = self.config.alignment, self.config.train.steps
-        start = 0 if a.selection or a.layers else self.config.probe.start
-        if not a.enabled:
-            return AlignmentSchedule(0, 0, 0, 0)
-        stop = math.ceil(a.stop * steps)
-        return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
     def _validate(self) -> None:
         """By rank 0 alone."""
@@ -384,7 +366,8 @@ class Trainer:
             ranks=ranks(),
             matmul_flops=self.rates.matmul,
             parameters={name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()},
-            clips={name: len(listed) for name, listed in clips.items()},
+            clips={name: len(listed) for name, listed in clips.items()} | {"duplicates": self.data.split.duplicates},
+            data=self.data.digest,
             domains={
                 domain: sum(clip.domain == domain for clip in self.data.train.clips)
                 for domain in self.data.train.domains
@@ -418,13 +401,8 @@ class Trainer:
         )
         if longest >= self.config.train.max_skipped:
             reason = f"{int(longest)} steps in a row by step {self.step} had gradients that are not finite"
-            self.log.write("stopped", step=self.step, reason=reason)
-            if rank() == 0:
-                write_report(self.run_dir)
-            raise UserError(
-                f"{reason}: lower optimizer.lr, or train.precision=fp32; "
-                f"the last checkpoint is in {self.run_dir / 'checkpoints'}"
-            )
+            kept = f"; the last checkpoint is in {self.run_dir / 'checkpoints'}" if begun(self.run_dir) else ""
+            raise UserError(f"{reason}: lower optimizer.lr, or train.precision=fp32{kept}")
         cosines = [value for name, value in metrics.items() if name.startswith("cosine/")]
         shown = {"loss": f"{metrics.get('loss', math.nan):.3f}"}
         if cosines:
@@ -433,9 +411,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the step just done; keep the newest few. Every rank must call it."""
-        rng = gather(
-            (torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
-        )
+        held = state.capture(self)
         if rank():
             return
         weights = {
@@ -443,69 +419,32 @@ class Trainer:
             "ema": self.ema.module.state_dict(),
             "heads": self.objective.heads().state_dict(),
         }
-        state = {
-            "step": self.step,
-            "steps": self.config.train.steps,
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": self.train_step.skipped.tolist(),
-            "seconds": self._seconds(),
-            "probe_seconds": self.probe_seconds,
-            "log_bytes": self.log.position,
-            "device": self.device.type,
-            "generator": self.objective.generator.get_state(),
-            "rng": [list(states) for states in rng],
-            "selection": None if self.selection is None else self.selection.state(),
-            "scores": None if self.scores is None else self.scores.state(),
-            "average": self.average,
-            "probed": self.probed,
-        }
         folder = self.run_dir / "checkpoints"
-        save_checkpoint(folder, self.step, weights, state, self.config)
+        save_checkpoint(folder, self.step, weights, held, self.config)
         drop_old(folder, self.config.train.keep)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        path, state = checkpoint.path, checkpoint.state
+        path = checkpoint.path
         restore(self.objective.backbone, checkpoint.weights["model"], path / "model.safetensors")
         restore(self.ema.module, checkpoint.weights["ema"], path / "ema.safetensors")
         restore(self.objective.heads(), checkpoint.weights["heads"], path / "heads.safetensors")
-        if state["steps"] != self.config.train.steps:
-            raise UserError(
-                f"train.steps: {path} belongs to a run of {state['steps']} steps, "
-                f"its learning rate schedule does not fit {self.config.train.steps}"
-            )
-        # The groups are this run's: what they say depends on the device and on the configuration.
-        own = {"param_groups": self.optimizer.state_dict()["param_groups"]}
-        self.optimizer.load_state_dict(state["optimizer"] | own)
-        self.train_step.skipped.copy_(torch.tensor(state["skipped"]))
-        self.step = state["step"]
-        self.seconds_before = state["seconds"]
-        self.probe_seconds = state["probe_seconds"]
-        self.average, self.probed = state["average"], state["probed"]
-        if state["scores"] is not None:
-            self.scores = LayerScores.from_state(state["scores"])
-        if state["selection"] is not None:
-            self._select(LayerSelection.from_state(state["selection"]))
-        if state["device"] != self.device.type:
-            # Generators of different devices draw different numbers: the run goes on, if not exactly.
-            self.objective.generator.manual_seed(self.config.train.seed + self.step)
-            return
-        self.objective.generator.set_state(state["generator"])
-        if len(state["rng"]) == ranks():
-            own_cpu, own_cuda = state["rng"][rank()]
-            torch.set_rng_state(own_cpu)
-            if own_cuda is not None:
-                torch.cuda.set_rng_state(own_cuda, self.device)
+        state.apply(self, checkpoint.state, path / "state.pt")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after its step; a second SIGINT interrupts at once."""
+        """The first SIGINT, SIGTERM or SIGHUP ends the run after its step; a second SIGINT interrupts at once.
+
+        Under nohup SIGHUP is ignored, and stays so."""
 
         def stop(number: int, frame: Any) -> None:
             if self.signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signalled = True
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, stop) for number in numbers}
         try:
             yield
         finally:
@@ -545,33 +484,73 @@ def _progress(start: int, total: int) -> Any:
 
 
 def start_run(config: RunConfig) -> Trainer:
-    """A new run in `train.out/train.name`.
+    """A new run in `train.out/train.name`, which is locked from now on.
 
     Raises:
-        UserError: the folder holds a run already.
+        UserError: the folder holds a run already, or another process is about to write one.
     """
     run_dir = Path(config.train.out) / config.train.name
     join(pick_device(config.train.device))
-    if gather((run_dir / "log.jsonl").exists())[0]:
-        raise UserError(f"{run_dir}: holds a run already; resume it (--resume {run_dir}) or give train.name=ANOTHER")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, run_dir)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir) as lock:
+        if gather((run_dir / "log.jsonl").exists())[0]:
+            raise UserError(
+                f"{run_dir}: holds a run already; resume it (--resume {run_dir}) or give train.name=ANOTHER"
+            )
+        return Trainer(config, run_dir, lock=lock)
 
 
-def resume_run(path: str | Path, overrides: Sequence[str] = ()) -> Trainer:
+def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_changes: bool = False) -> Trainer:
     """Go on with a run, from its newest intact checkpoint or from the given one, with its configuration, changed.
 
-    A run that ended before its first checkpoint begins anew.
+    A run that ended before its first checkpoint begins anew. The clips must be those of the checkpoint, unless
+    `accept_data_changes`.
 
     Raises:
-        UserError: neither a run nor a checkpoint, or nothing intact in it.
+        UserError: neither a run nor a checkpoint, nothing intact in it, clips that changed, or another process
+            that writes the run.
     """
-    run_dir = Path(path)
-    if (run_dir / "config.yaml").is_file() and not (run_dir / "state.pt").exists() and not begun(run_dir):
-        config = load_config(run_dir / "config.yaml", overrides)
-        join(pick_device(config.train.device))
-        if rank() == 0:
-            (run_dir / "log.jsonl").unlink(missing_ok=True)
-        return Trainer(config, run_dir)
-    checkpoint = load_checkpoint(path)
-    return Trainer(override_config(checkpoint.config, overrides), checkpoint.path.parent.parent, checkpoint)
+    path = Path(path)
+    run_dir = path
+    if is_checkpoint(path):
+        run_dir = path.absolute().parent.parent
+        if path.absolute().parent.name != "checkpoints":
+            raise UserError(f"{path}: not in the folder checkpoints/ of a run; a run is resumed in its own folder")
+    if not ((run_dir / "config.yaml").is_file() or (run_dir / "checkpoints").is_dir()):
+        load_checkpoint(path)  # which says what is missing
+    join(pick_device(_device(path, run_dir, overrides)))
+    with _locked(run_dir) as lock:
+        if path == run_dir and (run_dir / "config.yaml").is_file() and not begun(run_dir):
+            config = load_config(run_dir / "config.yaml", overrides)
+            if rank() == 0:
+                (run_dir / "log.jsonl").unlink(missing_ok=True)
+            return Trainer(config, run_dir, lock=lock)
+        checkpoint = load_checkpoint(path)
+        config = override_config(checkpoint.config, overrides)
+        before, now = checkpoint.config.data, config.data
+        if before.valid_share != now.valid_share and not now.valid:
+            raise UserError(
+                f"data.valid_share: the run has held out its clips with {before.valid_share:g}, and they stay held out"
+            )
+        return Trainer(config, run_dir, checkpoint, lock=lock, accept_changes=accept_data_changes)
+
+
+def _device(path: Path, run_dir: Path, overrides: Sequence[str]) -> str:
+    """train.device of a run, also where somebody damaged its config.yaml: a checkpoint has its own."""
+    try:
+        return load_config(run_dir / "config.yaml", overrides).train.device
+    except UserError:
+        found, _ = find_checkpoint(path)
+        return load_config(found / "config.yaml", overrides).train.device
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[RunLock | None]:
+    """The folder's lock, kept by what is made under it, released where that fails."""
+    lock = hold(run_dir)
+    with ExitStack() as stack:
+        if lock is not None:
+            stack.callback(lock.release)
+        yield lock
+        stack.pop_all()

@@ -11,6 +11,7 @@ import torch
 from agrepa_fast.data.corpus import write_corpus
 from agrepa_fast.training.checkpoint import load_checkpoint
 from agrepa_fast.training.config import RunConfig, load_config
+from agrepa_fast.training.state import FORMAT
 
 TINY = [
     "mel.mels=16",
@@ -75,6 +76,34 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def training_state():
+    """training_state(step) -> what state.pt holds after so many steps, of a model without parameters."""
+
+    def state(step: int) -> dict:
+        return {
+            "format": FORMAT,
+            "version": "0.0.0",
+            "step": step,
+            "steps": 100,
+            "optimizer": {"state": {}, "param_groups": []},
+            "skipped": [0.0, 0.0, 0.0],
+            "seconds": 1.0,
+            "probe_seconds": 0.0,
+            "log_bytes": 0,
+            "device": "cpu",
+            "generator": torch.get_rng_state(),
+            "rng": [[torch.get_rng_state(), None]],
+            "selection": None,
+            "scores": None,
+            "average": None,
+            "probed": -1,
+            "clips": {name: torch.zeros(1, 3, dtype=torch.int64) for name in ("train", "valid")},
+        }
+
+    return state
 
 
 def _state_bits(run_dir) -> dict:

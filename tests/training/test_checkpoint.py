@@ -17,12 +17,14 @@ from agrepa_fast.training.log import RunLog
 from agrepa_fast.training.report import read_log
 
 
-def save(run_dir, step: int, value: float | None = None) -> None:
-    weight = {"weight": torch.full((1000,), float(step if value is None else value))}
-    parts = {"model": weight, "ema": weight, "heads": weight}
-    save_checkpoint(
-        run_dir / "checkpoints", step, parts, {"step": step, "rng": torch.get_rng_state()}, RUN_PRESETS["demo"]
-    )
+@pytest.fixture
+def save(training_state):
+    def write(run_dir, step: int, value: float | None = None) -> None:
+        weight = {"weight": torch.full((1000,), float(step if value is None else value))}
+        parts = {"model": weight, "ema": weight, "heads": weight}
+        save_checkpoint(run_dir / "checkpoints", step, parts, training_state(step), RUN_PRESETS["demo"])
+
+    return write
 
 
 def held(run_dir) -> tuple[int, float]:
@@ -63,7 +65,7 @@ def copies(source, folder):
         yield number, shutil.copytree(source, folder / str(number))
 
 
-def test_killed_anywhere_in_a_write_the_run_keeps_a_whole_checkpoint(tmp_path):
+def test_killed_anywhere_in_a_write_the_run_keeps_a_whole_checkpoint(save, tmp_path):
     save(tmp_path / "run", 1)
     seen = set()
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
@@ -78,7 +80,7 @@ def test_killed_anywhere_in_a_write_the_run_keeps_a_whole_checkpoint(tmp_path):
     assert call > 8
 
 
-def test_killed_anywhere_in_writing_a_step_again_the_step_stays(tmp_path):
+def test_killed_anywhere_in_writing_a_step_again_the_step_stays(save, tmp_path):
     save(tmp_path / "run", 1, value=10)
     seen = set()
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
@@ -89,7 +91,7 @@ def test_killed_anywhere_in_writing_a_step_again_the_step_stays(tmp_path):
     assert seen == {(1, 10.0), (1, 11.0)}
 
 
-def test_killed_anywhere_in_a_removal_nothing_else_is_lost(tmp_path):
+def test_killed_anywhere_in_a_removal_nothing_else_is_lost(save, tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / "run", step)
     for call, run_dir in copies(tmp_path / "run", tmp_path / "killed"):
@@ -106,7 +108,7 @@ def test_killed_anywhere_in_a_removal_nothing_else_is_lost(tmp_path):
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "ema.safetensors", "heads.safetensors", "state.pt", "config.yaml"]
 )
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, file):
+def test_a_damaged_checkpoint_is_passed_over_and_named(save, tmp_path, file):
     for step in (1, 2):
         save(tmp_path, step)
     damaged = checkpoints(tmp_path / "checkpoints")[-1] / file

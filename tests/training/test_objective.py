@@ -14,7 +14,8 @@ from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
-from agrepa_fast.training.clips import fixed_batches, hold_out, load_data, spread
+from agrepa_fast.training.choice import choose
+from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.inference import layer_values
 from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
 from agrepa_fast.training.trainer import Trainer
@@ -112,17 +113,6 @@ def test_domain_tables(tiny_config):
     assert tables["b"].tolist() == [True, True]
 
 
-def test_hold_out_takes_a_share_of_each_domain_and_is_repeatable(tiny_config, tmp_path):
-    from agrepa_fast.data.manifest import read_manifest
-
-    clips = read_manifest(tiny_config().data.train[0])
-    rest, held = hold_out(clips, 0.34, seed=1)
-    assert sorted(map(str, [*rest, *held])) == sorted(map(str, clips))
-    assert [sum(clip.domain == d for clip in held) for d in ("audio", "speech")] == [2, 2]
-    assert hold_out(clips, 0.34, seed=1) == (rest, held)
-    assert hold_out(clips, 0.34, seed=2) != (rest, held)
-
-
 def cache(batch, teachers, pooled=False):
     """Write the features of the batch's whole clips beside their audio."""
     key = FeatureKey("spectral", rate=0.0 if pooled else 50.0)
@@ -193,7 +183,7 @@ def test_a_trainer_takes_cached_features_and_refuses_others(setup, clips, tiny_c
 def test_a_policy_decides_the_layers_after_the_probe(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     trainer = Trainer(tiny_config("alignment.policy=deepest"), tmp_path / "run")
-    trainer._probe()
+    choose(trainer)
     assert trainer.selection == LayerSelection((1, 2), (0.5, 0.5), "deepest")
     assert trainer.objective.alignment.weights.tolist() == [0, 0.5, 0.5]
 
@@ -204,7 +194,7 @@ def test_given_layers_are_aligned_from_the_start(tiny_config, tmp_path):
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
     assert trainer.objective.alignment.weights.tolist() == [0.5, 0, 0.5]
     assert trainer.schedule(0) > 0
-    trainer._probe()  # writes the policy's choice, and leaves the one that was given
+    choose(trainer)  # writes the policy's choice, and leaves the one that was given
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
     assert LayerSelection.from_json(tmp_path / "run" / "selection.json").layers == (1, 2)
 
@@ -236,7 +226,7 @@ def test_wrong_choices_are_named(tiny_config, changes, message):
 def warm(tiny_config, tmp_path):
     """A trainer whose network is no longer at its zero initialisation, with enough clips for a probe."""
     (tmp_path / "run").mkdir()
-    changes = ("probe.samples=4", "data.valid_share=0.34", "model.dropout=0.0")
+    changes = ("probe.samples=4", "data.valid_share=0.6", "model.dropout=0.0")
     trainer = Trainer(tiny_config(*changes), tmp_path / "run")
     torch.manual_seed(1)
     for name, parameter in trainer.objective.backbone.network.named_parameters():
@@ -311,7 +301,7 @@ def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
     assert expected.std() > 1e-4
     before = network.state_dict()
     warm.config = dataclasses.replace(warm.config, alignment=dataclasses.replace(warm.config.alignment, policy=policy))
-    warm._probe()
+    choose(warm)
     assert warm.selection == LayerSelection.uniform(expected.topk(2).indices.tolist(), policy)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
 

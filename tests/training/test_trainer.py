@@ -64,7 +64,7 @@ def test_a_run_leaves_everything(tiny_config):
 
 @pytest.mark.usefixtures("_no_report")
 def test_training_lowers_the_validation_loss(tiny_config):
-    config = tiny_config("train.steps=60", "probe.start=20", "train.valid_every=60", "train.samples=0")
+    config = tiny_config("train.steps=120", "probe.start=40", "train.valid_every=120", "train.samples=0")
     log = read_log(start_run(config).run() / "log.jsonl")
     first, last = [e["flow_loss"] for e in log if e["event"] == "valid"]
     assert last < 0.8 * first

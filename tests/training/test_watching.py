@@ -104,7 +104,7 @@ def test_gradients_that_stay_not_finite_stop_the_run_with_a_report(tiny_config):
 @pytest.mark.usefixtures("quick")
 def test_probes_while_training_choose_again(tiny_config, monkeypatch):
     """The scores of each probe are made up: what is chosen, logged and aligned follows from them."""
-    from agrepa_fast.training import trainer as module
+    from agrepa_fast.training import choice as module
 
     original, made_up = module.score_layers, iter([[3, 2, 1.0], [3, 2, 2.1], [3, 2, 9.0]])
 

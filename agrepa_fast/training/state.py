@@ -1,0 +1,262 @@
+"""What state.pt holds beside the weights: taken from a trainer, checked when it is read, and given back.
+
+The file is checked in full before anything uses it: a checkpoint of another version, or one that was edited, is refused
+in one line rather than by the first line of code that stumbles over it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..alignment.policy import LayerSelection
+from ..attribution.scores import METRICS, LayerScores
+from ..errors import UserError
+from .distributed import gather, rank, ranks
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FORMAT = 1  # of a checkpoint's files and of the state; a change that an older reader cannot read counts it up
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_format(found: Mapping[str, Any], file: Path) -> None:
+    """Refuse what another version wrote in another format.
+
+    Raises:
+        UserError: names both formats and versions."""
+    if type(found.get("format")) is not int or found["format"] != FORMAT:
+        by = f"agrepa-fast {found['version'][:20]}" if isinstance(found.get("version"), str) else "an older agrepa-fast"
+        number = f"format {found['format']!r}"[:30] if "format" in found else "a format without a number"
+        raise UserError(
+            f"{file}: made by {by} in {number}, this is {__version__} and reads checkpoint format {FORMAT}: "
+            "use the version that made it, or train anew"
+        )
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """The state of a run after a step, of all ranks. Every rank must call it."""
+    device = trainer.device
+    rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "step": trainer.step,
+        "steps": trainer.config.train.steps,
+        "optimizer": trainer.optimizer.state_dict(),
+        "skipped": trainer.train_step.skipped.tolist(),
+        "seconds": trainer.seconds(),
+        "probe_seconds": trainer.probe_seconds,
+        "log_bytes": trainer.log.position,
+        "device": device.type,
+        "generator": trainer.objective.generator.get_state(),
+        "rng": [list(states) for states in rng],
+        "selection": None if trainer.selection is None else trainer.selection.state(),
+        "scores": None if trainer.scores is None else trainer.scores.state(),
+        "average": trainer.average,
+        "probed": trainer.probed,
+        "clips": trainer.data.split.record,
+    }
+
+
+def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
+    """Give a trainer the state that `check_state` has passed.
+
+    Raises:
+        UserError: it does not fit the trainer's configuration; names the key."""
+    if state["steps"] != trainer.config.train.steps:
+        raise UserError(
+            f"train.steps: {file} belongs to a run of {state['steps']} steps, "
+            f"its learning rate schedule does not fit {trainer.config.train.steps}"
+        )
+    depth = trainer.config.model.depth
+    if state["average"] is not None and len(state["average"]) != depth:
+        raise UserError(f"{file}: average has {len(state['average'])} scores, the model {depth} layers")
+    if state["scores"] is not None:
+        trainer.scores = LayerScores.from_state(state["scores"])
+        if trainer.scores.layers != tuple(range(depth)):
+            raise UserError(f"{file}: scores are of the layers {list(trainer.scores.layers)}, the model has {depth}")
+    _apply_optimizer(trainer, state["optimizer"], file)
+    trainer.train_step.skipped.copy_(torch.tensor(state["skipped"]))
+    trainer.step = state["step"]
+    trainer.seconds_before = state["seconds"]
+    trainer.probe_seconds = state["probe_seconds"]
+    trainer.average, trainer.probed = state["average"], state["probed"]
+    if state["selection"] is not None:
+        trainer.select(LayerSelection.from_state(state["selection"]))
+    if state["device"] != trainer.device.type:
+        # Generators of different devices draw different numbers: the run goes on, if not exactly.
+        trainer.objective.generator.manual_seed(trainer.config.train.seed + trainer.step)
+        return
+    try:
+        trainer.objective.generator.set_state(state["generator"])
+        if len(state["rng"]) == ranks():
+            own_cpu, own_cuda = state["rng"][rank()]
+            torch.set_rng_state(own_cpu)
+            if trainer.device.type == "cuda":
+                torch.cuda.set_rng_state(own_cuda, trainer.device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file}: generator or rng is no random state of this torch ({reason})") from error
+
+
+def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> None:
+    optimizer = trainer.optimizer
+    own = optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise UserError(f"{file}: the optimizer has other groups of parameters than this configuration")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entry in saved["state"].items():
+        if number >= len(parameters):
+            raise UserError(f"{file}: optimizer.state.{number}: there are {len(parameters)} parameters")
+        for name in MOMENTS:
+            expected = parameters[number]
+            if entry[name].shape != expected.shape or entry[name].dtype != expected.dtype:
+                raise UserError(
+                    f"{file}: optimizer.state.{number}.{name} is {entry[name].dtype} {list(entry[name].shape)}, "
+                    f"its parameter {expected.dtype} {list(expected.shape)}"
+                )
+    # The groups are this run's: what they say depends on the device and on the configuration.
+    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": own})
+
+
+# --- checks of what was read --------------------------------------------------------------------------------
+
+
+def check_state(state: Any, file: Path) -> None:
+    """Hold a state that was read against what `capture` writes.
+
+    Raises:
+        UserError: another format; a key that is missing, unknown or of another kind, by name."""
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: not a training state but {type(state).__name__}")
+    check_format(state, file)
+    made = f"checkpoint format {FORMAT}, made by agrepa-fast {str(state.get('version'))[:20]}"
+    for key, (fits, expected) in _KEYS.items():
+        if key not in state:
+            raise UserError(f"{file}: the key {key!r} is missing ({made}); take another checkpoint")
+        if not fits(state[key]):
+            raise UserError(f"{file}: {key}: expected {expected} ({made}); take another checkpoint")
+    unknown = [key for key in state if key not in _KEYS]
+    if unknown:
+        raise UserError(f"{file}: the key {str(unknown[0])[:40]!r} is unknown ({made}); take another checkpoint")
+    if max(state["step"], state["probed"]) > state["steps"]:
+        raise UserError(f"{file}: step and probed: expected at most steps ({state['steps']})")
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
+
+
+def _tensor(value: Any, dtype: torch.dtype, *shape: int | None) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == dtype
+        and value.layout == torch.strided
+        and value.dim() == len(shape)
+        and all(size is None or size == found for size, found in zip(shape, value.shape))
+    )
+
+
+def _random(value: Any) -> bool:
+    return _tensor(value, torch.uint8, None)
+
+
+def _rng(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(own, list) and len(own) == 2 and _random(own[0]) and (own[1] is None or _random(own[1]))
+            for own in value
+        )
+    )
+
+
+def _optimizer(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"state", "param_groups"}:
+        return False
+    state, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(groups, list)
+        and all(isinstance(group, dict) for group in groups)
+        and isinstance(state, dict)
+        and all(_whole(0)(number) and _moments(entry) for number, entry in state.items())
+    )
+
+
+def _moments(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"step", *MOMENTS}:
+        return False
+    step = entry["step"]
+    counted = _tensor(step, torch.float32) and bool(step.isfinite()) and bool(step >= 0)
+    return counted and all(isinstance(entry[name], Tensor) and entry[name].layout == torch.strided for name in MOMENTS)
+
+
+def _selection(value: Any) -> bool:
+    return value is None or _same(value, lambda: LayerSelection.from_state(value).state())
+
+
+def _scores(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        _same(value, lambda: LayerScores.from_state(value).state())
+        and value["metric"] in METRICS
+        and all(map(_numbers, value["by_sample"]))
+    )
+
+
+def _same(value: Any, again: Callable[[], Any]) -> bool:
+    """Whether what was read from `value` says the same when it is written: nothing in it was left out or bent."""
+    try:
+        return json.dumps(value, sort_keys=True) == json.dumps(again(), sort_keys=True)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError):
+        return False
+
+
+def _clips(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"train", "valid"}:
+        return False
+    return all(_tensor(part, torch.int64, None, 3) and len(part) > 0 for part in value.values())
+
+
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (_whole(0), "a whole number"),
+    "version": (lambda value: isinstance(value, str), "a string"),
+    "step": (_whole(0), "a whole number from 0 on"),
+    "steps": (_whole(1), "a whole number from 1 on"),
+    "optimizer": (_optimizer, "the state of AdamW: step, exp_avg and exp_avg_sq of each parameter"),
+    "skipped": (lambda value: _numbers(value) and len(value) == 3 and min(value) >= 0, "three numbers from 0 on"),
+    "seconds": (_positive, "a number from 0 on"),
+    "probe_seconds": (_positive, "a number from 0 on"),
+    "log_bytes": (_whole(0), "a whole number from 0 on"),
+    "device": (lambda value: value in ("cpu", "cuda"), "cpu or cuda"),
+    "generator": (_random, "a vector of bytes"),
+    "rng": (_rng, "a pair of vectors of bytes for each rank"),
+    "selection": (_selection, "null, or layers with weights that sum to 1"),
+    "scores": (_scores, "null, or what LayerScores.state gives, with finite scores"),
+    "average": (lambda value: value is None or _numbers(value), "null or finite numbers"),
+    "probed": (_whole(-1), "a whole number from -1 on"),
+    "clips": (_clips, "int64 tensors [n, 3] named train and valid"),
+}
