@@ -32,8 +32,10 @@ def join(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """End the process group, where there is one."""
+    """End the process group, where there is one: all ranks together, since rank 0 still writes the report when the
+    others are done, and a rank that leaves alone may take the connection down under it."""
     if _joined():
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -27,10 +27,14 @@ MANY_POINTS = 4000  # beyond this a noisy line is drawn as pixels, so that a lon
 
 
 def number(value: Any) -> float | None:
-    """`value` as a float, or None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` as a float, or None where it is no finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        converted = float(value)
+    except OverflowError:  # an integer beyond 1e308
+        return None
+    return converted if math.isfinite(converted) else None
 
 
 def current_timeline(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

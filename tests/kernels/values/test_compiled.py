@@ -134,11 +134,20 @@ def test_the_compiled_graph_holds_the_ops(bench, device) -> None:
     assert {f"agrepa_fast.{name}.default" for name in wanted} <= set(seen)
 
 
-def test_function_transforms_are_refused_in_words(bench, device) -> None:
-    """torch.func would hand its wrappers to the kernels, which hold no data."""
+def test_function_transforms_take_the_reference(bench, device, monkeypatch) -> None:
+    """torch.func would hand its wrappers to the kernels, which hold no data; AGREPA_OPS=triton says so."""
     c = bench.make_case(device, 12, frames=3)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: ops.layer_norm_modulate(x, c.shift, c.scale, sample_index=c.sample_index).sum())(c.x)
+
+    def total(x):
+        return ops.layer_norm_modulate(x, c.shift, c.scale, sample_index=c.sample_index).square().sum()
+
+    leaf = c.x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(total(leaf), leaf)
+    monkeypatch.setattr(ops.dispatch, "MODE", "auto")
+    torch.testing.assert_close(torch.func.grad(total)(c.x), wanted, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ops.dispatch, "MODE", "triton")
+    with pytest.raises(ValueError, match=r"AGREPA_OPS=triton: torch.func cannot transform the kernels"):
+        torch.func.grad(total)(c.x)
 
 
 def test_checkpointing_and_autocast(bench, device) -> None:
