@@ -230,7 +230,9 @@ def test_offsets_beyond_32_bits(device) -> None:
 
 
 @pytest.mark.parametrize("row", [-1, 2, 10**12])
-def test_a_modulation_row_that_does_not_exist_gives_nan(bench, device, row) -> None:
+def test_a_modulation_row_that_does_not_exist_gives_nan(bench, device, row, monkeypatch) -> None:
+    """On a GPU. On the CPU the op raises before the kernel runs (tests/ops), so its check is taken out here."""
+    monkeypatch.setattr("agrepa_fast.ops.residual._check_rows", lambda sample_index, rows: None)
     case = bench.make_case(device)
     case.sample_index = torch.tensor([0, row, 1], device=device)
     case.stream_scale = None
