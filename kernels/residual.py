@@ -164,10 +164,14 @@ def _forward_kernel(
             branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
             out_ptrs = out_ptr + (row * WIDTH)[:, None]
             read = (t < branch_last)[:, None]
+            # Rounded as it is stored: the backward sees x' in its own dtype, and must apply the statistics to the
+            # numbers that they were taken of. Where the mean is large beside the deviation, others are far off.
             x0 += gate0[None, :] * tl.load(branch_ptrs + c0[None, :], mask=read & in0[None, :], other=0.0).to(ACC)
+            x0 = x0.to(out_ptr.dtype.element_ty).to(ACC)
             tl.store(out_ptrs + c0[None, :], x0, mask=mask0)
             if TAIL:
                 x1 += gate1[None, :] * tl.load(branch_ptrs + c1[None, :], mask=read & in1[None, :], other=0.0).to(ACC)
+                x1 = x1.to(out_ptr.dtype.element_ty).to(ACC)
                 tl.store(out_ptrs + c1[None, :], x1, mask=mask1)
         if h_ptr is not None:
             if not RMS:

@@ -71,8 +71,8 @@ def gated_residual_norm(
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """`x' = x + stream_scale * gate * branch`, `h = norm(x') (1 + scale) + shift`; both in x's dtype."""
-    x_new = _add_branch(x, branch, gate, stream_scale, sample_index, join)
-    return x_new.to(x.dtype), _norm_modulate(x_new, shift, scale, sample_index, eps, norm).to(x.dtype)
+    x_new = _add_branch(x, branch, gate, stream_scale, sample_index, join).to(x.dtype)
+    return x_new, _norm_modulate(x_new, shift, scale, sample_index, eps, norm).to(x.dtype)
 
 
 def layer_norm_modulate(
