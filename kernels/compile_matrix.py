@@ -28,8 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import cosine, pooling, residual
-from .launch import Launch, column_tiles, options, record, table_entry
-from .tables import TABLES
+from .launch import MULTIPROCESSORS, WIDTHS, Launch, options, record, table_entry
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -97,16 +96,16 @@ class Compiled:
 
 
 def _table(target: str) -> str:
-    return target if target in TABLES else "portable"
+    return target if target in MULTIPROCESSORS else "portable"
 
 
 def _widths(kernel: str) -> list[int]:
     """Widths that compile every tile of the tables up to SPILL_FREE: of the widths that share one, the widest."""
     tiles: dict[tuple[Any, ...], int] = {}
     for name in {_table(target) for target in TARGETS}:
-        for width in sorted({min(width, SPILL_FREE) for width in TABLES[name][kernel]}):
+        for width in sorted({min(width, SPILL_FREE) for width in WIDTHS[kernel]}):
             config = table_entry(name, kernel, width)
-            tiles[name, config.block_t, config.num_warps, column_tiles(width, config)] = width
+            tiles[name, config.block_t, config.num_warps, triton.next_power_of_2(width)] = width
     return sorted(set(tiles.values()))
 
 
@@ -237,7 +236,7 @@ def source(launch: Launch) -> Source:
 
 def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
     """Build one recorded launch for a target."""
-    chosen = options(launch.num_warps, hip=TARGETS[target].backend == "hip")
+    chosen = options(launch.num_warps, launch.registers, hip=TARGETS[target].backend == "hip")
     return triton.compile(source(launch), target=TARGETS[target], options=chosen)
 
 
@@ -295,7 +294,7 @@ def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, fl
         sizes = [size for (_, k), each in moved.items() if k == kind for size in each]
         shares.append(sum(size for size in sizes if size >= 16) / sum(sizes) if sizes else float("nan"))
     constants = launch.constants
-    columns = constants["MAIN"] + constants.get("TAIL", 0) if "MAIN" in constants else constants.get("BLOCK_D", 0)
+    columns = constants.get("BLOCK_D", 0)
     tile = constants.get("BLOCK_T", 0) * columns
     threads = 32 * launch.num_warps
     passes = [sum(sizes) * threads / (tile * stream[name].element_size()) for (name, _), sizes in moved.items()]

@@ -30,7 +30,7 @@ def _cosine_kernel(
     target_row,
     rows,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     Y_UNIT: tl.constexpr,
     TARGET_UNIT: tl.constexpr,
@@ -39,7 +39,7 @@ def _cosine_kernel(
     ACC: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = tl.arange(0, MAIN)
+    c = tl.arange(0, BLOCK_D)
     if weight_ptr is None:
         w = (r < rows).to(ACC)
     else:
@@ -92,7 +92,7 @@ def cosine_rows(
         *(loss, grad, y.stride(0) // y_unit, target.stride(0) // target_unit, rows),
         num_warps=config.num_warps,
         WIDTH=width,
-        MAIN=triton.next_power_of_2(width),
+        BLOCK_D=triton.next_power_of_2(width),
         BLOCK_T=config.block_t,
         Y_UNIT=y_unit,
         TARGET_UNIT=target_unit,

@@ -1,7 +1,7 @@
-"""How a kernel is launched: frozen configurations from a checked-in table per architecture, never tuned at call time.
+"""How a kernel is launched: frozen configurations from a rule and a checked-in table, never tuned at call time.
 
-A row kernel walks [R, T, D] in tiles of `block_t` tokens by one or two power-of-two column tiles. Each program
-takes a run of consecutive tokens of one sequence, so that it reads the modulation of that sequence once.
+A row kernel walks [R, T, D] in tiles of `block_t` tokens by the next power of two of D. Each program takes a run of
+consecutive tokens of one sequence, so that it reads the modulation of that sequence once.
 """
 
 from __future__ import annotations
@@ -18,18 +18,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tables import TABLES
+
 INTERPRETED = triton.knobs.runtime.interpret  # decided, like Triton's own choice, when the kernels are defined
-MAX_WIDTH = 8192  # the last entry of every table
+# Row widths up to which one configuration serves.
+WIDTHS = {
+    "residual_forward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
+    "residual_backward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
+    "masked_mean": (8192,),
+    "velocity_delta": (128, 256, 1024, 2048, 4096, 8192),
+    "cosine_rows": (128, 256, 512, 1024, 2048, 4096, 8192),
+}
+MAX_WIDTH = 8192
+# Multiprocessors of the card that each architecture's rule reckons with (A100, H100 and H200, B200; anything else).
+MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "portable": 128}
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Launch of one kernel for widths up to its key in the table."""
+    """Launch of one kernel, for row widths up to one of `WIDTHS`."""
 
     block_t: int  # tokens per tile
     num_warps: int
     programs: int  # programs to spread the work over, bounding the partial sums of a backward; 0: one per tile
-    split: bool  # cover a width that is no power of two by two tiles (768 = 512 + 256) instead of padding it
 
 
 @dataclass
@@ -41,6 +52,7 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
+    registers: int
 
 
 @dataclass
@@ -77,39 +89,44 @@ def architecture(device: torch.device) -> str:
     return _recording.architecture if _recording is not None else _device_architecture(device)
 
 
+def rule(kernel: str, width: int, multiprocessors: int) -> LaunchConfig:
+    """The configuration of a width that was never measured.
+
+    A backward of the residual stream loads one 16-byte vector (8 half-precision numbers) a thread and tensor, so that
+    its three sums over tokens fit into 128 registers; it takes as many programs as are resident with these, since each
+    leaves partial rows behind. The others load two vectors. Four warps, more where the row is wider than that. A
+    forward of a padded width takes two rows a tile at most: the idle lanes of more rows cost registers, and with them
+    resident warps."""
+    if kernel == "masked_mean":
+        return LaunchConfig(32, 4, programs=0)
+    if kernel in ("velocity_delta", "cosine_rows"):
+        warps = max(4, min(16, width // 512))
+        programs = multiprocessors * 8 if kernel == "velocity_delta" else 0
+        return LaunchConfig(max(1, warps * 512 // width), warps, programs)
+    columns = triton.next_power_of_2(width)
+    warps = max(4, min(16, columns // 256))
+    vectors, resident = (2, 64) if kernel == "residual_forward" else (1, 16)
+    rows = max(1, warps * 256 * vectors // columns)
+    return LaunchConfig(rows if columns == width else min(rows, 2), warps, multiprocessors * resident // warps)
+
+
 @functools.cache
 def table_entry(architecture: str, kernel: str, width: int) -> LaunchConfig:
-    """The table's entry for a row width; ValueError beyond the table."""
-    from .tables import TABLES
-
-    table = TABLES[architecture][kernel]
-    for limit in sorted(table):
-        if width <= limit:
-            return table[limit]
-    raise ValueError(f"{kernel}: width {width} is more than the kernels' {MAX_WIDTH}; use AGREPA_OPS=reference")
+    """The measured configuration for a row width, or the rule's; ValueError beyond MAX_WIDTH."""
+    if width > MAX_WIDTH:
+        raise ValueError(f"{kernel}: width {width} is more than the kernels' {MAX_WIDTH}; use AGREPA_OPS=reference")
+    limit = next(limit for limit in WIDTHS[kernel] if width <= limit)
+    measured = TABLES.get(architecture, {}).get(kernel, {}).get(limit)
+    return rule(kernel, limit, MULTIPROCESSORS[architecture]) if measured is None else LaunchConfig(*measured)
 
 
 def configuration(kernel: str, width: int, device: torch.device) -> LaunchConfig:
-    """The table's entry for a kernel family, a row width and a device.
+    """The configuration for a kernel family, a row width and a device.
 
     Raises:
-        ValueError: the width is beyond the tables.
+        ValueError: the width is more than MAX_WIDTH.
     """
     return table_entry(architecture(device), kernel, width)
-
-
-@functools.cache
-def column_tiles(width: int, config: LaunchConfig) -> tuple[int, int]:
-    """Widths (main, tail) of the column tiles, powers of two; tail 0 where one tile covers the row.
-
-    A tail has one 16-byte vector of half-precision numbers for each thread: with less, the compiler would cut the
-    vectors up. Splitting is taken only where it still saves lanes: with two rows in four warps, 1152 -> (1024, 512)
-    instead of (2048, 0), but 1600 -> (2048, 0).
-    """
-    padded = triton.next_power_of_2(width)
-    main = padded // 2
-    tail = max(16, 8 * 32 * config.num_warps // config.block_t, triton.next_power_of_2(width - main))
-    return (main, tail) if config.split and main >= 64 and tail < main else (padded, 0)
 
 
 def fresh(like: Tensor) -> Tensor:
@@ -146,11 +163,11 @@ def alignment(*strides: int) -> int:
 
 
 @functools.cache
-def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+def options(num_warps: int, registers: int = 255, hip: bool = torch.version.hip is not None) -> dict[str, int]:
     """Compiler options of a launch. NVIDIA's assembler may spill to reach a rounder register count; given the most
-    a block of this size can have, it takes what it needs."""
+    a block of this size can have, or `registers`, it takes what it needs."""
     fixed = {"num_warps": num_warps, "num_stages": 1}
-    return fixed if hip else fixed | {"maxnreg": min(255, 2048 // num_warps)}
+    return fixed if hip else fixed | {"maxnreg": min(registers, 2048 // num_warps)}
 
 
 @functools.cache
@@ -158,14 +175,24 @@ def _is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def launch(kernel: Any, device: torch.device, programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
-    """Run `programs` programs of a kernel on the tensors' device, on its current stream."""
+def launch(
+    kernel: Any,
+    device: torch.device,
+    programs: int,
+    *arguments: Any,
+    num_warps: int,
+    registers: int = 255,
+    **constants: Any,
+) -> None:
+    """Run `programs` programs of a kernel on the tensors' device, on its current stream.
+
+    registers: the most that the compiler may give a thread (NVIDIA)."""
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, programs, arguments, constants, num_warps))
+        _recording.launches.append(Launch(kernel, programs, arguments, constants, num_warps, registers))
     elif not (cuda := _is_cuda(device)) and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on CUDA tensors (elsewhere under TRITON_INTERPRET=1), got {device}")
     elif not cuda or device.index == torch.cuda.current_device():
-        kernel[(programs,)](*arguments, **constants, **options(num_warps))
+        kernel[(programs,)](*arguments, **constants, **options(num_warps, registers))
     else:
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, **options(num_warps))
+            kernel[(programs,)](*arguments, **constants, **options(num_warps, registers))

@@ -112,7 +112,7 @@ def _delta_kernel(
     frames,
     tokens,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     UNIT: tl.constexpr,
@@ -123,7 +123,7 @@ def _delta_kernel(
     b = (tl.program_id(0) // per_sample).to(tl.int64)
     first = (tl.program_id(0) % per_sample) * tokens
     last = tl.minimum(first + tokens, frames)
-    c = tl.arange(0, MAIN)
+    c = tl.arange(0, BLOCK_D)
     in_c = c < WIDTH
     s = tl.arange(0, BLOCK_S)
     sums = tl.zeros((BLOCK_S,), ACC)
@@ -200,7 +200,7 @@ def _delta_backward_kernel(
     batch,
     frames,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
@@ -209,7 +209,7 @@ def _delta_backward_kernel(
     time_tiles = tl.cdiv(frames, BLOCK_T)
     b = (tl.program_id(0) // time_tiles).to(tl.int64)
     t = ((tl.program_id(0) % time_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    c = tl.arange(0, MAIN)
+    c = tl.arange(0, BLOCK_D)
     in_c = c < WIDTH
     mask = _valid_frames(mask_ptr, mask_row, b, t, frames)[:, None] & in_c[None, :]
     written = (t < frames)[:, None] & in_c[None, :]
@@ -217,14 +217,14 @@ def _delta_backward_kernel(
     offsets = (UNIT * (b * v_batch + t * v_row))[:, None] + c[None, :]
     grad_offsets = ((b * frames + t) * WIDTH)[:, None] + c[None, :]
     base = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    grad_base = tl.zeros((BLOCK_T, MAIN), ACC)
+    grad_base = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     if grad_energy_ptr is not None:
         grad_base += base * (2.0 * tl.load(grad_energy_ptr + b).to(ACC) / n)
     stream = 1
     while stream < streams:
         v_stream_ptr = v_ptr + UNIT * (stream * v_stream.to(tl.int64))
         grad_stream_ptr = grad_v_ptr + stream * (batch.to(tl.int64) * frames * WIDTH)
-        grad = tl.zeros((BLOCK_T, MAIN), ACC)
+        grad = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         if grad_change_ptr is not None:
             factor = 2.0 * tl.load(grad_change_ptr + (stream - 1) * batch + b).to(ACC) / n
             grad += (tl.load(v_stream_ptr + offsets, mask=mask, other=0.0).to(ACC) - base) * factor
@@ -319,7 +319,7 @@ def velocity_delta(
         *(mask_row, streams, batch, frames, tokens),
         num_warps=config.num_warps,
         WIDTH=width,
-        MAIN=triton.next_power_of_2(width),
+        BLOCK_D=triton.next_power_of_2(width),
         BLOCK_T=config.block_t,
         BLOCK_S=block_s,
         UNIT=unit,
@@ -364,7 +364,7 @@ def velocity_delta_backward(
         *(mask_row, streams, batch, frames),
         num_warps=config.num_warps,
         WIDTH=width,
-        MAIN=triton.next_power_of_2(width),
+        BLOCK_D=triton.next_power_of_2(width),
         BLOCK_T=config.block_t,
         UNIT=unit,
         ACC=accumulator(velocity)[1],

@@ -31,7 +31,6 @@ from .launch import (
     accumulator,
     alignment,
     chunks,
-    column_tiles,
     configuration,
     fresh,
     launch,
@@ -42,7 +41,7 @@ from .launch import (
 _STRIDES = ["x_sequence", "x_row", "branch_sequence", "branch_row", "gate_row", "scale_row"]
 _SIZES = ["active", "samples", "frames", "tokens"]
 _JOIN = ["join_sequence", "join_row", "own"]
-_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 16, 64, 4  # tile of the kernel that adds up partial rows
+_SUM_ROWS, _SUM_COLUMNS, _SUM_WARPS = 64, 32, 4  # tile of the kernel that adds up partial rows
 
 
 @triton.jit
@@ -105,8 +104,7 @@ def _forward_kernel(
     EPS: tl.constexpr,
     RMS: tl.constexpr,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
@@ -117,27 +115,19 @@ def _forward_kernel(
     last = tl.minimum(first + tokens, frames)
     sample, known = _sample(sample_index_ptr, sequence, samples, ACC)
 
-    c0 = tl.arange(0, MAIN)
-    in0 = c0 < WIDTH
-    if TAIL:
-        c1 = MAIN + tl.arange(0, TAIL)
-        in1 = c1 < WIDTH
+    c = tl.arange(0, BLOCK_D)
+    in_c = c < WIDTH
     if branch_ptr is not None:
         s = _stream_scale(stream_scale_ptr, sequence, active, ACC) * known
         gate_ptrs = gate_ptr + UNIT * (sample * gate_row)
-        gate0 = _times(s, tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC))
-        if TAIL:
-            gate1 = _times(s, tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC))
+        gate = _times(s, tl.load(gate_ptrs + c, mask=in_c, other=0.0).to(ACC))
         # No token of the branch is read where s is 0.
         branch_last = tl.where(s != 0, last, first)
     if h_ptr is not None:
         shift_ptrs = shift_ptr + UNIT * (sample * shift_row)
         scale_ptrs = scale_ptr + UNIT * (sample * scale_row)
-        shift0 = tl.load(shift_ptrs + c0, mask=in0, other=0.0).to(ACC)
-        scale0 = 1.0 + tl.load(scale_ptrs + c0, mask=in0, other=0.0).to(ACC)
-        if TAIL:
-            shift1 = tl.load(shift_ptrs + c1, mask=in1, other=0.0).to(ACC)
-            scale1 = 1.0 + tl.load(scale_ptrs + c1, mask=in1, other=0.0).to(ACC)
+        shift = tl.load(shift_ptrs + c, mask=in_c, other=0.0).to(ACC)
+        scale = 1.0 + tl.load(scale_ptrs + c, mask=in_c, other=0.0).to(ACC)
 
     # One load serves both tensors: whose rows a sequence reads is chosen once, before the loop.
     source_ptr, source, source_sequence, source_row = x_ptr, sequence, x_sequence, x_row
@@ -155,44 +145,29 @@ def _forward_kernel(
         in_t = t < last
         row = sequence * frames + t
         x_ptrs = source_ptr + (UNIT * (source * source_sequence + t * source_row))[:, None]
-        mask0 = in_t[:, None] & in0[None, :]
-        x0 = tl.load(x_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
-        if TAIL:
-            mask1 = in_t[:, None] & in1[None, :]
-            x1 = tl.load(x_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
+        mask = in_t[:, None] & in_c[None, :]
+        x = tl.load(x_ptrs + c[None, :], mask=mask, other=0.0).to(ACC)
         if branch_ptr is not None:
             branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
             out_ptrs = out_ptr + (row * WIDTH)[:, None]
             read = (t < branch_last)[:, None]
             # Rounded as it is stored: the backward sees x' in its own dtype, and must apply the statistics to the
             # numbers that they were taken of. Where the mean is large beside the deviation, others are far off.
-            x0 += gate0[None, :] * tl.load(branch_ptrs + c0[None, :], mask=read & in0[None, :], other=0.0).to(ACC)
-            x0 = x0.to(out_ptr.dtype.element_ty).to(ACC)
-            tl.store(out_ptrs + c0[None, :], x0, mask=mask0)
-            if TAIL:
-                x1 += gate1[None, :] * tl.load(branch_ptrs + c1[None, :], mask=read & in1[None, :], other=0.0).to(ACC)
-                x1 = x1.to(out_ptr.dtype.element_ty).to(ACC)
-                tl.store(out_ptrs + c1[None, :], x1, mask=mask1)
+            x += gate[None, :] * tl.load(branch_ptrs + c[None, :], mask=read & in_c[None, :], other=0.0).to(ACC)
+            x = x.to(out_ptr.dtype.element_ty).to(ACC)
+            tl.store(out_ptrs + c[None, :], x, mask=mask)
         if h_ptr is not None:
             if not RMS:
-                total = tl.sum(x0, axis=1)
-                if TAIL:
-                    total += tl.sum(x1, axis=1)
+                total = tl.sum(x, axis=1)
                 mean = total / WIDTH
                 tl.store(mean_ptr + row, mean, mask=in_t)
                 # Centred before squaring: E[x^2] - E[x]^2 cancels when the mean is large. Padding stays 0.
-                x0 = tl.where(mask0, x0 - mean[:, None], 0.0)
-                if TAIL:
-                    x1 = tl.where(mask1, x1 - mean[:, None], 0.0)
-            square = tl.sum(x0 * x0, axis=1)
-            if TAIL:
-                square += tl.sum(x1 * x1, axis=1)
+                x = tl.where(mask, x - mean[:, None], 0.0)
+            square = tl.sum(x * x, axis=1)
             rstd = known * tl.rsqrt(square / WIDTH + EPS)
             tl.store(rstd_ptr + row, rstd, mask=in_t)
             h_ptrs = h_ptr + (row * WIDTH)[:, None]
-            tl.store(h_ptrs + c0[None, :], x0 * rstd[:, None] * scale0[None, :] + shift0[None, :], mask=mask0)
-            if TAIL:
-                tl.store(h_ptrs + c1[None, :], x1 * rstd[:, None] * scale1[None, :] + shift1[None, :], mask=mask1)
+            tl.store(h_ptrs + c[None, :], x * rstd[:, None] * scale[None, :] + shift[None, :], mask=mask)
         start += BLOCK_T
 
 
@@ -230,8 +205,7 @@ def _backward_kernel(
     tokens,
     RMS: tl.constexpr,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
@@ -248,112 +222,72 @@ def _backward_kernel(
     last = tl.minimum(first + tokens, frames)
     sample, known = _sample(sample_index_ptr, sequence, samples, ACC)
 
-    c0 = tl.arange(0, MAIN)
-    in0 = c0 < WIDTH
-    if TAIL:
-        c1 = MAIN + tl.arange(0, TAIL)
-        in1 = c1 < WIDTH
+    c = tl.arange(0, BLOCK_D)
+    in_c = c < WIDTH
     # Sums over tokens stay in a whole tile: adding up its rows needs other threads and is done once, at the end.
     if branch_ptr is not None:
         s = _stream_scale(stream_scale_ptr, sequence, active, ACC) * known
         gate_ptrs = gate_ptr + UNIT * (sample * gate_row)
-        gate0 = _times(s, tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC))
-        gate_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
-        if TAIL:
-            gate1 = _times(s, tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC))
-            gate_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
+        gate = _times(s, tl.load(gate_ptrs + c, mask=in_c, other=0.0).to(ACC))
+        gate_sum = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         branch_last = tl.where(s != 0, last, first)
         grad_branch_last = tl.where(sequence < active, last, first)
     if grad_h_ptr is not None:
         scale_ptrs = scale_ptr + UNIT * (sample * scale_row)
-        scale0 = 1.0 + tl.load(scale_ptrs + c0, mask=in0, other=0.0).to(ACC)
-        shift_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
-        scale_sum0 = tl.zeros((BLOCK_T, MAIN), ACC)
-        if TAIL:
-            scale1 = 1.0 + tl.load(scale_ptrs + c1, mask=in1, other=0.0).to(ACC)
-            shift_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
-            scale_sum1 = tl.zeros((BLOCK_T, TAIL), ACC)
-
+        scale = 1.0 + tl.load(scale_ptrs + c, mask=in_c, other=0.0).to(ACC)
+        shift_sum = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        scale_sum = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     start = first
     while start < last:
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_t = t < last
         row = sequence * frames + t
-        mask0 = in_t[:, None] & in0[None, :]
+        mask = in_t[:, None] & in_c[None, :]
+        if branch_ptr is not None:
+            # Read here, far from its use: behind the sums over the row its latency would come on top of theirs.
+            branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
+            read = (t < branch_last)[:, None]
+            branch = tl.load(branch_ptrs + c[None, :], mask=read & in_c[None, :], other=0.0)
         out_offsets = (UNIT * (sequence * out_sequence + t * out_row))[:, None]
         if grad_out_ptr is not None:
-            dx0 = tl.load(grad_out_ptr + out_offsets + c0[None, :], mask=mask0, other=0.0).to(ACC)
+            dx = tl.load(grad_out_ptr + out_offsets + c[None, :], mask=mask, other=0.0).to(ACC)
         else:
-            dx0 = tl.zeros((BLOCK_T, MAIN), ACC)
-        if TAIL:
-            mask1 = in_t[:, None] & in1[None, :]
-            if grad_out_ptr is not None:
-                dx1 = tl.load(grad_out_ptr + out_offsets + c1[None, :], mask=mask1, other=0.0).to(ACC)
-            else:
-                dx1 = tl.zeros((BLOCK_T, TAIL), ACC)
+            dx = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         if grad_h_ptr is not None:
             x_ptrs = x_ptr + (UNIT * (sequence * x_sequence + t * x_row))[:, None]
             dh_ptrs = grad_h_ptr + (UNIT * (sequence * h_sequence + t * h_row))[:, None]
             rstd = tl.load(rstd_ptr + row, mask=in_t, other=0.0)
             mean = tl.zeros_like(rstd) if RMS else tl.load(mean_ptr + row, mask=in_t, other=0.0)
-            x0 = tl.load(x_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
-            y0 = (x0 - mean[:, None]) * rstd[:, None]
-            dh0 = tl.load(dh_ptrs + c0[None, :], mask=mask0, other=0.0).to(ACC)
-            shift_sum0 += dh0
-            scale_sum0 += dh0 * y0
-            w0 = dh0 * scale0[None, :]
-            inner = tl.sum(w0 * y0, axis=1)
-            if TAIL:
-                x1 = tl.load(x_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
-                y1 = (x1 - mean[:, None]) * rstd[:, None]
-                dh1 = tl.load(dh_ptrs + c1[None, :], mask=mask1, other=0.0).to(ACC)
-                shift_sum1 += dh1
-                scale_sum1 += dh1 * y1
-                w1 = dh1 * scale1[None, :]
-                inner += tl.sum(w1 * y1, axis=1)
+            x = tl.load(x_ptrs + c[None, :], mask=mask, other=0.0).to(ACC)
+            y = (x - mean[:, None]) * rstd[:, None]
+            dh = tl.load(dh_ptrs + c[None, :], mask=mask, other=0.0).to(ACC)
+            shift_sum += dh
+            scale_sum += dh * y
+            w = dh * scale[None, :]
+            inner = tl.sum(w * y, axis=1)
             if not RMS:
-                total = tl.sum(w0, axis=1)
-                if TAIL:
-                    total += tl.sum(w1, axis=1)
-                w0 -= (total / WIDTH)[:, None]
-                if TAIL:
-                    w1 -= (total / WIDTH)[:, None]
-            dx0 += rstd[:, None] * (w0 - y0 * (inner / WIDTH)[:, None])
-            if TAIL:
-                dx1 += rstd[:, None] * (w1 - y1 * (inner / WIDTH)[:, None])
+                total = tl.sum(w, axis=1)
+                w -= (total / WIDTH)[:, None]
+            dx += rstd[:, None] * (w - y * (inner / WIDTH)[:, None])
         if grad_x_ptr is not None:
             grad_x_ptrs = grad_x_ptr + (row * WIDTH)[:, None]
-            tl.store(grad_x_ptrs + c0[None, :], dx0, mask=mask0)
-            if TAIL:
-                tl.store(grad_x_ptrs + c1[None, :], dx1, mask=mask1)
+            tl.store(grad_x_ptrs + c[None, :], dx, mask=mask)
         if branch_ptr is not None:
-            branch_ptrs = branch_ptr + (UNIT * (sequence * branch_sequence + t * branch_row))[:, None]
             grad_branch_ptrs = grad_branch_ptr + (row * WIDTH)[:, None]
-            read, written = (t < branch_last)[:, None], (t < grad_branch_last)[:, None]
-            gate_sum0 += dx0 * tl.load(branch_ptrs + c0[None, :], mask=read & in0[None, :], other=0.0).to(ACC)
-            tl.store(grad_branch_ptrs + c0[None, :], gate0[None, :] * dx0, mask=written & in0[None, :])
-            if TAIL:
-                gate_sum1 += dx1 * tl.load(branch_ptrs + c1[None, :], mask=read & in1[None, :], other=0.0).to(ACC)
-                tl.store(grad_branch_ptrs + c1[None, :], gate1[None, :] * dx1, mask=written & in1[None, :])
+            written = (t < grad_branch_last)[:, None]
+            gate_sum += dx * branch.to(ACC)
+            tl.store(grad_branch_ptrs + c[None, :], gate[None, :] * dx, mask=written & in_c[None, :])
         start += BLOCK_T
 
     partial = tl.program_id(0).to(tl.int64) * WIDTH
     if grad_h_ptr is not None:
-        tl.store(shift_partial_ptr + partial + c0, tl.sum(shift_sum0, axis=0), mask=in0)
-        tl.store(scale_partial_ptr + partial + c0, tl.sum(scale_sum0, axis=0), mask=in0)
-        if TAIL:
-            tl.store(shift_partial_ptr + partial + c1, tl.sum(shift_sum1, axis=0), mask=in1)
-            tl.store(scale_partial_ptr + partial + c1, tl.sum(scale_sum1, axis=0), mask=in1)
+        tl.store(shift_partial_ptr + partial + c, tl.sum(shift_sum, axis=0), mask=in_c)
+        tl.store(scale_partial_ptr + partial + c, tl.sum(scale_sum, axis=0), mask=in_c)
     if branch_ptr is not None:
-        gate_row0 = tl.sum(gate_sum0, axis=0)
-        tl.store(gate_partial_ptr + partial + c0, gate_row0, mask=in0)
-        if TAIL:
-            gate_row1 = tl.sum(gate_sum1, axis=0)
-            tl.store(gate_partial_ptr + partial + c1, gate_row1, mask=in1)
+        gate_total = tl.sum(gate_sum, axis=0)
+        tl.store(gate_partial_ptr + partial + c, gate_total, mask=in_c)
         if stream_partial_ptr is not None:
-            stream = tl.sum(tl.load(gate_ptrs + c0, mask=in0, other=0.0).to(ACC) * gate_row0)
-            if TAIL:
-                stream += tl.sum(tl.load(gate_ptrs + c1, mask=in1, other=0.0).to(ACC) * gate_row1)
+            stream = tl.sum(tl.load(gate_ptrs + c, mask=in_c, other=0.0).to(ACC) * gate_total)
             # Nothing was read where s is 0; a gate that is not finite would make 0 gate nan.
             tl.store(stream_partial_ptr + tl.program_id(0), tl.where(s != 0, stream, 0.0))
 
@@ -442,8 +376,7 @@ def _plan(
     of a shape."""
     sequences, frames, width = shape
     unit = alignment(*strides)
-    main, tail = column_tiles(width, config)
-    tile = {"WIDTH": width, "MAIN": main, "TAIL": tail, "BLOCK_T": config.block_t, "UNIT": unit}
+    tile = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width), "BLOCK_T": config.block_t, "UNIT": unit}
     return *chunks(sequences, frames, config), tuple(stride // unit for stride in strides), tile
 
 
@@ -561,6 +494,8 @@ def backward(
         *strides,
         *(0 if branch is None else branch.shape[0], samples, shape[1], tokens),
         num_warps=config.num_warps,
+        # 16 warps a multiprocessor, which is what the rule's number of programs reckons with.
+        registers=128 if acc is tl.float32 else 255,
         RMS=rms,
         ACC=acc,
         **tile,

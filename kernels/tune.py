@@ -1,7 +1,7 @@
 """Tune the launch tables on the CUDA device at hand and rewrite its table.
 
 `python -m agrepa_fast.kernels.tune` measures every kernel at every width of the table of this device's
-architecture and writes `tables.py`. Widths that were never measured keep the values of `start`.
+architecture and writes `tables.py`. What was never measured follows `launch.rule`.
 """
 
 from __future__ import annotations
@@ -16,66 +16,24 @@ import triton
 from triton.testing import do_bench
 
 from . import cosine, pooling, residual
-from .launch import LaunchConfig, architecture, column_tiles
+from . import tables as tables_module
+from .launch import WIDTHS, LaunchConfig, architecture, table_entry
 from .pooling import MEAN_COLUMNS
 from .tables import MEASURED, TABLES
 
-Tables = dict[str, dict[str, dict[int, LaunchConfig]]]
+Table = dict[str, dict[int, LaunchConfig]]  # kernel -> width -> configuration
 
-# Multiprocessors of the card each table is for (A100, H100/H200, B200; anything else).
-MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "portable": 128}
-WIDTHS = {
-    "residual_forward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
-    "residual_backward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
-    "masked_mean": (8192,),
-    "velocity_delta": (128, 256, 1024, 2048, 4096, 8192),
-    "cosine_rows": (128, 256, 512, 1024, 2048, 4096, 8192),
-}
-ROWS = ("residual_forward", "residual_backward", "velocity_delta", "cosine_rows")  # a tile holds whole rows
 SEQUENCES, FRAMES, STREAMS = 16, 1024, 13  # what is timed: out of cache at every width
 
 
-def start(kernel: str, width: int, multiprocessors: int) -> LaunchConfig:
-    """The value before any measurement.
-
-    One 16-byte load a thread and tensor in a backward of the residual stream (8 half-precision numbers, so that the
-    three sums over tokens fit into registers), two elsewhere; four warps, more where the row is wider than that.
-    A forward splits odd widths. A backward pads them: with a tail, as many rows are in flight (the tail's sums take
-    the registers that its lanes save) and its loads are shorter than 16 bytes."""
-    if kernel == "masked_mean":
-        return LaunchConfig(32, 4, programs=0, split=False)
-    if kernel in ("velocity_delta", "cosine_rows"):
-        warps = max(4, min(16, width // 512))
-        programs = multiprocessors * 8 if kernel == "velocity_delta" else 0
-        return LaunchConfig(max(1, warps * 512 // width), warps, programs, split=False)
-    forward = kernel == "residual_forward"
-    split = forward and width & (width - 1) != 0
-    main = triton.next_power_of_2(width) // (2 if split else 1)
-    warps = max(4, min(16, main // 256))
-    vectors, resident = (2, 64) if forward else (1, 32)
-    return LaunchConfig(max(1, warps * 256 * vectors // main), warps, multiprocessors * resident // warps, split)
-
-
-def start_tables() -> Tables:
-    """All tables as they are before any measurement."""
-    return {
-        name: {kernel: {width: start(kernel, width, count) for width in widths} for kernel, widths in WIDTHS.items()}
-        for name, count in MULTIPROCESSORS.items()
-    }
-
-
 def candidates(kernel: str, width: int, config: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Other tiles for a configuration: warps, 16-byte vectors per thread and, for odd widths, padding or two tiles."""
-    odd = kernel.startswith("residual") and width & (width - 1) != 0
-    for split in (False, True) if odd else (False,):
-        main = triton.next_power_of_2(width) // (2 if split else 1) if kernel in ROWS else MEAN_COLUMNS
-        for warps in (1, 2, 4, 8, 16):
-            for vectors in (1, 2, 4):
-                rows = warps * 256 * vectors // main
-                if 1 <= rows <= 64:
-                    candidate = dataclasses.replace(config, block_t=rows, num_warps=warps, split=split)
-                    if not split or column_tiles(width, candidate)[1]:
-                        yield candidate
+    """Other tiles for a configuration: warps, and 16-byte vectors per thread."""
+    columns = MEAN_COLUMNS if kernel == "masked_mean" else triton.next_power_of_2(width)
+    for warps in (1, 2, 4, 8, 16):
+        for vectors in (1, 2, 4):
+            rows = warps * 256 * vectors // columns
+            if 1 <= rows <= 64:
+                yield dataclasses.replace(config, block_t=rows, num_warps=warps)
 
 
 def workload(kernel: str, width: int, device: torch.device) -> Callable[[LaunchConfig], object]:
@@ -124,32 +82,17 @@ def tune_kernel(kernel: str, width: int, config: LaunchConfig, cost: Callable[[L
     return best
 
 
-def render(tables: Tables, measured: dict[str, str]) -> str:
+def render(tables: dict[str, Table], measured: dict[str, str]) -> str:
     """The text of `tables.py`."""
-    lines = [
-        '"""Launch tables: architecture -> kernel -> largest width -> configuration. Written by `tune.py`.',
-        "",
-        "An architecture that is not in MEASURED holds the start values of that file, which no device has confirmed.",
-        '"""',
-        "",
-        "from __future__ import annotations",
-        "",
-        "from .launch import LaunchConfig",
-        "",
-        "# Device and versions behind each table.",
-    ]
-    if measured:
-        lines += ["MEASURED: dict[str, str] = {"]
-        lines += [f'    "{name}": "{measured[name]}",' for name in sorted(measured)]
-        lines += ["}"]
-    else:
-        lines += ["MEASURED: dict[str, str] = {}"]
-    lines += ["", "TABLES: dict[str, dict[str, dict[int, LaunchConfig]]] = {"]
+    head = Path(tables_module.__file__).read_text(encoding="utf-8").partition("MEASURED: ")[0]
+    lines = [f"{head}MEASURED: dict[str, str] = {{"]
+    lines += [f'    "{name}": "{measured[name]}",' for name in sorted(measured)]
+    lines += ["}", "", "TABLES: dict[str, dict[str, dict[int, tuple[int, int, int]]]] = {"]
     for name, kernels in tables.items():
         lines.append(f'    "{name}": {{')
         for kernel, entries in kernels.items():
             lines.append(f'        "{kernel}": {{')
-            lines += [f"            {width}: {config}," for width, config in sorted(entries.items())]
+            lines += [f"            {width}: {dataclasses.astuple(entries[width])}," for width in sorted(entries)]
             lines.append("        },")
         lines.append("    },")
     return "\n".join([*lines, "}"]) + "\n"
@@ -169,17 +112,25 @@ def tune(device: torch.device, path: Path | None = None) -> Path:
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"tuning needs a CUDA device; {device} is none, or there is none here")
     name = architecture(device)
-    found: dict[str, dict[int, LaunchConfig]] = {}
-    for kernel, entries in TABLES[name].items():
+    path = path or Path(tables_module.__file__)
+    versions = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+    others = {
+        other: {
+            kernel: {width: LaunchConfig(*entry) for width, entry in entries.items()} for kernel, entries in t.items()
+        }
+        for other, t in TABLES.items()
+    }
+    found: Table = {}
+    for kernel, widths in WIDTHS.items():
         found[kernel] = {}
-        for width, config in entries.items():
+        for width in widths:
+            config = table_entry(name, kernel, width)
             run = workload(kernel, width, device)
             best = tune_kernel(kernel, width, config, functools.partial(_milliseconds, run))
             found[kernel][width] = best
             print(f"{kernel} {width}: {best}" + ("" if best != config else " (as before)"), flush=True)
-    path = path or Path(__file__).with_name("tables.py")
-    versions = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
-    path.write_text(render({**TABLES, name: found}, {**MEASURED, name: versions}))
+        # After each kernel: a run cut short leaves what it has found.
+        path.write_text(render({**others, name: found}, {**MEASURED, name: versions}), encoding="utf-8")
     return path
 
 

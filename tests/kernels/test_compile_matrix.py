@@ -17,8 +17,7 @@ import triton
 
 from agrepa_fast.kernels import compile_matrix, residual
 from agrepa_fast.kernels.compile_matrix import DTYPES, RESIDUAL, SPILL_FREE, TARGETS, TWO, Case, Compiled
-from agrepa_fast.kernels.launch import column_tiles, table_entry
-from agrepa_fast.kernels.tables import TABLES
+from agrepa_fast.kernels.launch import MULTIPROCESSORS, WIDTHS, table_entry
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops" / "compile-matrix.md"
 NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
@@ -52,7 +51,7 @@ def test_the_matrix_holds_every_kernel_dtype_norm_and_tile_of_the_tables() -> No
 
     def tile(name, kernel, width):
         config = table_entry(name, kernel, width)
-        return config.block_t, config.num_warps, column_tiles(width, config)
+        return config.block_t, config.num_warps, triton.next_power_of_2(width)
 
     families = [
         ("masked_mean", "masked_mean", ("fp32", "bf16", "fp16"), ("",)),
@@ -67,8 +66,8 @@ def test_the_matrix_holds_every_kernel_dtype_norm_and_tile_of_the_tables() -> No
         if (op, direction) == ("projection_cosine_loss", "backward"):
             continue  # its one kernel writes the gradient in the forward pass
         kernel = family.format(direction)
-        for name, dtype, norm in itertools.product(TABLES, dtypes, norms):
-            wanted = {tile(name, kernel, min(width, SPILL_FREE)) for width in TABLES[name][kernel]}
+        for name, dtype, norm in itertools.product(MULTIPROCESSORS, dtypes, norms):
+            wanted = {tile(name, kernel, min(width, SPILL_FREE)) for width in WIDTHS[kernel]}
             found = {
                 tile(name, kernel, case.width)
                 for case in cases
@@ -90,7 +89,7 @@ def test_a_spill_would_be_seen() -> None:
     """The same kernel with an eighth of the warps has eight times the values per thread, and must spill."""
     launch = compile_matrix.launches(Case("gated_residual_norm", "backward", 4096, "fp32", "layer"), "sm90")[0]
     assert launch.kernel is residual._backward_kernel
-    launch.num_warps = 2
+    launch.num_warps, launch.registers = 2, 255
     registers, spills = compile_matrix._resources(compile_matrix.compile_launch(launch, "sm90"))
     assert registers == 255
     assert spills > 0

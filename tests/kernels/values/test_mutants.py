@@ -12,27 +12,27 @@ import torch
 from agrepa_fast.kernels import pooling, residual
 
 RESIDUAL = {
-    "mean kept": ("x0 = tl.where(mask0, x0 - mean[:, None], 0.0)", "x0 = tl.where(mask0, x0, 0.0)"),
+    "mean kept": ("x = tl.where(mask, x - mean[:, None], 0.0)", "x = tl.where(mask, x, 0.0)"),
     "row 0 for every sequence": ("return tl.where(known, row, 0)", "return tl.where(known, row * 0, 0)"),
     "gate ignored": ("return tl.where(s != 0, s * gate, 0.0)", "return tl.where(s != 0, s + 0 * gate, 0.0)"),
     "stream scale ignored": ("return tl.where(s != 0, s * gate, 0.0)", "return gate"),
-    "no 1 + scale": ("scale0 = 1.0 + tl.load", "scale0 = 0.0 + tl.load"),
+    "no 1 + scale": ("scale = 1.0 + tl.load", "scale = 0.0 + tl.load"),
     "eps forgotten": ("square / WIDTH + EPS", "square / WIDTH"),
     "unbiased variance": ("square / WIDTH + EPS", "square / (WIDTH - 1) + EPS"),
     "last rows not written": (
         "last = tl.minimum(first + tokens, frames)",
         "last = tl.minimum(first + tokens, frames - 1)",
     ),
-    "mean of w left out": ("w0 -= (total / WIDTH)[:, None]", "w0 -= 0 * (total / WIDTH)[:, None]"),
-    "inner product left out": ("dx0 += rstd[:, None] * (w0 - y0 *", "dx0 += rstd[:, None] * (w0 - 0 * y0 *"),
+    "mean of w left out": ("w -= (total / WIDTH)[:, None]", "w -= 0 * (total / WIDTH)[:, None]"),
+    "inner product left out": ("dx += rstd[:, None] * (w - y *", "dx += rstd[:, None] * (w - 0 * y *"),
     "dx' left out": (
-        "mask=mask0, other=0.0).to(ACC)\n        else:",
-        "mask=mask0, other=0.0).to(ACC) * 0\n        else:",
+        "mask=mask, other=0.0).to(ACC)\n        else:",
+        "mask=mask, other=0.0).to(ACC) * 0\n        else:",
     ),
-    "dscale of x, not of y": ("scale_sum0 += dh0 * y0", "scale_sum0 += dh0 * x0"),
+    "dscale of x, not of y": ("scale_sum += dh * y", "scale_sum += dh * x"),
     "dgate without s": ("rows *= tl.load(stream_scale_ptr", "rows *= 0 * tl.load(stream_scale_ptr"),
     "only the first partial rows": ("start += BLOCK_P", "start += 100000"),
-    "sums start with the branch twice": ("gate_sum0 += dx0 *", "gate_sum0 += 2 * dx0 *"),
+    "sums start with the branch twice": ("gate_sum += dx *", "gate_sum += 2 * dx *"),
 }
 JOIN = {
     "rows of x, not of join": ("tl.where(joins, join_ptr, x_ptr)", "tl.where(joins, x_ptr, x_ptr)"),

@@ -34,7 +34,7 @@ def test_velocity_delta(bench, device, dtype, masked) -> None:
 
 def test_velocity_delta_in_many_tiles(bench, device, monkeypatch) -> None:
     """Several programs of several tiles per sample, the last one ragged."""
-    config = launch.LaunchConfig(block_t=2, num_warps=4, programs=4, split=False)
+    config = launch.LaunchConfig(block_t=2, num_warps=4, programs=4)
     monkeypatch.setattr(kernels, "configuration", lambda *_: config)
     v = torch.randn(3, 2, 11, 10, device=device) + 0.5
     bench.check_pooling(ops.velocity_delta, v, lengths_mask(device, 11, 11, 6))

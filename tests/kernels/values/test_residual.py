@@ -22,9 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 @pytest.fixture
 def small_launches(monkeypatch):
     """Several programs per sequence and several tiles per program, also for a few frames."""
-    config = launch.LaunchConfig(block_t=4, num_warps=1, programs=6, split=True)
+    config = launch.LaunchConfig(block_t=4, num_warps=1, programs=6)
     monkeypatch.setattr(kernels, "configuration", lambda *_: config)
-    assert launch.column_tiles(192, config) == (128, 64)
 
 
 @pytest.mark.parametrize("op", OPS)
