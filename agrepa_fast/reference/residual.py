@@ -20,6 +20,16 @@ def _rows(modulation: Tensor, sample_index: Tensor | None, dtype: torch.dtype) -
     return rows.to(dtype).unsqueeze(1)
 
 
+def _add_product(base: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """base + rows * value, rows [R, 1, D]; base or rows may be broadcast over time.
+
+    addcmul is one pass less, but its gradient one more for each factor: it multiplies by its argument `value`, which is
+    1, in a pass over the whole tensor. So it is taken where no gradient is."""
+    if torch.is_grad_enabled() and (base.requires_grad or rows.requires_grad or value.requires_grad):
+        return base + rows * value
+    return torch.addcmul(base, rows, value)
+
+
 def _add_branch(
     x: Tensor,
     branch: Tensor,
@@ -40,7 +50,7 @@ def _add_branch(
     # Nothing is sliced here: the gradient of a slice is one more pass over the stream.
     x, branch, rows = x.to(dtype), branch.to(dtype), _rows(gate, sample_index, dtype)
     if stream_scale is None:
-        return torch.addcmul(x, rows, branch)
+        return _add_product(x, rows, branch)
     s = stream_scale.to(dtype)[:, None, None]
     # A stream that sits the branch out must see neither it nor its gate: 0 * inf would be nan.
     out = s == 0
@@ -54,7 +64,7 @@ def _norm_modulate(
     width = (x.shape[-1],)
     x = x.to(dtype)
     normed = F.layer_norm(x, width, eps=eps) if norm == "layer" else F.rms_norm(x, width, eps=eps)
-    return torch.addcmul(_rows(shift, sample_index, dtype), normed, _rows(scale, sample_index, dtype).add(1.0))
+    return _add_product(_rows(shift, sample_index, dtype), _rows(scale, sample_index, dtype).add(1.0), normed)
 
 
 def gated_residual_norm(
