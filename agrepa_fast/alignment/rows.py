@@ -1,0 +1,151 @@
+"""Which rows count in the losses of alignment, and means over them: for `AlignmentLoss` and `InterfaceLoss`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..errors import UserError
+
+Domains = Mapping[str, Tensor] | Sequence[str] | None
+
+
+def described(value: object) -> str:
+    """What a value of a wrong type is, in a few words for a message."""
+    name = type(value).__name__
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return repr(value)[:60]
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{name} {list(shape)}"
+    return f"{name} of {len(value)}" if hasattr(value, "__len__") else name
+
+
+def check_teachers(teachers: Mapping[str, int]) -> None:
+    """{name: width}, each name fit for a module and each width a positive integer."""
+    if not isinstance(teachers, Mapping):
+        raise TypeError(f"teachers: expected a mapping {{name: width}}, got {described(teachers)}")
+    if not teachers:
+        raise ValueError("teachers: expected at least one {name: width}")
+    taken = nn.ModuleDict()
+    for name, width in teachers.items():
+        # Names become keys of a ModuleDict, which has attributes and a path separator of its own.
+        if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
+            raise UserError(f"teachers: {name!r} cannot name a module: choose another name, without dots")
+        check_width(f"teachers[{name!r}]", width)
+
+
+def check_width(name: str, width: int) -> None:
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"{name}: expected a width, an integer of at least 1, got {described(width)}")
+
+
+def check_tensors(name: str, values: object, keys: Iterable[Hashable], what: str, form: str) -> None:
+    """`values` is a mapping that has a tensor for each of the keys. what: the thing, form: the mapping, in words."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: expected a mapping {form}, got {described(values)}")
+    for key in keys:
+        if key not in values:
+            raise ValueError(f"{name}: no {what} {key!r}, only {sorted(values, key=str)}")
+        if not isinstance(values[key], Tensor):
+            raise TypeError(f"{name}[{key!r}]: expected a tensor, got {described(values[key])}")
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """`value` is None or a tensor of this shape, and dtype."""
+    if value is None:
+        return
+    # Messages are made where they are needed: torch.compile follows the checks, and no work on their strings.
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, {_form(shape, dtype)}, got {described(value)}")
+    if value.shape != tuple(shape) or dtype not in (None, value.dtype):
+        given = list(value.shape) if dtype is None else f"{value.dtype} {list(value.shape)}"
+        raise ValueError(f"{name}: expected {_form(shape, dtype)}, got {given}")
+
+
+def _form(shape: Sequence[int], dtype: torch.dtype | None) -> str:
+    return str(list(shape)) if dtype is None else f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def check_targets(teachers: Mapping[str, int], targets: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """Every teacher has a target [*rows, its width]."""
+    check_tensors("targets", targets, teachers, "features of teacher", "{teacher: features}")
+    for name, size in teachers.items():
+        check_tensor(f"targets[{name!r}]", targets[name], [*rows, size])
+        if not targets[name].is_floating_point():
+            raise ValueError(f"targets[{name!r}]: expected floating point, got {targets[name].dtype}")
+
+
+def domain_weights(teachers: Sequence[str], domains: Domains, like: Tensor) -> dict[str, Tensor | None]:
+    """{teacher: [B] bool or None}: which samples count for each teacher."""
+    if domains is None:
+        return dict.fromkeys(teachers)
+    size = like.shape[0]
+    if isinstance(domains, Mapping):
+        check_tensors("domains", domains, teachers, "weights for teacher", "{teacher: [B]}")
+        for name in teachers:
+            check_tensor(f"domains[{name!r}]", domains[name], [size])
+        return {name: domains[name] != 0 for name in teachers}
+    form = f"{{teacher: [{size}]}}, or {size} names among the teachers {list(teachers)}"
+    if not isinstance(domains, Sequence) or isinstance(domains, (str, bytes)):
+        raise TypeError(f"domains: expected {form}, got {described(domains)}")
+    if len(domains) != size or any(domain not in teachers for domain in domains):
+        raise ValueError(f"domains: expected {form}, got {list(domains)!r:.80}")
+    return {name: torch.tensor([d == name for d in domains], device=like.device) for name in teachers}
+
+
+def row_mask(kept: Tensor | None, mask: Tensor | None, target: Tensor) -> Tensor | None:
+    """Rows of the loss that count: [B] for pooled targets, [B, T] for frames. Fixed shapes, no gather."""
+    if target.dim() == 2:  # pooled: a sample without a valid frame has nothing to align
+        mask = None if mask is None else mask.any(1)
+    elif kept is not None:
+        kept = kept.unsqueeze(1).expand(target.shape[:2])
+    if kept is None or mask is None:
+        return mask if kept is None else kept
+    return mask & kept
+
+
+def counted_frames(kept: Iterable[Tensor | None], mask: Tensor | None, frames: int) -> Tensor | None:
+    """[B, T] bool: the valid frames of samples that count for any teacher; None when all do. kept: [B] each."""
+    by_teacher = list(kept)
+    if any(samples is None for samples in by_teacher):
+        return mask
+    counted = torch.stack(by_teacher).any(0).unsqueeze(1)  # type: ignore[arg-type]
+    return counted.expand(-1, frames) if mask is None else mask & counted
+
+
+def where_counted(sample_weight: Tensor, counted: Tensor | None) -> Tensor:
+    """The weights [B] or [B, 1] of what counts, 0 elsewhere: what does not count may have nan for a weight."""
+    return sample_weight if counted is None else torch.where(counted, sample_weight, 0)
+
+
+def mean_of(loss: Tensor, rows: Tensor | None) -> Tensor:
+    """Mean over the rows that count; 0 when there is none."""
+    return loss.mean() if rows is None else loss.sum() / rows.sum().clamp_min(1)
+
+
+def similarity_of(loss: Tensor, rows: Tensor | None) -> Tensor:
+    """The mean raw cosine behind a mean loss (or 1 - another distance); nan when no row counted."""
+    similarity = 1 - loss.detach()
+    return similarity if rows is None else torch.where(rows.any(), similarity, torch.nan)
+
+
+def rank_shares(targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """This rank's rows that count over the mean rank's, for each teacher; `AlignmentLoss.shares`."""
+    counts = torch.stack(
+        [
+            targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
+            for name, r in rows.items()
+        ]
+    ).float()
+    total = counts.clone()
+    distributed.all_reduce(total)
+    found = counts * distributed.get_world_size() / total.clamp_min(1)
+    return dict(zip(rows, found.unbind()))
+
+
+def comparable(rows: Tensor | None) -> Tensor | None:
+    """Which sets of rows [..., N] -> [...] have two rows to compare."""
+    return None if rows is None else rows.sum(-1) >= 2
