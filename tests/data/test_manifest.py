@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agrepa_fast.data.manifest import read_manifest
@@ -256,6 +256,8 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
     st.booleans(),
 )
 def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts, delimiter, quoting, end, mark):
+    # Before Python 3.13 the module leaves a lone carriage return without quotes, where it ends the row for any reader.
+    assume(end == "\r\n" or quoting != csv.QUOTE_MINIMAL or not any("\r" in text for text in texts))
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, delimiter=delimiter, quoting=quoting, lineterminator=end)
     writer.writerow(["audio_file", "text", "duration"])
