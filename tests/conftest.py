@@ -1,6 +1,6 @@
-"""Hypothesis' settings, and a stand-in for CUDA's streams, graphs and memory pools on the CPU: the control flow of a GPU run, without a GPU.
+"""Hypothesis' settings; and a stand-in for CUDA's streams, graphs and memory pools on the CPU.
 
-It keeps the rules that a GPU enforces: a recording computes nothing, a replay writes into the memory of the recording,
+The stand-in runs the control flow of a GPU run without a GPU. It keeps the rules that a GPU enforces: a recording computes nothing, a replay writes into the memory of the recording,
 a pool dies with its last graph, and nothing may be compiled while recording. It cannot know what a kernel computes.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from agrepa_fast import graphs
-
 
 # Timings say nothing on a loaded machine; and what continuous integration tries is the same in every run.
 hypothesis.settings.register_profile("agrepa", deadline=None, derandomize=bool(os.environ.get("CI")))
