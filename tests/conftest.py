@@ -1,7 +1,8 @@
 """Hypothesis' settings; and a stand-in for CUDA's streams, graphs and memory pools on the CPU.
 
-The stand-in runs the control flow of a GPU run without a GPU. It keeps the rules that a GPU enforces: a recording computes nothing, a replay writes into the memory of the recording,
-a pool dies with its last graph, and nothing may be compiled while recording. It cannot know what a kernel computes.
+The stand-in runs the control flow of a GPU run without a GPU. It keeps the rules that a GPU enforces: a recording
+computes nothing, a replay writes into the memory of the recording, a pool dies with its last graph, and nothing may be
+compiled while recording. It cannot know what a kernel computes.
 """
 
 from __future__ import annotations
