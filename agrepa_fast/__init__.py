@@ -11,7 +11,8 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "pyproject
     __path__.append(str(_checkout))
 
 from . import ops  # noqa: E402
-from .alignment.loss import AlignmentLoss, InterfaceLoss  # noqa: E402
+from .alignment.interface import InterfaceLoss  # noqa: E402
+from .alignment.loss import AlignmentLoss  # noqa: E402
 from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402

@@ -8,20 +8,31 @@ targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
 from ..errors import UserError
 from .heads import HEADS, grouped, one_by_one
 from .policy import LayerSelection
+from .rows import (
+    Domains,
+    check_targets,
+    check_teachers,
+    comparable,
+    counted_frames,
+    domain_weights,
+    mean_of,
+    rank_shares,
+    row_mask,
+    similarity_of,
+    where_counted,
+)
 from .similarity import cka_distance, relation_distance, standardise
-
-Domains = Mapping[str, Tensor] | Sequence[str] | None
 
 OBJECTIVES = ("cosine", "relation", "cka")
 RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
@@ -30,100 +41,6 @@ RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
 def _check_pool(pool: str | None) -> None:
     if pool not in ("mean", None):
         raise ValueError(f'pool: expected "mean" or None (frame by frame), got {pool!r}')
-
-
-def _check_teachers(teachers: Mapping[str, int]) -> None:
-    if not teachers:
-        raise ValueError("teachers: expected at least one {name: width}")
-    taken = nn.ModuleDict()
-    for name in teachers:
-        # Names become keys of a ModuleDict, which has attributes and a path separator of its own.
-        if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
-            raise UserError(f"teachers: {name!r} cannot name a module: choose another name, without dots")
-
-
-def _check_targets(teachers: Mapping[str, int], targets: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-    """Every teacher has a target [*rows, its width]."""
-    for name, size in teachers.items():
-        if name not in targets:
-            raise ValueError(f"targets: no features of teacher {name!r}, only {sorted(targets)}")
-        if targets[name].shape != (*rows, size):
-            raise ValueError(f"targets[{name!r}]: expected {[*rows, size]}, got {list(targets[name].shape)}")
-
-
-def _domain_weights(teachers: Sequence[str], domains: Domains, like: Tensor) -> dict[str, Tensor | None]:
-    """{teacher: [B] bool or None}: which samples count for each teacher."""
-    if domains is None:
-        return dict.fromkeys(teachers)
-    if isinstance(domains, Mapping):
-        missing = set(teachers) - set(domains)
-        if missing:
-            raise ValueError(f"domains: no weights for teacher {sorted(missing)[0]!r}, only {sorted(domains)}")
-        for name in teachers:
-            if domains[name].shape != like.shape[:1]:
-                raise ValueError(f"domains[{name!r}]: expected [{like.shape[0]}], got {list(domains[name].shape)}")
-        return {name: domains[name] != 0 for name in teachers}
-    unknown = set(domains) - set(teachers)
-    if unknown or len(domains) != like.shape[0]:
-        raise ValueError(
-            f"domains: expected {like.shape[0]} names among the teachers {list(teachers)}, got {list(domains)}"
-        )
-    return {name: torch.tensor([d == name for d in domains], device=like.device) for name in teachers}
-
-
-def _row_mask(kept: Tensor | None, mask: Tensor | None, target: Tensor) -> Tensor | None:
-    """Rows of the loss that count: [B] for pooled targets, [B, T] for frames. Fixed shapes, no gather."""
-    if target.dim() == 2:  # pooled: a sample without a valid frame has nothing to align
-        mask = None if mask is None else mask.any(1)
-    elif kept is not None:
-        kept = kept.unsqueeze(1).expand(target.shape[:2])
-    if kept is None or mask is None:
-        return mask if kept is None else kept
-    return mask & kept
-
-
-def _counted_frames(kept: Iterable[Tensor | None], mask: Tensor | None, frames: int) -> Tensor | None:
-    """[B, T] bool: the valid frames of samples that count for any teacher; None when all do. kept: [B] each."""
-    by_teacher = list(kept)
-    if any(samples is None for samples in by_teacher):
-        return mask
-    counted = torch.stack(by_teacher).any(0).unsqueeze(1)  # type: ignore[arg-type]
-    return counted.expand(-1, frames) if mask is None else mask & counted
-
-
-def _where_counted(sample_weight: Tensor, counted: Tensor | None) -> Tensor:
-    """The weights [B] or [B, 1] of what counts, 0 elsewhere: what does not count may have nan for a weight."""
-    return sample_weight if counted is None else torch.where(counted, sample_weight, 0)
-
-
-def _mean(loss: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean over the rows that count; 0 when there is none."""
-    return loss.mean() if rows is None else loss.sum() / rows.sum().clamp_min(1)
-
-
-def _similarity(loss: Tensor, rows: Tensor | None) -> Tensor:
-    """The mean raw cosine behind a mean loss (or 1 - another distance); nan when no row counted."""
-    similarity = 1 - loss.detach()
-    return similarity if rows is None else torch.where(rows.any(), similarity, torch.nan)
-
-
-def _shares(targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """This rank's rows that count over the mean rank's, for each teacher; `AlignmentLoss.shares`."""
-    counts = torch.stack(
-        [
-            targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
-            for name, r in rows.items()
-        ]
-    ).float()
-    total = counts.clone()
-    distributed.all_reduce(total)
-    found = counts * distributed.get_world_size() / total.clamp_min(1)
-    return dict(zip(rows, found.unbind()))
-
-
-def _comparable(rows: Tensor | None) -> Tensor | None:
-    """Which sets of rows [..., N] -> [...] have two rows to compare."""
-    return None if rows is None else rows.sum(-1) >= 2
 
 
 class AlignmentLoss(nn.Module):
@@ -168,7 +85,7 @@ class AlignmentLoss(nn.Module):
             raise UserError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         if head == "conv" and pool is not None:
             raise UserError('head: "conv" runs over time, which pool="mean" leaves none of: use pool=None')
-        _check_teachers(teachers)
+        check_teachers(teachers)
         self.width = width
         self.teachers = dict(teachers)
         self.layers = selection.layers
@@ -237,20 +154,20 @@ class AlignmentLoss(nn.Module):
             if len(shape) != 3 or shape[2] != self.width or shape != any_hidden.shape:
                 form = f"[batch, frames, {self.width}], the same for all layers"
                 raise ValueError(f"hidden[{layer}]: expected {form}, got {list(shape)}")
-        _check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
+        check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
         if mask is not None and (mask.shape != any_hidden.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         if sample_weight is not None and sample_weight.shape != any_hidden.shape[:1]:
             raise ValueError(f"sample_weight: expected [{any_hidden.shape[0]}], got {list(sample_weight.shape)}")
         if sample_weight is not None and self.pool is not None and self.objective != "cosine":
             raise ValueError(f"sample_weight: pooled {self.objective!r} compares samples with each other")
-        kept = _domain_weights(list(self.teachers), domains, any_hidden)
-        rows = {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        kept = domain_weights(list(self.teachers), domains, any_hidden)
+        rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
         targets = {name: targets[name].detach() for name in self.teachers}
         if self.standardise_targets:
             targets = {name: standardise(target, mask) for name, target in targets.items()}
         run = self._pooled if self.pool is not None else self._framewise
-        frames = _counted_frames(kept.values(), mask, any_hidden.shape[1])
+        frames = counted_frames(kept.values(), mask, any_hidden.shape[1])
         distances = run(hidden, targets, frames, rows, sample_weight)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
@@ -258,8 +175,8 @@ class AlignmentLoss(nn.Module):
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
                 distance, weighted = distances[name, layer]
-                counted = rows[name] if self.objective == "cosine" else _comparable(rows[name])
-                metrics[f"{self.objective}/{name}/{layer}"] = _similarity(distance, counted)
+                counted = rows[name] if self.objective == "cosine" else comparable(rows[name])
+                metrics[f"{self.objective}/{name}/{layer}"] = similarity_of(distance, counted)
                 loss = loss + weight * (weighted if shares is None else shares[name] * weighted)
         return loss, metrics
 
@@ -268,8 +185,8 @@ class AlignmentLoss(nn.Module):
 
         A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over
         all ranks' rows. Every rank must call it: one small all-reduce."""
-        kept = _domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        return _shares(targets, {name: _row_mask(kept[name], mask, targets[name]) for name in self.teachers})
+        kept = domain_weights(list(self.teachers), domains, next(iter(targets.values())))
+        return rank_shares(targets, {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers})
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
@@ -306,18 +223,18 @@ class AlignmentLoss(nn.Module):
                 head: Any = self.heads.get_submodule(f"{name}.{layer}")
                 if self.objective != "cosine":
                     by_clip = RELATIONAL[self.objective](head(x), targets[name], rows[name])
-                    clips = _comparable(rows[name])
+                    clips = comparable(rows[name])
                     by_clip = by_clip if clips is None else torch.where(clips, by_clip, 0)
-                    mean = weighted = _mean(by_clip, clips)
+                    mean = weighted = mean_of(by_clip, clips)
                     if sample_weight is not None:
-                        weighted = _mean(by_clip * _where_counted(sample_weight, clips), clips)
+                        weighted = mean_of(by_clip * where_counted(sample_weight, clips), clips)
                 elif sample_weight is None:
                     mean = weighted = head.loss(x, targets[name], rows[name])
                 else:
                     row_loss = head.loss(x, targets[name], rows[name], reduction="none")
-                    mean = _mean(row_loss, rows[name])
-                    weights = _where_counted(sample_weight.unsqueeze(1), rows[name])
-                    weighted = _mean(row_loss * weights, rows[name])
+                    mean = mean_of(row_loss, rows[name])
+                    weights = where_counted(sample_weight.unsqueeze(1), rows[name])
+                    weighted = mean_of(row_loss * weights, rows[name])
                 distances[name, layer] = mean, weighted
         return distances
 
@@ -346,90 +263,13 @@ class AlignmentLoss(nn.Module):
                 row = torch.stack([every if r is None else r for r in counted])
             if self.objective != "cosine":
                 distance = RELATIONAL[self.objective](y, target, row)
-                sets = _comparable(row)
+                sets = comparable(row)
                 means = weighted = (distance if sets is None else torch.where(sets, distance, 0)).unbind()
             else:
                 loss = ops.cosine_loss(y, target, mask=row, reduction="none")
                 count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
                 means = weighted = (loss.sum(1) / count).unbind()
                 if sample_weight is not None:
-                    weighted = ((loss * _where_counted(sample_weight, row)).sum(1) / count).unbind()
+                    weighted = ((loss * where_counted(sample_weight, row)).sum(1) / count).unbind()
             distances |= {keys[i]: pair for i, pair in zip(members, zip(means, weighted))}
         return distances
-
-
-class InterfaceLoss(nn.Module):
-    """BiT-C (arXiv 2603.01006): the pooled token embedding toward each teacher, through one bias-free Linear.
-
-    Args:
-        width: C of the token embedding.
-        teachers: {name: width of its features}.
-        weights: {teacher: weight of its term}; the paper takes 0.5 for speech and 1 for audio.
-    """
-
-    def __init__(self, width: int, teachers: Mapping[str, int], weights: Mapping[str, float]) -> None:
-        super().__init__()
-        _check_teachers(teachers)
-        self.width = width
-        self.teachers = dict(teachers)
-        self.weights = {name: float(weights.get(name, 1.0)) for name in teachers}
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in teachers.items()})
-        for weight in self.heads.parameters():
-            nn.init.orthogonal_(weight)
-
-    def forward(
-        self,
-        embedding: Tensor,
-        targets: Mapping[str, Tensor],
-        mask: Tensor | None = None,
-        domains: Domains = None,
-        kept: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics "cosine/<teacher>/tokens".
-
-        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains and shares as `AlignmentLoss`;
-        kept [B] bool: the samples whose tokens were not dropped.
-
-        Raises:
-            ValueError: a missing teacher, or a shape that does not fit, by name.
-        """
-        if embedding.dim() != 3 or embedding.shape[2] != self.width:
-            raise ValueError(f"embedding: expected [batch, frames, {self.width}], got {list(embedding.shape)}")
-        _check_targets(self.teachers, targets, embedding.shape[:1])
-        if kept is not None and (kept.shape != embedding.shape[:1] or kept.dtype != torch.bool):
-            raise ValueError(f"kept: expected bool [{embedding.shape[0]}], got {kept.dtype} {list(kept.shape)}")
-        pooled = ops.masked_mean(embedding, mask)
-        rows = self._rows(targets, mask, domains, kept)
-        total = embedding.new_zeros((), dtype=torch.float32)
-        metrics = {}
-        for name in self.teachers:
-            weight: Tensor = self.heads[name].weight  # type: ignore[assignment]
-            loss = ops.projection_cosine_loss(
-                pooled.to(weight.dtype),
-                weight,
-                None,
-                targets[name].detach(),
-                mask=rows[name],
-                reduction="none",
-            )
-            mean = _mean(loss, rows[name])
-            metrics[f"cosine/{name}/tokens"] = _similarity(mean, rows[name])
-            total = total + self.weights[name] * (mean if shares is None else shares[name] * mean)
-        return total, metrics
-
-    def shares(
-        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
-    ) -> dict[str, Tensor]:
-        """As `AlignmentLoss.shares`, of the rows that count here."""
-        return _shares(targets, self._rows(targets, mask, domains, kept))
-
-    def _rows(
-        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        """{teacher: [B] bool, the samples that count}."""
-        by_domain = _domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        rows = {name: _row_mask(by_domain[name], mask, targets[name]) for name in self.teachers}
-        if kept is None:
-            return rows
-        return {name: kept if row is None else row & kept for name, row in rows.items()}

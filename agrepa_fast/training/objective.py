@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..alignment.loss import AlignmentLoss, InterfaceLoss
+from ..alignment.interface import InterfaceLoss
+from ..alignment.loss import AlignmentLoss
 from ..alignment.policy import LayerSelection
 from ..alignment.resample import align_time
 from ..alignment.schedule import SimilarityStop, timestep_weight

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from agrepa_fast.alignment.loss import InterfaceLoss
+from agrepa_fast.alignment.interface import InterfaceLoss
 from agrepa_fast.models.conditioning import TokenConditioner
 from agrepa_fast.models.dit import PRESETS, Attention, DiT, DiTConfig, FeedForward, position_table, time_sinusoid
 

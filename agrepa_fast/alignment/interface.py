@@ -1,0 +1,88 @@
+"""BiT-C: the token embedding that the network is given, pulled toward the same frozen teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .rows import Domains, check_targets, check_teachers, domain_weights, mean_of, rank_shares, row_mask, similarity_of
+
+
+class InterfaceLoss(nn.Module):
+    """BiT-C (arXiv 2603.01006): the pooled token embedding toward each teacher, through one bias-free Linear.
+
+    Args:
+        width: C of the token embedding.
+        teachers: {name: width of its features}.
+        weights: {teacher: weight of its term}; the paper takes 0.5 for speech and 1 for audio.
+    """
+
+    def __init__(self, width: int, teachers: Mapping[str, int], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        check_teachers(teachers)
+        self.width = width
+        self.teachers = dict(teachers)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in teachers}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in teachers.items()})
+        for weight in self.heads.parameters():
+            nn.init.orthogonal_(weight)
+
+    def forward(
+        self,
+        embedding: Tensor,
+        targets: Mapping[str, Tensor],
+        mask: Tensor | None = None,
+        domains: Domains = None,
+        kept: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics "cosine/<teacher>/tokens".
+
+        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains and shares as `AlignmentLoss`;
+        kept [B] bool: the samples whose tokens were not dropped.
+
+        Raises:
+            ValueError: a missing teacher, or a shape that does not fit, by name.
+        """
+        if embedding.dim() != 3 or embedding.shape[2] != self.width:
+            raise ValueError(f"embedding: expected [batch, frames, {self.width}], got {list(embedding.shape)}")
+        check_targets(self.teachers, targets, embedding.shape[:1])
+        if kept is not None and (kept.shape != embedding.shape[:1] or kept.dtype != torch.bool):
+            raise ValueError(f"kept: expected bool [{embedding.shape[0]}], got {kept.dtype} {list(kept.shape)}")
+        pooled = ops.masked_mean(embedding, mask)
+        rows = self._rows(targets, mask, domains, kept)
+        total = embedding.new_zeros((), dtype=torch.float32)
+        metrics = {}
+        for name in self.teachers:
+            weight: Tensor = self.heads[name].weight  # type: ignore[assignment]
+            loss = ops.projection_cosine_loss(
+                pooled.to(weight.dtype),
+                weight,
+                None,
+                targets[name].detach(),
+                mask=rows[name],
+                reduction="none",
+            )
+            mean = mean_of(loss, rows[name])
+            metrics[f"cosine/{name}/tokens"] = similarity_of(mean, rows[name])
+            total = total + self.weights[name] * (mean if shares is None else shares[name] * mean)
+        return total, metrics
+
+    def shares(
+        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As `AlignmentLoss.shares`, of the rows that count here."""
+        return rank_shares(targets, self._rows(targets, mask, domains, kept))
+
+    def _rows(
+        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """{teacher: [B] bool, the samples that count}."""
+        by_domain = domain_weights(list(self.teachers), domains, next(iter(targets.values())))
+        rows = {name: row_mask(by_domain[name], mask, targets[name]) for name in self.teachers}
+        if kept is None:
+            return rows
+        return {name: kept if row is None else row & kept for name, row in rows.items()}
