@@ -64,6 +64,7 @@ class AlignmentLoss(nn.Module):
     """
 
     weights: Tensor
+    selected: Tensor
 
     def __init__(
         self,
@@ -89,7 +90,6 @@ class AlignmentLoss(nn.Module):
         self.width = width
         self.teachers = dict(teachers)
         self.layers = selection.layers
-        self.active = selection.layers
         self.pool = pool
         self.objective = objective
         self.standardise_targets = standardise_targets
@@ -99,20 +99,58 @@ class AlignmentLoss(nn.Module):
                 for name, size in self.teachers.items()
             }
         )
-        self.register_buffer("weights", torch.tensor(selection.weights, dtype=torch.float32))
+        self._remember(dict(zip(selection.layers, selection.weights)))
+        self.register_buffer("weights", self._weights_tensor())
+        self.register_buffer("selected", self._selected_tensor())
 
     def select(self, selection: LayerSelection) -> None:
         """Take the weights of another selection among the layers that have heads; the others get 0."""
         unknown = set(selection.layers) - set(self.layers)
         if unknown:
             raise ValueError(f"selection: layer {min(unknown)} has no head, only {list(self.layers)}")
-        weights = dict(zip(selection.layers, selection.weights))
-        self.weights.copy_(torch.tensor([weights.get(layer, 0.0) for layer in self.layers]))
+        self._remember(dict(zip(selection.layers, selection.weights)))
+        self.weights.copy_(self._weights_tensor())
+        self.selected.copy_(self._selected_tensor())
         if self.pool is None:
-            self.active = selection.layers
             for heads in self.heads.values():
                 for name, head in heads.items():  # type: ignore[operator]
                     head.requires_grad_(int(name) in self.active)
+
+    def _remember(self, chosen: dict[int, float]) -> None:
+        """Keep {selected layer: weight} on the host, where it decides which heads run."""
+        self._chosen = chosen
+        self.active = self.layers if self.pool is not None else tuple(chosen)
+
+    def _weights_tensor(self) -> Tensor:
+        return torch.tensor([self._chosen.get(layer, 0.0) for layer in self.layers], dtype=torch.float32)
+
+    def _selected_tensor(self) -> Tensor:
+        return torch.tensor([layer in self._chosen for layer in self.layers])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the weights and the selection; a state dict from before it held a selection selects weights above 0."""
+        if prefix + "selected" not in state_dict and prefix + "weights" in state_dict:
+            state_dict[prefix + "selected"] = state_dict[prefix + "weights"] > 0
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.selected.is_meta:  # nothing was loaded
+            return
+        rows = zip(self.layers, self.selected.tolist(), self.weights.tolist())
+        chosen = {layer: weight for layer, selected, weight in rows if selected}
+        if chosen:
+            self._remember(chosen)
+        else:
+            error_msgs.append(f"{prefix}selected: no layer is selected, expected at least one of {list(self.layers)}")
 
     def forward(
         self,
