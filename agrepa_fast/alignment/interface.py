@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .rows import Domains, check_targets, check_teachers, domain_weights, mean_of, rank_shares, row_mask, similarity_of
+from .rows import (
+    Domains,
+    check_targets,
+    check_teachers,
+    check_tensor,
+    check_width,
+    described,
+    domain_weights,
+    mean_of,
+    rank_shares,
+    row_mask,
+    similarity_of,
+)
 
 
 class InterfaceLoss(nn.Module):
@@ -23,6 +35,9 @@ class InterfaceLoss(nn.Module):
     def __init__(self, width: int, teachers: Mapping[str, int], weights: Mapping[str, float]) -> None:
         super().__init__()
         check_teachers(teachers)
+        check_width("width", width)
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights: expected a mapping {{teacher: weight}}, got {described(weights)}")
         self.width = width
         self.teachers = dict(teachers)
         self.weights = {name: float(weights.get(name, 1.0)) for name in teachers}
@@ -45,13 +60,16 @@ class InterfaceLoss(nn.Module):
         kept [B] bool: the samples whose tokens were not dropped.
 
         Raises:
-            ValueError: a missing teacher, or a shape that does not fit, by name.
+            ValueError, TypeError: a missing teacher, or a container, type or shape that does not fit, by name.
         """
+        form = f"[batch, frames, {self.width}]"
+        if not isinstance(embedding, Tensor):
+            raise TypeError(f"embedding: expected a tensor {form}, got {described(embedding)}")
         if embedding.dim() != 3 or embedding.shape[2] != self.width:
-            raise ValueError(f"embedding: expected [batch, frames, {self.width}], got {list(embedding.shape)}")
+            raise ValueError(f"embedding: expected {form}, got {list(embedding.shape)}")
         check_targets(self.teachers, targets, embedding.shape[:1])
-        if kept is not None and (kept.shape != embedding.shape[:1] or kept.dtype != torch.bool):
-            raise ValueError(f"kept: expected bool [{embedding.shape[0]}], got {kept.dtype} {list(kept.shape)}")
+        check_tensor("mask", mask, embedding.shape[:2], torch.bool)
+        check_tensor("kept", kept, embedding.shape[:1], torch.bool)
         pooled = ops.masked_mean(embedding, mask)
         rows = self._rows(targets, mask, domains, kept)
         total = embedding.new_zeros((), dtype=torch.float32)

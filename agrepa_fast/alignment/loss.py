@@ -18,11 +18,14 @@ from torch.nn import functional as F
 from .. import ops
 from ..errors import UserError
 from .heads import HEADS, grouped, one_by_one
-from .policy import LayerSelection
+from .policy import LayerSelection, check_selection
 from .rows import (
     Domains,
     check_targets,
     check_teachers,
+    check_tensor,
+    check_tensors,
+    check_width,
     comparable,
     counted_frames,
     domain_weights,
@@ -82,11 +85,13 @@ class AlignmentLoss(nn.Module):
             raise UserError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
         if standardise_targets and pool is not None:
             raise UserError('standardise_targets: works over time, which pool="mean" leaves none of: use pool=None')
-        if head not in HEADS:
+        if head not in list(HEADS):  # a list: what cannot be hashed is only unknown
             raise UserError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         if head == "conv" and pool is not None:
             raise UserError('head: "conv" runs over time, which pool="mean" leaves none of: use pool=None')
         check_teachers(teachers)
+        check_width("width", width)
+        check_selection(selection)
         self.width = width
         self.teachers = dict(teachers)
         self.layers = selection.layers
@@ -105,6 +110,7 @@ class AlignmentLoss(nn.Module):
 
     def select(self, selection: LayerSelection) -> None:
         """Take the weights of another selection among the layers that have heads; the others get 0."""
+        check_selection(selection)
         unknown = set(selection.layers) - set(self.layers)
         if unknown:
             raise ValueError(f"selection: layer {min(unknown)} has no head, only {list(self.layers)}")
@@ -181,22 +187,20 @@ class AlignmentLoss(nn.Module):
             "relation/..." and "cka/...", 1 - the mean distance, over the sets of two rows or more.
 
         Raises:
-            ValueError: a missing layer or teacher, or a shape that does not fit, by name.
+            ValueError, TypeError: a missing layer or teacher, or a container, type or shape that does not fit, by name.
         """
-        for layer in self.active:
-            if layer not in hidden:
-                raise ValueError(f"hidden: no hidden state of layer {layer}, only {sorted(hidden)}")
+        form = f"[batch, frames, {self.width}]"
+        check_tensors("hidden", hidden, self.active, "hidden state of layer", f"{{layer: {form}}}")
         any_hidden = hidden[self.active[0]]
         for layer in self.active:
-            shape = hidden[layer].shape
-            if len(shape) != 3 or shape[2] != self.width or shape != any_hidden.shape:
-                form = f"[batch, frames, {self.width}], the same for all layers"
-                raise ValueError(f"hidden[{layer}]: expected {form}, got {list(shape)}")
+            h = hidden[layer]
+            if h.dim() != 3 or h.shape[2] != self.width or h.shape != any_hidden.shape:
+                raise ValueError(f"hidden[{layer}]: expected {form}, the same for all layers, got {list(h.shape)}")
+            if not h.is_floating_point():
+                raise ValueError(f"hidden[{layer}]: expected floating point, got {h.dtype}")
         check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
-        if mask is not None and (mask.shape != any_hidden.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(f"mask: expected bool {list(any_hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
-        if sample_weight is not None and sample_weight.shape != any_hidden.shape[:1]:
-            raise ValueError(f"sample_weight: expected [{any_hidden.shape[0]}], got {list(sample_weight.shape)}")
+        check_tensor("mask", mask, any_hidden.shape[:2], torch.bool)
+        check_tensor("sample_weight", sample_weight, any_hidden.shape[:1])
         if sample_weight is not None and self.pool is not None and self.objective != "cosine":
             raise ValueError(f"sample_weight: pooled {self.objective!r} compares samples with each other")
         kept = domain_weights(list(self.teachers), domains, any_hidden)
@@ -230,6 +234,8 @@ class AlignmentLoss(nn.Module):
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
 
         Of another objective what it has in their place. nan when no teacher has a sample in the batch."""
+        names = [f"{self.objective}/{name}/{layer}" for layer in self.active for name in self.teachers]
+        check_tensors("metrics", metrics, names, "metric", "as the loss returns it")
         total = self.weights.new_zeros(())
         for layer in self.active:
             weight = self.weights[self.layers.index(layer)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -17,6 +18,19 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..attribution.scores import LayerScores
+
+N = TypeVar("N", int, float)
+
+
+def _numbers(name: str, given: object, kind: type, convert: Callable[[Any], N]) -> tuple[N, ...]:
+    """A sequence of numbers, NumPy's among them, as Python's."""
+    words = "distinct ascending 0-based integers" if kind is Integral else "numbers"
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
+        raise ValueError(f"{name}: expected a sequence of {words}, got {given!r:.60}")
+    values = tuple(given)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"{name}: expected {words}, got {values!r:.60}")
+    return tuple(map(convert, values))
 
 
 @dataclass(frozen=True)
@@ -28,19 +42,22 @@ class LayerSelection:
     method: str = "fixed"
 
     def __post_init__(self) -> None:
-        if not self.layers or len(self.layers) != len(self.weights):
-            raise ValueError(f"layers and weights: expected as many of each, got {self.layers}, {self.weights}")
-        whole = all(type(layer) is int for layer in self.layers)
-        if not whole or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(f"layers: expected distinct ascending 0-based integers, got {self.layers}")
+        layers = _numbers("layers", self.layers, Integral, int)
+        weights = _numbers("weights", self.weights, Real, float)
+        if not layers or len(layers) != len(weights):
+            raise ValueError(f"layers and weights: expected as many of each, got {layers}, {weights}")
+        if sorted(set(layers)) != list(layers) or layers[0] < 0:
+            raise ValueError(f"layers: expected distinct ascending 0-based integers, got {layers}")
         # So that nan, for which every comparison is false, is refused as well.
-        if not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) <= 1e-6):
-            raise ValueError(f"weights: expected numbers >= 0 that sum to 1, got {self.weights}")
+        if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
+            raise ValueError(f"weights: expected numbers >= 0 that sum to 1, got {weights}")
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "weights", weights)
 
     @classmethod
     def uniform(cls, layers: Sequence[int], method: str = "fixed") -> LayerSelection:
         """The given layers with equal weights."""
-        ordered = tuple(sorted(layers))
+        ordered = tuple(sorted(_numbers("layers", layers, Integral, int)))
         return cls(ordered, (1 / len(ordered),) * len(ordered) if ordered else (), method)
 
     def to_json(self, path: str | Path) -> None:
@@ -77,6 +94,13 @@ class LayerSelection:
             raise UserError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a layer selection ({error})") from None
+
+
+def check_selection(selection: LayerSelection) -> None:
+    """Refuse what is no `LayerSelection`, and say how to make one."""
+    if not isinstance(selection, LayerSelection):
+        kind = type(selection).__name__
+        raise TypeError(f"selection: expected a LayerSelection (LayerSelection.uniform([0, 2]), say), got a {kind}")
 
 
 def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
@@ -188,6 +212,10 @@ def layer_sensitivity(loss: Tensor, hidden: Sequence[Tensor], block_input: Tenso
         loss: a scalar on the graph of `hidden`.
         hidden: the outputs of all blocks in order, [B, T, D] each. block_input: what enters block 0 [B, T, D].
     """
+    if isinstance(hidden, Mapping) or not all(isinstance(h, Tensor) for h in hidden):
+        raise TypeError(
+            f"hidden: expected the blocks' outputs in order, a list of tensors, got a {type(hidden).__name__}"
+        )
     grads = torch.autograd.grad(loss, list(hidden), retain_graph=True)
     wide = [grad.detach().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
     steps = [h.detach() - before.detach() for h, before in zip(hidden, [block_input, *hidden])]

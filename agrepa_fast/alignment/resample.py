@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import described
+
 
 def _ratio(teacher_rate: float, student_rate: float) -> tuple[int, int]:
     """teacher_rate / student_rate as a fraction of bounded terms, by its continued fraction.
@@ -61,8 +63,12 @@ def align_time(
         valid teacher frame.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a rate that is not positive, an unknown mode.
+        ValueError, TypeError: types, shapes or dtypes that do not fit, a rate that is not positive, an unknown mode.
     """
+    given = {"teacher": teacher, "offset": offset, "teacher_mask": teacher_mask, "student_mask": student_mask}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (name == "teacher" or value is not None):
+            raise TypeError(f"{name} must be a tensor, got {described(value)}")
     if teacher.ndim != 3 or not teacher.is_floating_point():
         raise ValueError(f"teacher must be [B, S, W] floating point, got {list(teacher.shape)} {teacher.dtype}")
     batch, length, _ = teacher.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -12,42 +12,87 @@ from ..errors import UserError
 Domains = Mapping[str, Tensor] | Sequence[str] | None
 
 
+def described(value: object) -> str:
+    """What a value of a wrong type is, in a few words for a message."""
+    name = type(value).__name__
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return repr(value)[:60]
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{name} {list(shape)}"
+    return f"{name} of {len(value)}" if hasattr(value, "__len__") else name
+
+
 def check_teachers(teachers: Mapping[str, int]) -> None:
+    """{name: width}, each name fit for a module and each width a positive integer."""
+    if not isinstance(teachers, Mapping):
+        raise TypeError(f"teachers: expected a mapping {{name: width}}, got {described(teachers)}")
     if not teachers:
         raise ValueError("teachers: expected at least one {name: width}")
     taken = nn.ModuleDict()
-    for name in teachers:
+    for name, width in teachers.items():
         # Names become keys of a ModuleDict, which has attributes and a path separator of its own.
         if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
             raise UserError(f"teachers: {name!r} cannot name a module: choose another name, without dots")
+        check_width(f"teachers[{name!r}]", width)
+
+
+def check_width(name: str, width: int) -> None:
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"{name}: expected a width, an integer of at least 1, got {described(width)}")
+
+
+def check_tensors(name: str, values: object, keys: Iterable[Hashable], what: str, form: str) -> None:
+    """`values` is a mapping that has a tensor for each of the keys. what: the thing, form: the mapping, in words."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: expected a mapping {form}, got {described(values)}")
+    for key in keys:
+        if key not in values:
+            raise ValueError(f"{name}: no {what} {key!r}, only {sorted(values, key=str)}")
+        if not isinstance(values[key], Tensor):
+            raise TypeError(f"{name}[{key!r}]: expected a tensor, got {described(values[key])}")
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """`value` is None or a tensor of this shape, and dtype."""
+    if value is None:
+        return
+    # Messages are made where they are needed: torch.compile follows the checks, and no work on their strings.
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, {_form(shape, dtype)}, got {described(value)}")
+    if value.shape != tuple(shape) or dtype not in (None, value.dtype):
+        given = list(value.shape) if dtype is None else f"{value.dtype} {list(value.shape)}"
+        raise ValueError(f"{name}: expected {_form(shape, dtype)}, got {given}")
+
+
+def _form(shape: Sequence[int], dtype: torch.dtype | None) -> str:
+    return str(list(shape)) if dtype is None else f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def check_targets(teachers: Mapping[str, int], targets: Mapping[str, Tensor], rows: Sequence[int]) -> None:
     """Every teacher has a target [*rows, its width]."""
+    check_tensors("targets", targets, teachers, "features of teacher", "{teacher: features}")
     for name, size in teachers.items():
-        if name not in targets:
-            raise ValueError(f"targets: no features of teacher {name!r}, only {sorted(targets)}")
-        if targets[name].shape != (*rows, size):
-            raise ValueError(f"targets[{name!r}]: expected {[*rows, size]}, got {list(targets[name].shape)}")
+        check_tensor(f"targets[{name!r}]", targets[name], [*rows, size])
+        if not targets[name].is_floating_point():
+            raise ValueError(f"targets[{name!r}]: expected floating point, got {targets[name].dtype}")
 
 
 def domain_weights(teachers: Sequence[str], domains: Domains, like: Tensor) -> dict[str, Tensor | None]:
     """{teacher: [B] bool or None}: which samples count for each teacher."""
     if domains is None:
         return dict.fromkeys(teachers)
+    size = like.shape[0]
     if isinstance(domains, Mapping):
-        missing = set(teachers) - set(domains)
-        if missing:
-            raise ValueError(f"domains: no weights for teacher {sorted(missing)[0]!r}, only {sorted(domains)}")
+        check_tensors("domains", domains, teachers, "weights for teacher", "{teacher: [B]}")
         for name in teachers:
-            if domains[name].shape != like.shape[:1]:
-                raise ValueError(f"domains[{name!r}]: expected [{like.shape[0]}], got {list(domains[name].shape)}")
+            check_tensor(f"domains[{name!r}]", domains[name], [size])
         return {name: domains[name] != 0 for name in teachers}
-    unknown = set(domains) - set(teachers)
-    if unknown or len(domains) != like.shape[0]:
-        raise ValueError(
-            f"domains: expected {like.shape[0]} names among the teachers {list(teachers)}, got {list(domains)}"
-        )
+    form = f"{{teacher: [{size}]}}, or {size} names among the teachers {list(teachers)}"
+    if not isinstance(domains, Sequence) or isinstance(domains, (str, bytes)):
+        raise TypeError(f"domains: expected {form}, got {described(domains)}")
+    if len(domains) != size or any(domain not in teachers for domain in domains):
+        raise ValueError(f"domains: expected {form}, got {list(domains)!r:.80}")
     return {name: torch.tensor([d == name for d in domains], device=like.device) for name in teachers}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import UserError
+from .rows import check_tensor, described
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class SimilarityStop(nn.Module):
     @torch.no_grad()
     def forward(self, cosine: Tensor) -> Tensor:
         """Take a step's mean cosine (a scalar; nan is passed over) and return the factor for the next, a scalar."""
+        check_tensor("cosine", cosine, [])
         cosine = cosine.to(self.mean.dtype)
         if distributed.is_available() and distributed.is_initialized():
             found = ~cosine.isnan()
@@ -94,6 +96,8 @@ def timestep_weight(t: Tensor, kind: str = "uniform") -> Tensor:
     t 0 is noise and 1 is data. "data": 2 t; "noise": 2 (1 - t); "middle": 6 t (1 - t)."""
     if kind not in TIMESTEP_WEIGHTS:
         raise UserError(f"timestep weighting: expected one of {', '.join(TIMESTEP_WEIGHTS)}, got {kind!r}")
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"t: expected a floating point tensor [batch], got {described(t)}")
     if kind == "uniform":
         return torch.ones_like(t)
     return {"data": 2 * t, "noise": 2 * (1 - t), "middle": 6 * t * (1 - t)}[kind]
