@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..buffers import FixedBuffers
 from ..errors import UserError
 from .heads import HEADS, grouped, one_by_one
 from .policy import LayerSelection, check_selection
@@ -46,7 +47,7 @@ def _check_pool(pool: str | None) -> None:
         raise ValueError(f'pool: expected "mean" or None (frame by frame), got {pool!r}')
 
 
-class AlignmentLoss(nn.Module):
+class AlignmentLoss(FixedBuffers):
     """AG-REPA's loss over the layers of a selection, one head for each layer and teacher.
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
@@ -105,8 +106,8 @@ class AlignmentLoss(nn.Module):
             }
         )
         self._remember(dict(zip(selection.layers, selection.weights)))
-        self.register_buffer("weights", self._weights_tensor())
-        self.register_buffer("selected", self._selected_tensor())
+        for name, value in self.constants().items():
+            self.register_buffer(name, value)
 
     def select(self, selection: LayerSelection) -> None:
         """Take the weights of another selection among the layers that have heads; the others get 0."""
@@ -115,8 +116,8 @@ class AlignmentLoss(nn.Module):
         if unknown:
             raise ValueError(f"selection: layer {min(unknown)} has no head, only {list(self.layers)}")
         self._remember(dict(zip(selection.layers, selection.weights)))
-        self.weights.copy_(self._weights_tensor())
-        self.selected.copy_(self._selected_tensor())
+        for name, value in self.constants().items():
+            self.get_buffer(name).copy_(value)
         if self.pool is None:
             for heads in self.heads.values():
                 for name, head in heads.items():  # type: ignore[operator]
@@ -127,11 +128,12 @@ class AlignmentLoss(nn.Module):
         self._chosen = chosen
         self.active = self.layers if self.pool is not None else tuple(chosen)
 
-    def _weights_tensor(self) -> Tensor:
-        return torch.tensor([self._chosen.get(layer, 0.0) for layer in self.layers], dtype=torch.float32)
-
-    def _selected_tensor(self) -> Tensor:
-        return torch.tensor([layer in self._chosen for layer in self.layers])
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers: every layer's weight, and whether it is selected."""
+        return {
+            "weights": torch.tensor([self._chosen.get(layer, 0.0) for layer in self.layers], dtype=torch.float32),
+            "selected": torch.tensor([layer in self._chosen for layer in self.layers]),
+        }
 
     def _load_from_state_dict(
         self,
@@ -144,8 +146,10 @@ class AlignmentLoss(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load the weights and the selection; a state dict from before it held a selection selects weights above 0."""
-        if prefix + "selected" not in state_dict and prefix + "weights" in state_dict:
-            state_dict[prefix + "selected"] = state_dict[prefix + "weights"] > 0
+        if prefix + "weights" in state_dict:
+            state_dict.setdefault(prefix + "selected", state_dict[prefix + "weights"] > 0)
+            # With assign=True the buffer would take the dtype that it finds.
+            state_dict[prefix + "weights"] = state_dict[prefix + "weights"].float()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -245,7 +249,7 @@ class AlignmentLoss(nn.Module):
 
     def _norm(self, x: Tensor) -> Tensor:
         # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
-        return F.layer_norm(x.to(self.weights.dtype), (self.width,))
+        return F.layer_norm(x.to(next(self.parameters()).dtype), (self.width,))
 
     def _framewise(
         self,

@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
+from ..buffers import FixedBuffers
 from ..errors import UserError
 from .rows import check_tensor, described
 
@@ -49,7 +50,7 @@ class AlignmentSchedule:
         return ramped * (1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class SimilarityStop(nn.Module):
+class SimilarityStop(FixedBuffers):
     """1 until the running mean of the cosine has reached a threshold, 0 from then on; all of it on the device.
 
     In a process group the cosine is the mean over the ranks that have one, so that all stop at the same step: every
@@ -68,8 +69,12 @@ class SimilarityStop(nn.Module):
         if not (-1 <= threshold <= 1 and 0 <= momentum < 1):
             raise UserError(f"expected threshold in [-1, 1] and momentum in [0, 1), got {threshold} and {momentum}")
         self.threshold, self.momentum = threshold, momentum
-        self.register_buffer("mean", torch.tensor(torch.nan))
-        self.register_buffer("factor", torch.tensor(1.0))
+        for name, value in self.constants().items():
+            self.register_buffer(name, value)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers before the first cosine."""
+        return {"mean": torch.tensor(torch.nan), "factor": torch.tensor(1.0)}
 
     @torch.no_grad()
     def forward(self, cosine: Tensor) -> Tensor:

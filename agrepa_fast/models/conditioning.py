@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..buffers import FixedBuffers
+
 RELEASED_VOCABULARIES = ("s3", "as")
 
 
-class TokenConditioner(nn.Module):
+class TokenConditioner(FixedBuffers):
     """Embed tokens, project, interpolate in time and L2-normalise per frame (arXiv 2603.01006).
 
     Args:
@@ -37,8 +39,11 @@ class TokenConditioner(nn.Module):
         self.tables = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in vocabularies.items()})
         streams = 2 if secondary else 1
         self.projections = nn.ModuleDict({name: nn.Linear(streams * width, width, bias=False) for name in vocabularies})
-        starts = torch.tensor([0, *vocabularies.values()]).cumsum(0)[:-1]
-        self.register_buffer("offsets", starts, persistent=False)
+        self.register_buffer("offsets", self.constants()["offsets"], persistent=False)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffer: where the rows of each vocabulary start."""
+        return {"offsets": torch.tensor([0, *self.vocabularies.values()]).cumsum(0)[:-1]}
 
     @property
     def topology(self) -> str:

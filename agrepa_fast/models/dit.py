@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..buffers import FixedBuffers
 from .packed import Packing
 
 EPS = 1e-6
@@ -125,7 +126,7 @@ class Modulation:
     gate: Tensor
 
 
-class DiT(nn.Module):
+class DiT(FixedBuffers):
     """Diffusion transformer with adaLN-zero modulation and a residual stream made of one op.
 
     `branches[2 l]` is block l's attention and `branches[2 l + 1]` its feed-forward; layers are 0-based.
@@ -149,8 +150,12 @@ class DiT(nn.Module):
             self.branches.append(FeedForward(width, config.ff_ratio * width, config.dropout))
         self.output_norm = nn.LayerNorm(width, eps=EPS)
         self.output = nn.Linear(width, config.mels)
-        self.register_buffer("positions", position_table(config.max_frames, width), persistent=False)
+        self.register_buffer("positions", self.constants()["positions"], persistent=False)
         self._initialise()
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffer: one row for each position."""
+        return {"positions": position_table(self.config.max_frames, self.config.width)}
 
     def _initialise(self) -> None:
         """Every block starts as the identity and the velocity as zero (adaLN-zero)."""
@@ -187,7 +192,8 @@ class DiT(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)
         x = self.input(x)
         x = x + self.positions[: x.shape[1]].to(x.dtype)
-        embedded = self.time(time_sinusoid(t.to(self.positions.dtype), self.config.width).to(x.dtype))
+        wide = torch.promote_types(self.positions.dtype, x.dtype)
+        embedded = self.time(time_sinusoid(t.to(wide), self.config.width).to(x.dtype))
         m = self.modulation(F.silu(embedded)).view(t.shape[0], self.depth, 6, self.config.width)
         # Chunk order of the released network: scale, shift of attention; of feed-forward; the two gates.
         return x, [

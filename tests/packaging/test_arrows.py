@@ -15,7 +15,7 @@ import pytest
 ROOT_PACKAGE = "agrepa_fast"  # as a room: the public names of agrepa_fast/__init__.py
 
 OPS = {"kernels", "reference", "errors"}
-NETWORK = {"ops", "reference", "errors"}
+NETWORK = {"ops", "reference", "errors", "buffers"}
 SIDE = {"ops", "reference", "errors", "fields", "data"}
 TRAINING = {
     ROOT_PACKAGE,
@@ -35,6 +35,7 @@ TRAINING = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "graphs": set(),
+    "buffers": set(),
     "fields": {"errors"},
     "kernels": set(),
     "reference": set(),
@@ -58,6 +59,7 @@ OTHER_PACKAGES = {
     "kernels": {"torch", "triton"},
     "reference": {"torch"},
     "graphs": {"torch"},
+    "buffers": {"torch"},
     "errors": set(),
     "fields": set(),
 }
