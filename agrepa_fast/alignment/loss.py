@@ -8,8 +8,8 @@ targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,28 @@ from .heads import HEADS, grouped, one_by_one
 from .policy import LayerSelection, check_selection
 from .rows import (
     Domains,
+    ZeroGradient,
     check_targets,
     check_teachers,
     check_tensor,
     check_tensors,
     check_width,
     comparable,
+    count,
     counted_frames,
     domain_weights,
+    grouped_ranks,
     mean_of,
     rank_shares,
     row_mask,
     similarity_of,
+    takes_global_means,
     where_counted,
 )
 from .similarity import cka_distance, relation_distance, standardise
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OBJECTIVES = ("cosine", "relation", "cka")
 RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
@@ -51,9 +58,9 @@ class AlignmentLoss(FixedBuffers):
     """AG-REPA's loss over the layers of a selection, one head for each layer and teacher.
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
-    `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run and
-    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run and
-    take gradients: DistributedDataParallel, which looks for these once, is to be built after `select`.
+    `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run. Frame-wise
+    heads cost more, so only those of the selected layers (`active`) run. In one process the others get no gradient; in
+    a process group their gradients are exactly zero, because DistributedDataParallel waits for every parameter.
 
     Args:
         width: D of the hidden states.
@@ -65,6 +72,8 @@ class AlignmentLoss(FixedBuffers):
             "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
         standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
             (iREPA); frame by frame only.
+        process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
+            a group of this rank alone (`new_group([rank])`) each rank takes its own means.
     """
 
     weights: Tensor
@@ -79,6 +88,7 @@ class AlignmentLoss(FixedBuffers):
         head: str = "mlp",
         objective: str = "cosine",
         standardise_targets: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -97,6 +107,7 @@ class AlignmentLoss(FixedBuffers):
         self.teachers = dict(teachers)
         self.layers = selection.layers
         self.pool = pool
+        self.process_group = process_group
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
@@ -118,10 +129,25 @@ class AlignmentLoss(FixedBuffers):
         self._remember(dict(zip(selection.layers, selection.weights)))
         for name, value in self.constants().items():
             self.get_buffer(name).copy_(value)
-        if self.pool is None:
-            for heads in self.heads.values():
-                for name, head in heads.items():  # type: ignore[operator]
-                    head.requires_grad_(int(name) in self.active)
+
+    def idle(self) -> Tensor:
+        """0, a scalar that gives every head a gradient of exactly zero.
+
+        With several processes, add it to the loss of a step that leaves alignment out: DistributedDataParallel waits
+        for a gradient of every parameter in every step."""
+        return self._idle(())
+
+    def _idle(self, active: Sequence[int]) -> Tensor:
+        """0, which gives the heads of all layers but the active ones a gradient of exactly zero."""
+        parameters = [
+            parameter
+            for heads in self.heads.children()
+            for layer, head in heads.named_children()
+            if int(layer) not in active
+            for parameter in head.parameters()
+            if parameter.requires_grad
+        ]
+        return ZeroGradient.apply(*parameters) if parameters else self.weights.new_zeros(())
 
     def _remember(self, chosen: dict[int, float]) -> None:
         """Keep {selected layer: weight} on the host, where it decides which heads run."""
@@ -183,12 +209,16 @@ class AlignmentLoss(FixedBuffers):
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
                 Not with pooled "relation" and "cka", which compare samples with each other.
-            shares: {teacher: []} factors on the teachers' terms; see `shares`.
+            shares: internal: what the method `shares` returned, for a caller that has its all-reduce elsewhere.
 
         Returns:
-            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine, without
-            weights (nan when none of the teacher's samples is in the batch). Of the other objectives
+            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine of this rank,
+            without weights (nan when none of the teacher's samples is in the batch). Of the other objectives
             "relation/..." and "cka/...", 1 - the mean distance, over the sets of two rows or more.
+
+            With several ranks, while gradients are recorded, the loss is this rank's part of the means over the rows of
+            all ranks: averaged over the ranks, losses and gradients are those of one process with all rows. Every rank
+            must call it (one small all-reduce). Under no_grad means are over this rank's rows.
 
         Raises:
             ValueError, TypeError: a missing layer or teacher, or a container, type or shape that does not fit, by name.
@@ -215,8 +245,12 @@ class AlignmentLoss(FixedBuffers):
         run = self._pooled if self.pool is not None else self._framewise
         frames = counted_frames(kept.values(), mask, any_hidden.shape[1])
         distances = run(hidden, targets, frames, rows, sample_weight)
+        if shares is None and takes_global_means(self.process_group):
+            shares = self._shares(targets, rows)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
+        if grouped_ranks() and self.pool is None:
+            loss = loss + self._idle(self.active)
         for layer in self.active:
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:
@@ -227,12 +261,17 @@ class AlignmentLoss(FixedBuffers):
         return loss, metrics
 
     def shares(self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains) -> dict[str, Tensor]:
-        """With several ranks: this rank's rows over the mean rank's, for each teacher; the arguments of `forward`.
-
-        A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over
-        all ranks' rows. Every rank must call it: one small all-reduce."""
+        """Internal: with several ranks, what `forward` computes of the same arguments when it is not given `shares`."""
         kept = domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        return rank_shares(targets, {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers})
+        rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        return self._shares(targets, rows)
+
+    def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        if self.objective == "cosine":
+            counts = {name: count(rows[name], targets[name]) for name in self.teachers}
+        else:  # means are over clips or, pooled, over the ranks' batches
+            counts = {name: count(comparable(rows[name]), targets[name][..., 0]) for name in self.teachers}
+        return rank_shares(counts, self.process_group)
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
