@@ -201,7 +201,11 @@ class ClipDataset:
     def _tokens(self, clip: Clip) -> tuple[Tensor, int]:
         name = self._vocabulary_of[clip.domain]
         number = self.vocabulary_names.index(name)
-        tokens = encode_text(clip.text) if clip.tokens is None else read_tokens(clip.tokens, self.vocabularies[name])
+        try:
+            text = encode_text(clip.text)
+        except UserError as error:
+            raise UserError(f"{clip.path}: {error}") from error
+        tokens = text if clip.tokens is None else read_tokens(clip.tokens, self.vocabularies[name])
         self._token_counts[clip] = tokens.shape[0]
         return tokens, number
 

@@ -18,8 +18,22 @@ BYTE_VOCABULARY = 256
 
 
 def encode_text(text: str) -> Tensor:
-    """UTF-8 bytes of `text` as int64 [S, 1], values 0 to 255; an empty text gives [0, 1]."""
-    return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64).reshape(-1, 1)
+    """UTF-8 bytes of `text` as int64 [S, 1], values 0 to 255; an empty text gives [0, 1].
+
+    UserError for a lone surrogate: half a character from JSON (\\ud83d), or a byte that was not UTF-8.
+    """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python keeps an undecodable byte b as the surrogate 0xdc00 + b.
+        what = (
+            f"the byte 0x{code - 0xDC00:02x} is not UTF-8"
+            if 0xDC80 <= code <= 0xDCFF
+            else f"\\u{code:x} is half a character"
+        )
+        raise UserError(f"the text is not valid: {what} (after {error.start} characters); write it as UTF-8") from error
+    return torch.tensor(list(data), dtype=torch.int64).reshape(-1, 1)
 
 
 def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:

@@ -187,7 +187,8 @@ def text_batch(
     """A batch of one to generate from: text over `seconds`, after a reference clip (its mel is the prompt).
 
     Raises:
-        UserError: no text, a length that does not fit, a vocabulary without text, an unreadable reference.
+        UserError: no text or one that is not valid Unicode, a length that does not fit, a vocabulary without text, an
+            unreadable reference.
     """
     vocabulary = config.data.vocabulary_of.get(domain, "text")
     if vocabulary not in config.data.vocabularies or config.data.vocabularies[vocabulary] != (BYTE_VOCABULARY,):
@@ -204,6 +205,11 @@ def text_batch(
     if frames > config.dit.max_frames:
         longest = config.dit.max_frames / config.mel.frame_rate
         raise UserError(f"--seconds: reference and {seconds:g} s are more than the model's {longest:.1f} s")
+    for option, given in (("--text", text), ("--reference-text", reference_text)):
+        try:
+            encode_text(given)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from error
     words = " ".join(part for part in (reference_text, text) if part)
     mel = torch.zeros(frames, config.mel.mels)
     mel[: prompt.shape[0]] = prompt

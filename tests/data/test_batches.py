@@ -343,6 +343,20 @@ def test_check_drops_what_cannot_be_read(tmp_path):
         dataset.check(max_share=5)
 
 
+def test_a_text_that_is_no_unicode_makes_its_clip_unreadable(tmp_path):
+    texts = ["fine", "hi \ud83d", "\udcff", "\U0001f600"]
+    clips = [make_clip(tmp_path, number, 1000, text=text) for number, text in enumerate(texts)]
+    dataset = ClipDataset(clips, CONFIG, max_frames=40)
+    skipped = dataset.check(0.5)
+    assert [clip.text for clip in dataset.clips] == ["fine", "\U0001f600"]
+    assert [(item.source, item.reason.partition(" (")[0]) for item in skipped] == [
+        ("list.csv:1", "the text is not valid: \\ud83d is half a character"),
+        ("list.csv:2", "the text is not valid: the byte 0xff is not UTF-8"),
+    ]
+    with pytest.raises(UserError, match=r"2 of 4 clips cannot be read.*list\.csv:1"):
+        ClipDataset(clips, CONFIG, max_frames=40).check(0.4)
+
+
 def test_too_short_for_one_window_is_skipped(tmp_path):
     clips = [make_clip(tmp_path, 0, 128), make_clip(tmp_path, 1, 129)]
     (skipped,) = ClipDataset(clips, CONFIG, max_frames=20).check(max_share=0.5)

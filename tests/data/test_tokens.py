@@ -18,6 +18,20 @@ def test_text_is_its_utf8_bytes():
     assert encode_text("").shape == (0, 1)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("hi \ud83d", r"\\ud83d is half a character .after 3 characters"),
+        ("\udcff", "the byte 0xff is not UTF-8 .after 0"),
+        ("\ude00\ud83d", r"\\ude00 is half"),
+    ],
+)
+def test_half_a_character_is_refused(text, message):
+    with pytest.raises(UserError, match=message) as error:
+        encode_text(text)
+    str(error.value).encode("utf-8")
+
+
 def test_one_stream_from_each_kind_of_file(tmp_path):
     wanted = [[3], [0], [4095]]
     np.save(tmp_path / "flat.npy", np.array([3, 0, 4095], dtype=np.uint16))
