@@ -1,0 +1,63 @@
+"""Which column of a list is what: the names that data sets and toolkits use, in one table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from ..errors import UserError
+
+# F5-TTS writes audio_file and text; Hugging Face audiofolder file_name and transcription; NeMo audio_filepath and
+# text; Common Voice path, sentence and client_id; caption data sets file_name and caption.
+ALIASES = {
+    "audio_file": ("audio_file", "file_name", "audio_filepath", "path", "audio_path", "audio", "filename", "wav"),
+    "text": ("text", "transcription", "transcript", "sentence", "caption", "labels"),
+    "domain": ("domain",),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "tokens": ("tokens",),
+    "start": ("offset", "start", "start_time", "start_seconds"),
+}
+CAPTIONS = ("caption", "labels")  # text that describes a sound: its domain is audio unless the list says otherwise
+IDENTIFIER = "id"  # instead of a file name: the sound file is found by its stem
+EXPECTED = "audio_file and text, or what docs/data.md lists for them, with optional domain, speaker, tokens"
+_MEANING = {alias: meaning for meaning, aliases in ALIASES.items() for alias in aliases}
+
+
+def known(names: Sequence[str]) -> int:
+    """How many of the names of columns are known ones."""
+    return sum(name.strip().lower() in _MEANING or name.strip().lower() == IDENTIFIER for name in names)
+
+
+def find_columns(names: Sequence[str], place: str) -> dict[str, int]:
+    """{meaning: position} of the columns; others are left out. Upper and lower case are the same.
+
+    A column "id" takes the part of the audio file where no other column names one.
+
+    UserError, beginning with `place`, where audio file or text are missing, where two columns mean the same, or where
+    a name looks like a misspelt column.
+    """
+    lowered = [name.strip().lower() for name in names]
+    columns: dict[str, int] = {}
+    for position, name in enumerate(lowered):
+        meaning = _MEANING.get(name)
+        if meaning is None:
+            continue
+        if meaning in columns:
+            first = names[columns[meaning]].strip()
+            both = f"{first!r} appears twice" if lowered[columns[meaning]] == name else f"{first!r} and {name!r} both"
+            raise UserError(f"{place}: {both} give the {meaning}: keep one of the columns")
+        columns[meaning] = position
+    if "audio_file" not in columns and IDENTIFIER in lowered:
+        columns["audio_file"] = lowered.index(IDENTIFIER)
+    for position, name in enumerate(lowered):
+        close = difflib.get_close_matches(name, _MEANING, n=1, cutoff=0.8)
+        meaning = _MEANING[close[0]] if close else "start"
+        if meaning != "start" and meaning not in columns and position not in columns.values():
+            raise UserError(
+                f"{place}: unknown column {names[position].strip()!r} (did you mean {close[0]!r}?); "
+                f"the columns are {EXPECTED}"
+            )
+    for meaning in ("audio_file", "text"):
+        if meaning not in columns:
+            raise UserError(f"{place}: the column {meaning!r} is missing; the columns are {EXPECTED}")
+    return columns
