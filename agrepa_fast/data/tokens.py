@@ -5,6 +5,9 @@ K is the number of streams: 1 (a single tokenizer) or 2 (a primary token and its
 
 from __future__ import annotations
 
+import math
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +18,13 @@ from torch import Tensor
 from ..errors import UserError
 
 BYTE_VOCABULARY = 256
+# What a few bytes of a file claim must not fill the memory: the shape of an expanded tensor or of a header.
+MOST_TOKENS = 1 << 24
+MOST_BYTES = 16 * MOST_TOKENS
+# Others (quantised ones, or torch.uint4) have no integers to take out.
+_INTEGERS = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def encode_text(text: str) -> Tensor:
@@ -43,7 +53,8 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     `[t1, b1, t2, b2, ...]`. Stream k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a
     tensor or a list of integers; neither kind of file may carry pickled objects.
 
-    UserError when the file is missing, unreadable, empty, of the wrong shape or type, or out of range.
+    UserError when the file is missing, unreadable, empty, damaged, of the wrong shape or type, out of range, or has
+    more than 2^24 tokens (62 hours at 75 a second).
     """
     if len(vocabularies) not in (1, 2) or any(size < 1 for size in vocabularies):
         raise ValueError(f"vocabularies must be one or two positive sizes, got {list(vocabularies)}")
@@ -52,8 +63,6 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     streams = len(vocabularies)
     if tokens.size == 0:
         raise UserError(f"{path}: holds no tokens")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"{path}: tokens must be integers, the file holds {tokens.dtype}")
     if tokens.ndim == 1:
         if tokens.shape[0] % streams:
             raise UserError(
@@ -68,27 +77,72 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
         low, high = int(tokens[:, stream].min()), int(tokens[:, stream].max())
         if low < 0 or high >= size:
             raise UserError(f"{path}: token {low if low < 0 else high} in stream {stream} is outside 0 to {size - 1}")
-    return torch.from_numpy(tokens.astype(np.int64))
+    return torch.from_numpy(np.array(tokens, dtype=np.int64, order="C"))
 
 
 def _load(path: Path) -> np.ndarray:
+    """The integers of a file, of any width and shape."""
     if not path.is_file():
         raise UserError(f"{path}: no such token file")
     if path.suffix not in (".npy", ".pt"):
         raise UserError(f"{path}: tokens are read from .npy or .pt files, not {path.suffix or 'this'}")
     try:
-        if path.suffix == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return _load_numpy(path) if path.suffix == ".npy" else _load_torch(path)
+    except UserError:
+        raise
     except Exception as error:
         # A damaged file can fail anywhere in either reader; all of it means the same to the user.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as tokens ({reason})") from error
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > MOST_TOKENS:
+        raise UserError(f"{path}: claims {count:.3g} tokens, a clip has at most {MOST_TOKENS}: cut it into clips")
+
+
+def _load_numpy(path: Path) -> np.ndarray:
+    """Checks what the header says against the file before anything is allocated."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        # Version 3 is for names of fields, which tokens have not.
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        if dtype.kind not in "iu":
+            raise UserError(f"{path}: tokens must be integers, the file holds {str(dtype)[:60]}")
+        count = math.prod(shape)
+        _check_count(path, count)
+        size = os.fstat(file.fileno()).st_size - file.tell()
+        if size != count * dtype.itemsize or min(shape, default=0) < 0:
+            raise UserError(
+                f"{path}: its header claims {list(shape)} of {dtype}, which does not fit the {size} bytes after it: "
+                "the file is damaged, write it again"
+            )
+        values = np.frombuffer(file.read(size), dtype)
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+def _load_torch(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        # Records may be compressed.
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(record.file_size for record in archive.infolist()))
+    if size > MOST_BYTES:
+        raise UserError(f"{path}: {size} bytes are more than tokens of one clip take ({MOST_BYTES})")
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(loaded, Tensor):
-        if loaded.is_floating_point() or loaded.is_complex() or loaded.is_sparse:
-            raise UserError(f"{path}: tokens must be integers, the file holds {loaded.dtype}")
-        return loaded.numpy()
+        if loaded.layout != torch.strided or loaded.is_nested or loaded.is_meta or loaded.dtype not in _INTEGERS:
+            kind = "a nested tensor" if loaded.is_nested else f"{loaded.layout} {loaded.dtype} on {loaded.device}"
+            raise UserError(f"{path}: tokens must be a dense tensor of integers, the file holds {kind}")
+        _check_count(path, loaded.numel())
+        return loaded.resolve_neg().numpy()
     if isinstance(loaded, list) and all(type(value) is int for value in loaded):
-        # Beyond 64 bits numpy makes objects, which the caller's type check refuses.
-        return np.array(loaded) if loaded else np.zeros(0, dtype=np.int64)
+        _check_count(path, len(loaded))
+        try:
+            return np.array(loaded, dtype=np.int64)
+        except OverflowError as error:
+            raise UserError(f"{path}: holds a token beyond 64 bits") from error
     raise UserError(f"{path}: tokens must be a tensor or a list of integers, not {type(loaded).__name__}")

@@ -172,7 +172,9 @@ def test_nothing_in_a_checkpoint_is_executed(capsys, finished, tmp_path):
 def test_sample_arguments(capsys, finished, tmp_path):
     assert "--text" in fails(capsys, ["sample", str(finished), "--text", ""])
     # A shell's argument in bytes that are not UTF-8 reaches Python as a lone surrogate.
-    assert "--text: the text is not valid: the byte 0xff" in fails(capsys, ["sample", str(finished), "--text", "\udcff"])
+    assert "--text: the text is not valid: the byte 0xff" in fails(
+        capsys, ["sample", str(finished), "--text", "\udcff"]
+    )
     reference_text = ["sample", str(finished), "--text", "a", "--reference-text", "\ud83d"]
     assert "--reference-text: the text" in fails(capsys, reference_text)
     assert "--seconds" in fails(capsys, ["sample", str(finished), "--text", "a", "--seconds", "0"])
