@@ -5,17 +5,33 @@ Every way a file can be unusable is a UserError that names the file and the reas
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    import soundfile
+
 # About 3 steps of a 16-bit file (-80 dB of full scale): below it there is nothing to learn from.
 SILENCE = 1e-4
+# 18 dB above full scale: no mix is as loud, but samples of an integer file that were written as floats are.
+LOUDEST = 8.0
+CANCELLED = 0.01
+# What may be missing of what a header claims: some writers count a few bytes too many.
+ENOUGH_SECONDS = 0.01
+UNKNOWN_SIZE = 0x7FFFF000
+LONGEST_OGG_PAGE = 27 + 255 + 255 * 255
+# Lines of libsndfile's log about the chunk that holds the samples, in WAV, AIFF, SVX, AU, W64 and RF64.
+_CLAIM = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 LOWEST_RATE, HIGHEST_RATE = 2000, 768000
 
 
@@ -38,51 +54,152 @@ def import_soundfile() -> ModuleType:
     return soundfile
 
 
+class Header(NamedTuple):
+    """What a file says of itself before it is decoded."""
+
+    frames: int  # samples of each channel
+    rate: int  # Hz
+    exact: bool  # whether decoding gives that many; MP3 may only estimate it
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of a sound file, checked against the size of the file.
+
+    UserError as for `read_audio`, as far as it can be told without decoding: missing, empty, unreadable, truncated,
+    without samples, at an absurd rate.
+    """
+    with _opened(Path(path)) as file:
+        return _header(Path(path), file)
+
+
 def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) -> Tensor:
     """One sound file as mono float32 [S] at `sample_rate` Hz.
 
-    WAV, FLAC, Ogg, MP3 and whatever else libsndfile reads; channels are averaged; other rates are resampled
-    (windowed sinc; a ratio with a denominator beyond 1000 is taken at the nearest ratio below it, off by
-    less than one part in a million).
+    WAV, FLAC, Ogg, MP3 and whatever else libsndfile reads; channels are averaged, or where they cancel out (the
+    average has less than 1 % of their power) the loudest is taken; other rates are resampled (windowed sinc; a ratio
+    with a denominator beyond 1000 is taken at the nearest ratio below it, off by less than one part in a million).
 
-    UserError when the file is missing, empty, unreadable, without samples, shorter than `minimum_samples`
-    after resampling, holds NaN or infinity, or is silent (every |x| < 1e-4).
+    UserError when the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
+    after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
     """
-    soundfile = import_soundfile()
     path = Path(path)
+    with _opened(path) as file:
+        frames, rate, _ = _header(path, file)
+        try:
+            samples = file.read(frames, dtype="float32", always_2d=True)
+        except (import_soundfile().LibsndfileError, OSError) as error:
+            raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error
+        except (MemoryError, ValueError) as error:
+            # A damaged header can claim any length.
+            raise UserError(f"{path}: the header claims more samples than memory holds") from error
+    _check_length(path, frames, samples.shape[0], rate)
+    waveform = _mono(path, torch.from_numpy(samples))
+    if rate != sample_rate:
+        ratio = _ratio(sample_rate, rate)
+        waveform = import_torchaudio().functional.resample(waveform, ratio.denominator, ratio.numerator)
+    check_minimum(path, waveform.shape[0], sample_rate, minimum_samples)
+    return waveform.contiguous()
+
+
+def resampled_length(frames: int, rate: int, sample_rate: int) -> int:
+    """How many samples `read_audio` makes of a file's frames."""
+    if rate == sample_rate:
+        return frames
+    ratio = _ratio(sample_rate, rate)
+    # In float32, as torchaudio has it: it differs from exact arithmetic in files of 17 minutes and more.
+    return int(torch.ceil(torch.as_tensor(ratio.numerator * frames / ratio.denominator)).long())
+
+
+def check_minimum(path: Path, samples: int, sample_rate: int, minimum_samples: int) -> None:
+    """UserError when a clip has too few samples."""
+    if samples < minimum_samples:
+        raise UserError(f"{path}: too short ({samples} samples at {sample_rate} Hz, {minimum_samples} needed)")
+
+
+def _ratio(sample_rate: int, rate: int) -> Fraction:
+    return Fraction(sample_rate, rate).limit_denominator(1000)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
+    library = import_soundfile()
     if not path.exists():
         raise UserError(f"{path}: no such audio file")
     if not path.is_file():
         raise UserError(f"{path}: not a file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes)")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(f"{path}: the file is empty (0 bytes)")
+        file = library.SoundFile(path)
+    except (library.LibsndfileError, OSError, TypeError) as error:
         # soundfile raises TypeError for header-less formats, which need settings that a file cannot give.
         raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error
-    except (MemoryError, ValueError) as error:
-        # A damaged header can claim any length.
-        raise UserError(f"{path}: the header claims more samples than memory holds") from error
+    with file:
+        yield file
+
+
+def _header(path: Path, file: soundfile.SoundFile) -> Header:
+    frames, rate = file.frames, file.samplerate
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise UserError(f"{path}: sample rate {rate} Hz is outside {LOWEST_RATE} to {HIGHEST_RATE}")
-    if samples.shape[0] == 0:
+    if file.format == "OGG" and _cut_ogg(path):
+        raise UserError(f"{path}: truncated (its last page is cut off)")
+    claimed = _nist_frames(path) if file.format == "NIST" else round(frames * _claimed_share(file.extra_info))
+    _check_length(path, claimed, frames, rate)
+    if frames == 0:
         raise UserError(f"{path}: holds no samples")
-    waveform = torch.from_numpy(samples).mean(dim=1)
-    # Checked before resampling, which would smear one bad sample over its neighbours.
-    if not bool(torch.isfinite(waveform).all()):
+    return Header(frames, rate, exact="MPEG" not in file.subtype)
+
+
+def _check_length(path: Path, claimed: int, frames: int, rate: int) -> None:
+    if claimed - frames > ENOUGH_SECONDS * rate:
+        raise UserError(f"{path}: truncated ({frames / rate:.2f} s of the {claimed / rate:.2f} s in its header)")
+
+
+def _claimed_share(log: str) -> float:
+    """How many times the sound in the file its header claims. libsndfile notes it in its log, and cuts the claim."""
+    found = _CLAIM.search(log)
+    if found is None:
+        return 1.0
+    claimed, real = int(found[1]), int(found[2])
+    # A program that writes to a pipe cannot know the size: 0xffffffff (ffmpeg) or 0x7ffff000 and more (SoX).
+    return claimed / max(real, 1) if real < claimed < UNKNOWN_SIZE else 1.0
+
+
+def _nist_frames(path: Path) -> int:
+    """Frames that the text header of a NIST SPHERE file claims, 0 where it does not say."""
+    with open(path, "rb") as file:
+        found = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _cut_ogg(path: Path) -> bool:
+    """Whether the last page is longer than what is left of the file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_OGG_PAGE))
+        tail = file.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    header = 27
+    return len(page) < header or len(page) < header + page[26] + sum(page[header : header + page[26]])
+
+
+def _mono(path: Path, channels: Tensor) -> Tensor:
+    """[S, C] to [S]. Checked before resampling, which would smear one bad sample over its neighbours."""
+    if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
-    if float(waveform.abs().max()) < SILENCE:
+    peaks = channels.abs().amax(0)
+    loudest = float(peaks.max())
+    if loudest < SILENCE:
         raise UserError(f"{path}: silent (no sample reaches {SILENCE:g})")
-    if rate != sample_rate:
-        ratio = Fraction(sample_rate, rate).limit_denominator(1000)
-        functional = import_torchaudio().functional
-        waveform = functional.resample(waveform, ratio.denominator, ratio.numerator)
-    if waveform.shape[0] < minimum_samples:
-        raise UserError(
-            f"{path}: too short ({waveform.shape[0]} samples at {sample_rate} Hz, {minimum_samples} needed)"
-        )
-    return waveform.contiguous()
+    if loudest > LOUDEST:
+        raise UserError(f"{path}: beyond full scale (a sample of {loudest:g}): divide the samples, 1 is full scale")
+    waveform = channels.mean(dim=1)
+    if channels.shape[1] > 1:
+        power = channels.square().mean(0)
+        if float(waveform.square().mean()) < CANCELLED * float(power.mean()):
+            return channels[:, int(power.argmax())]
+    return waveform
 
 
 def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from agrepa_fast.data.audio import read_audio, write_audio
+from agrepa_fast.data.audio import read_audio, read_header, resampled_length, write_audio
 from agrepa_fast.data.mel import LogMel, MelConfig
 from agrepa_fast.errors import UserError
 
@@ -83,7 +83,11 @@ BAD = {
     "nan": (_wav([*tone(0.1, 16000), math.nan]), "NaN or infinite"),
     "inf": (_wav([*tone(0.1, 16000), math.inf]), "NaN or infinite"),
     "silent": (_wav(np.full(1600, 5e-5)), "silent"),
-    "opposite channels": (_wav(np.stack([tone(0.1, 16000), -tone(0.1, 16000)], axis=1)), "silent"),
+    "silent channels": (_wav(np.full((1600, 2), 5e-5)), "silent"),
+    "nan in one channel": (_wav([[0.5, 0.5]] * 999 + [[0.5, math.nan]]), "NaN or infinite"),
+    "scale of 16-bit": (_wav(9830 * tone(0.1, 16000)), "beyond full scale .a sample of 49"),
+    "scale of 8-bit": (_wav(127 * tone(0.1, 16000)), "beyond full scale"),
+    "scale of 16-bit in one channel": (_wav(np.stack([tone(0.1, 16000), 20000 * tone(0.1, 16000)], 1)), "beyond full"),
     "absurd rate": (_wav(tone(0.1, 16000), 1), "sample rate 1 Hz"),
 }
 
@@ -97,6 +101,84 @@ def test_bad_files_name_the_file_and_the_reason(tmp_path, kind):
         read_audio(path, 16000, minimum_samples=400)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
+
+
+def test_loud_floats_below_the_limit_are_read_as_they_are(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 7 * tone(0.1, 16000), 16000, subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 16000), 7 * tone(0.1, 16000), atol=1e-5)
+
+
+@pytest.mark.parametrize("gains", [(1, -1), (1, -0.95), (-0.9, 1), (1, -0.5, -0.5)])
+def test_channels_that_cancel_out_give_the_loudest(tmp_path, gains):
+    channels = np.stack([gain * tone(0.1, 16000) for gain in gains], axis=1)
+    soundfile.write(tmp_path / "a.wav", channels, 16000, subtype="FLOAT")
+    loudest = channels[:, int(np.argmax(np.abs(gains)))]
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 16000), loudest, atol=1e-6)
+
+
+# (suffix, format, subtype, rate) of the containers that hold a length; "cannot be decoded" where libsndfile sees it.
+CONTAINERS = {
+    "wav": ("WAV", "PCM_16", 16000),
+    "float wav": ("WAV", "FLOAT", 16000),
+    "extensible wav": ("WAVEX", "PCM_24", 16000),
+    "adpcm wav": ("WAV", "IMA_ADPCM", 16000),
+    "rf64": ("RF64", "PCM_16", 16000),
+    "w64": ("W64", "PCM_16", 16000),
+    "aiff": ("AIFF", "PCM_16", 16000),
+    "au": ("AU", "PCM_16", 16000),
+    "caf": ("CAF", "PCM_16", 16000),
+    "nist": ("NIST", "PCM_16", 16000),
+    "flac": ("FLAC", "PCM_16", 16000),
+    "ogg": ("OGG", "VORBIS", 16000),
+    "opus": ("OGG", "OPUS", 48000),
+    "mp3": ("MP3", "MPEG_LAYER_III", 16000),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_cut_off_files_are_refused(tmp_path, kind):
+    container, subtype, rate = CONTAINERS[kind]
+    sound = tone(2.0, rate) * (1 + 0.3 * np.random.default_rng(0).standard_normal(2 * rate))
+    soundfile.write(tmp_path / "whole", sound / 2, rate, format=container, subtype=subtype)
+    header = read_header(tmp_path / "whole")
+    assert abs(header.frames - 2 * rate) < 1200  # blocks of a codec
+    if header.exact:
+        assert read_audio(tmp_path / "whole", rate).shape[0] == header.frames
+    data = (tmp_path / "whole").read_bytes()
+    for share in (0.3, 0.5, 0.9):
+        (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(UserError, match=r"truncated|cannot be decoded") as error:
+            read_audio(tmp_path / "cut", rate)
+        assert "\n" not in str(error.value)
+
+
+def test_sizes_that_a_pipe_or_a_careless_writer_leaves_are_accepted(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    whole = read_audio(tmp_path / "a.wav", 16000)
+    for claimed in (0xFFFFFFFF, 0x7FFFF024, 16002):
+        data[40:44] = claimed.to_bytes(4, "little")
+        (tmp_path / "a.wav").write_bytes(data)
+        assert torch.equal(read_audio(tmp_path / "a.wav", 16000), whole)
+    data[40:44] = (32000).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(UserError, match=r"truncated \(0\.50 s of the 1\.00 s in its header\)"):
+        read_audio(tmp_path / "a.wav", 16000)
+
+
+def test_files_that_cannot_be_searched_are_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.5, 16000), 16000, subtype="GSM610")
+    assert abs(read_audio(tmp_path / "a.wav", 16000).shape[0] - 8000) <= 320
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 44101, 48000])
+def test_the_length_after_resampling_is_known_from_the_header(tmp_path, rate):
+    for frames in (997, 1000, 4321):
+        soundfile.write(tmp_path / "a.wav", np.full(frames, 0.5), rate)
+        for wanted in (16000, 24000):
+            header = read_header(tmp_path / "a.wav")
+            assert header == (frames, rate, True)
+            assert resampled_length(*header[:2], wanted) == read_audio(tmp_path / "a.wav", wanted).shape[0]
 
 
 def test_quiet_but_not_silent_is_accepted(tmp_path):
