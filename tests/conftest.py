@@ -117,6 +117,14 @@ class Cuda:
         return graph.output
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_verdicts(tmp_path_factory):
+    """What is remembered of checked files stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGREPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def cuda(monkeypatch) -> Cuda:
     fake = Cuda()

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .audio import read_audio
+from .audio import check_minimum, read_audio, read_header, resampled_length
 from .manifest import Clip
 from .mel import LogMel, MelConfig
 from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
+from .verdicts import Verdicts
 
 # Decoded waveforms and mels of whole clips kept in memory, per process: 1 GiB is 3 hours of sound at 24 kHz.
 CACHE_BYTES = 1 << 30
+# `check` decodes data sets up to this size (17 minutes at 16 kHz), which takes seconds and finds silent files at once.
+SMALL_BYTES = 64 << 20
+# How much shorter or longer a file may turn out than its header said.
+LENGTH_SECONDS = 0.01
+
+_log = logging.getLogger(__name__)
 
 
 class Sample(TypedDict):
@@ -93,6 +102,7 @@ class ClipDataset:
         self._log_mel = LogMel(mel_config)
         self._samples: dict[Path, int] = {}
         self._token_counts: dict[Clip, int] = {}
+        self._unreadable: set[Path] = set()
         self._cache: dict[Path, Tensor] | None = {} if cache else None
         self._mels: dict[Path, Tensor] = {}  # of whole clips: a crop's is another one each time
         self._cached_bytes = 0
@@ -104,11 +114,11 @@ class ClipDataset:
     def lengths(self) -> list[int]:
         """Frames of each clip, at most max_frames: what BucketBatches takes.
 
-        Reads every file that `check` has not already read; UserError for one that cannot be read.
+        Reads the header of every file that `check` has not already read; UserError for one that cannot be read.
         """
         for clip in self.clips:
             if clip.path not in self._samples:
-                self._remember(clip.path, self._read(clip.path))
+                self._samples[clip.path] = self._measure(clip.path)
         return [min(self.mel_config.frames(self._samples[clip.path]), self.max_frames) for clip in self.clips]
 
     @property
@@ -123,31 +133,46 @@ class ClipDataset:
             longest.append(count if frames == total else min(count, count * frames // total + 2))
         return longest
 
-    def check(self, max_share: float) -> list[Skipped]:
-        """Read every clip once, drop those that cannot be read, and return them with the reasons.
+    def check(self, max_share: float, *, memory: Path | None = None, progress: bool = False) -> list[Skipped]:
+        """Drop the clips that cannot be read, and return them with the reasons.
+
+        Headers, texts and token files are read; sound is decoded where the header does not tell its length (MP3), and
+        in data sets of at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and
+        `load_batch` puts another in its place.
+
+        memory: file that keeps what was found, for the next start (`verdicts.verdict_file`). progress: show a bar.
 
         UserError when more than `max_share` (0 to 1) of the clips, or all of them, cannot be read.
         """
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be between 0 and 1, got {max_share}")
-        kept: list[Clip] = []
-        skipped: list[Skipped] = []
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for clip, result in zip(self.clips, pool.map(self._try, self.clips)):
-                if isinstance(result, str):
-                    skipped.append(Skipped(clip.path, clip.source, result))
-                else:
-                    self._remember(clip.path, result)
-                    kept.append(clip)
-        if len(skipped) > max_share * len(self.clips) or not kept:
+        verdicts = Verdicts(memory)
+        reasons = self._each(self.clips, lambda clip: self._examine(clip, verdicts), progress)
+        verdicts.save()
+        fine = [clip for clip in self.clips if clip not in reasons]
+        if sum(4 * self._samples[clip.path] for clip in fine) <= SMALL_BYTES:
+            reasons |= self._each(fine, lambda clip: self._waveform(clip.path), progress)
+        skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
+        if len(skipped) > max_share * len(self.clips) or len(skipped) == len(self.clips):
             first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
             more = ", ..." if len(skipped) > 3 else ""
             raise UserError(
                 f"{len(skipped)} of {len(self.clips)} clips cannot be read, "
                 f"at most {max_share:.0%} may be: {first}{more}"
             )
-        self.clips = kept
+        self.clips = [clip for clip in self.clips if clip not in reasons]
         return skipped
+
+    def readable(self, index: int) -> bool:
+        """Whether the sound of clip `index` can be decoded; a warning names it the first time that it cannot."""
+        clip = self.clips[index]
+        if clip.path not in self._unreadable:
+            try:
+                self._waveform(clip.path)
+            except UserError as error:
+                self._unreadable.add(clip.path)
+                _log.warning("%s: %s; another clip stands in", clip.source, error)
+        return clip.path not in self._unreadable
 
     def item(self, index: int, generator: torch.Generator) -> Sample:
         """The sample of clip `index`; `generator` decides the crop and the prompt length.
@@ -209,22 +234,63 @@ class ClipDataset:
         self._token_counts[clip] = tokens.shape[0]
         return tokens, number
 
-    def _try(self, clip: Clip) -> Tensor | str:
-        try:
-            waveform = self._read(clip.path)
-            self._tokens(clip)
-        except UserError as error:
-            return str(error).removeprefix(f"{clip.path}: ")
-        return waveform
+    def _each(self, clips: Sequence[Clip], read: Callable[[Clip], object], progress: bool) -> dict[Clip, str]:
+        """Call `read` for each clip, in threads. Returns the reasons of those for which it raised UserError."""
 
-    def _read(self, path: Path) -> Tensor:
-        return read_audio(path, self.mel_config.sample_rate, minimum_samples=self.mel_config.minimum_samples)
+        def reason(clip: Clip) -> str | None:
+            try:
+                read(clip)
+            except UserError as error:
+                return str(error).removeprefix(f"{clip.path}: ")
+            return None
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            reasons = _bar(pool.map(reason, clips), len(clips)) if progress else pool.map(reason, clips)
+            return {clip: why for clip, why in zip(clips, reasons) if why is not None}
+
+    def _examine(self, clip: Clip, verdicts: Verdicts) -> None:
+        """Note the samples and tokens of a clip. Raises UserError where they cannot be read."""
+        if clip.path not in self._samples:
+            self._samples[clip.path] = self._measure(clip.path, verdicts)
+        if clip.tokens is None:
+            self._tokens(clip)
+            return
+        kind = f"tokens {self.vocabularies[self._vocabulary_of[clip.domain]]}"
+        known = verdicts.find(clip.tokens, kind, 1)
+        if known is None:
+            self._tokens(clip)
+            verdicts.remember(clip.tokens, kind, self._token_counts[clip])
+        else:
+            encode_text(clip.text)
+            self._token_counts[clip] = known[0]
+
+    def _measure(self, path: Path, verdicts: Verdicts | None = None) -> int:
+        """Samples of a file at the rate of the mels."""
+        config = self.mel_config
+        known = verdicts.find(path, "sound", 2) if verdicts is not None else None
+        if known is None:
+            frames, rate, exact = read_header(path)
+            if not exact:
+                frames = read_audio(path, rate).shape[0]
+            if verdicts is not None:
+                verdicts.remember(path, "sound", frames, rate)
+        else:
+            frames, rate = known
+        samples = resampled_length(frames, rate, config.sample_rate)
+        check_minimum(path, samples, config.sample_rate, config.minimum_samples)
+        return samples
 
     def _waveform(self, path: Path) -> Tensor:
         if self._cache is not None and path in self._cache:
             return self._cache[path]
-        waveform = self._read(path)
-        self._remember(path, waveform)
+        config = self.mel_config
+        waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples)
+        # The plan of the batches is made from the lengths that are known by now.
+        expected = self._samples.setdefault(path, waveform.shape[0])
+        if abs(waveform.shape[0] - expected) > LENGTH_SECONDS * config.sample_rate:
+            raise UserError(f"{path}: has {waveform.shape[0]} samples, and had {expected} when the run began")
+        waveform = waveform[:expected]
+        self._keep(path, waveform)
         return waveform
 
     def _mel(self, path: Path, waveform: Tensor, whole: bool) -> Tensor:
@@ -237,10 +303,18 @@ class ClipDataset:
             self._cached_bytes += mel.nbytes
         return mel
 
-    def _remember(self, path: Path, waveform: Tensor) -> None:
-        self._samples[path] = waveform.shape[0]
+    def _keep(self, path: Path, waveform: Tensor) -> None:
         size = waveform.nbytes
         if self._cache is None or path in self._cache or self._cached_bytes + size > CACHE_BYTES:
             return
         self._cache[path] = waveform
         self._cached_bytes += size
+
+
+def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:
+    """The results, with a progress bar where they take longer than a second and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return results
+    return tqdm(results, total=total, desc="checking clips", unit="clip", delay=1.0, leave=False, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from ..data.batches import Batch, collate
 from ..data.corpus import write_corpus
 from ..data.dataset import ClipDataset, Sample, Skipped
 from ..data.manifest import Clip, read_manifest
+from ..data.verdicts import verdict_file
 from ..errors import UserError, writing
 from .config import RunConfig
-from .distributed import gather
+from .distributed import gather, rank
 from .identity import Known, compare, drop_duplicates, held_out, identify, list_digest, record
 
 BUILTIN = "builtin"
@@ -189,7 +191,8 @@ def _dataset(
         prompt_fraction=config.data.prompt_share,
         domains=domains,
     )
-    skipped.extend(dataset.check(config.data.unreadable_share))
+    memory = verdict_file(clip.path for clip in dataset.clips)
+    skipped.extend(dataset.check(config.data.unreadable_share, memory=memory, progress=rank() == 0))
     return dataset
 
 
@@ -209,10 +212,17 @@ def _same_on_all_ranks(data: RunData) -> None:
 
 
 def spread(dataset: ClipDataset, count: int) -> list[int]:
-    """Indices of up to `count` clips, taken from the domains in turn."""
+    """Indices of up to `count` clips whose sound can be decoded, taken from the domains in turn.
+
+    Raises:
+        UserError: there is none.
+    """
     queues = [[i for i, clip in enumerate(dataset.clips) if clip.domain == domain] for domain in dataset.domains]
-    turns = [queue[place] for place in range(max(map(len, queues))) for queue in queues if place < len(queue)]
-    return turns[:count]
+    turns = (queue[place] for place in range(max(map(len, queues))) for queue in queues if place < len(queue))
+    indices = list(itertools.islice(filter(dataset.readable, turns), count))
+    if not indices and count:
+        raise UserError(f"data: the sound of none of {len(dataset)} clips can be decoded, see the warnings")
+    return indices
 
 
 def fixed_batches(

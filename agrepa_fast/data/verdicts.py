@@ -1,0 +1,98 @@
+"""What is known of files from earlier starts: found again by path, size and time of change, so that none is read twice.
+
+Only files that were fine are remembered. The file of verdicts begins with a digest of its content: a damaged one is
+ignored and written anew, and one that cannot be written costs time, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+# Raise it when what is remembered, or what is refused, changes.
+VERSION = 1
+# A file may change again within one tick of its time of change: what is that fresh is not remembered.
+SETTLED_NS = 2_000_000_000
+
+
+def verdict_file(paths: Iterable[Path]) -> Path | None:
+    """Where the verdicts on files below one folder are kept: in $AGREPA_CACHE, or agrepa-fast in the user's cache.
+
+    None where the user has no folder for it, or the files have no folder in common."""
+    given = os.environ.get("AGREPA_CACHE")
+    try:
+        folder = (
+            Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
+        )
+        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    except (RuntimeError, ValueError):
+        return None
+    return folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
+
+
+class Verdicts:
+    """Numbers by file and kind of check. Several threads may use one; several processes may write one file."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self._known = _load(file)
+        self._new: dict[str, list[int]] = {}
+
+    def find(self, path: Path, kind: str, count: int) -> tuple[int, ...] | None:
+        """The `count` numbers that were remembered, if the file is still the same."""
+        entry = self._known.get(_key(path, kind)) if self._known else None
+        stamp = _stamp(path) if entry is not None else None
+        if entry is None or stamp is None or len(entry) != 2 + count or tuple(entry[:2]) != stamp:
+            return None
+        return tuple(entry[2:])
+
+    def remember(self, path: Path, kind: str, *numbers: int) -> None:
+        """Keep numbers about a file that is fine. Call it with what was read from the file as it is now."""
+        stamp = _stamp(path) if self.file is not None else None
+        if stamp is not None and stamp[1] < time.time_ns() - SETTLED_NS:
+            self._new[_key(path, kind)] = [*stamp, *numbers]
+
+    def save(self) -> None:
+        """Write what is new, beside what others have written meanwhile."""
+        if self.file is None or not self._new:
+            return
+        content = json.dumps({"version": VERSION, "files": {**_load(self.file), **self._new}}).encode()
+        building = self.file.with_name(f".{self.file.name}.{os.getpid()}.{time.time_ns()}")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            building.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            os.replace(building, self.file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                building.unlink()
+        self._new = {}
+
+
+def _load(file: Path | None) -> dict[str, list[int]]:
+    try:
+        if file is None or not file.is_file():
+            return {}
+        digest, _, content = file.read_bytes().partition(b"\n")
+        if digest != hashlib.sha256(content).hexdigest().encode():
+            return {}
+        known = json.loads(content)
+        return known["files"] if known["version"] == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _key(path: Path, kind: str) -> str:
+    return f"{kind}:{os.path.abspath(path)}"
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return facts.st_size, facts.st_mtime_ns
