@@ -7,7 +7,7 @@ resumes exactly from its step number, whatever the number of worker processes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,20 @@ def collate(
     )
 
 
+def _candidates(batches: BucketBatches, step: int, place: int) -> Iterator[int]:
+    """The clip at a place of a batch, and those that may stand in for it, in turn."""
+    _, indices = batches.batch(step)
+    yield from (*indices[place:], *indices[:place])
+    others = batches.stand_ins(step)
+    turn = place % max(1, len(others))
+    yield from (*others[turn:], *others[:turn])
+
+
 def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: int) -> Batch:
     """Batch number `step`. Crop and prompt of a clip come from (seed, step, index) and nothing else.
 
-    For a clip that cannot be read (any more) the next one of the batch stands in; `Batch.skipped` names it.
-    UserError when none of the batch can be read.
+    For a clip that cannot be read the next one of the batch stands in, and where none of the batch can be read, another
+    one of its bucket (`BucketBatches.stand_ins`); `Batch.skipped` names it. UserError when none of these can be read.
     """
     frames, indices = batches.batch(step)
     threads = torch.get_num_threads()
@@ -118,7 +127,7 @@ def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: in
         skipped: list[Skipped] = []
         for place, index in enumerate(indices):
             state = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
-            for other in (*indices[place:], *indices[:place]):
+            for other in _candidates(batches, step, place):
                 generator = torch.Generator().manual_seed(int(state[0]) >> 1)
                 try:
                     samples.append(dataset.item(other, generator))

@@ -100,6 +100,18 @@ class BucketBatches:
         frames, indices = self._plan[position]
         return frames, tuple(indices[self.rank :: self.world_size].tolist())
 
+    def stand_ins(self, step: int, count: int = 16) -> list[int]:
+        """Up to `count` other clips that fit batch number `step`, for one whose clips cannot be read: those of its
+        bucket, then those of shorter ones, in an order that depends on (seed, step, rank) alone."""
+        frames, indices = self.batch(step)
+        rng = np.random.default_rng([self.seed, step, self.rank])
+        found: list[int] = []
+        for other, groups in reversed(self._buckets):
+            if other <= frames and len(found) < count:
+                members = np.setdiff1d(np.concatenate([members for members, _ in groups]), indices)
+                found += rng.permutation(members)[: count - len(found)].tolist()
+        return found
+
     def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The batches of all ranks together, in order: the same on every rank."""
         rng = np.random.default_rng([self.seed, epoch])

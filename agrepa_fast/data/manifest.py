@@ -98,7 +98,10 @@ def _read_file(path: Path, allow_outside: bool, quoted: bool) -> list[Clip]:
 
 def _read_table(path: Path, text: str, first: str, allow_outside: bool, quoted: bool) -> list[Clip]:
     def header_by(delimiter: str) -> list[str]:
-        return next(csv.reader([first], delimiter=delimiter, skipinitialspace=delimiter == ","))
+        try:
+            return next(csv.reader([first], delimiter=delimiter, skipinitialspace=delimiter == ","))
+        except csv.Error:
+            return []
 
     delimiter = max(DELIMITERS, key=lambda delimiter: known(header_by(delimiter)))
     rows = csv_rows(path, text, delimiter, quoted=quoted)

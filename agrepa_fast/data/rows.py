@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def _refuse_other_files(path: Path, start: bytes) -> None:
 
 def lines(text: str) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
-    numbered = enumerate(text.split("\n"), start=1)
-    return [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
+    numbered = enumerate(re.split(r"\r\n?|\n", text), start=1)
+    return [(number, line) for number, line in numbered if line.strip()]
 
 
 def csv_rows(path: Path, text: str, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:

@@ -268,7 +268,7 @@ class Trainer:
         share = len(self.unreadable) / len(self.data.train)
         if share > self.config.data.unreadable_share:
             raise UserError(
-                f"{len(self.unreadable)} of {len(self.data.train)} clips cannot be read any more, at most "
+                f"{len(self.unreadable)} of {len(self.data.train)} clips cannot be read, at most "
                 f"{self.config.data.unreadable_share:.0%} may be (data.unreadable_share): {min(self.unreadable)}, ..."
             )
         batch = batch.to(self.device, non_blocking=True)

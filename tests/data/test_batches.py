@@ -227,6 +227,34 @@ def test_a_clip_that_became_unreadable_is_stood_in_for_and_named(tmp_path):
         assert torch.equal(batch.mel[kept], whole.mel[kept])
 
 
+def test_others_of_the_bucket_stand_in_for_a_batch_that_cannot_be_read(tmp_path):
+    clips = [make_clip(tmp_path, number, 1000 + number) for number in range(9)]
+    dataset = build(clips, cache=False)[0]
+    single = BucketBatches(dataset.lengths, buckets=BUCKETS, frames_per_batch=20, seed=5)
+    drawn = [single.batch(step)[1][0] for step in range(9)]
+    assert sorted(drawn) == list(range(9))
+    for number in (2, 3, 4):
+        clips[number].path.write_bytes(b"")
+    taken = []
+    for step in range(9):
+        batch = load_batch(dataset, single, step, seed=5)
+        same(batch, load_batch(dataset, single, step, seed=5))
+        [index] = batch.indices.tolist()
+        if drawn[step] in (2, 3, 4):
+            assert batch.skipped[0].path == clips[drawn[step]].path
+            taken.append(index)
+        else:
+            assert index == drawn[step]
+    assert len(taken) == 3
+    assert not set(taken) & {2, 3, 4}
+    # Clips of shorter buckets fit, longer ones do not.
+    lengths = [15, 15, 35]
+    plan = BucketBatches(lengths, buckets=BUCKETS, frames_per_batch=20, seed=0)
+    for step in range(3):
+        frames, [index] = plan.batch(step)
+        assert set(plan.stand_ins(step)) == {other for other in range(3) if other != index and lengths[other] <= frames}
+
+
 def test_a_batch_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path):
     clips = [make_clip(tmp_path, number, 1000) for number in range(3)]
     dataset, batches = build(clips, cache=False)

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agrepa_fast.data.manifest import read_manifest
@@ -42,6 +42,14 @@ def test_f5_form_with_byte_order_mark_and_windows_lines_in_a_folder(tmp_path):
     (tmp_path / "metadata.csv").write_bytes("\ufeffaudio_file|text\r\na.wav|é\r\n".encode())
     (clip,) = read_manifest(tmp_path)
     assert (clip.path, clip.text, clip.domain) == (tmp_path / "a.wav", "é", "speech")
+
+
+def test_lines_may_end_in_a_carriage_return(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(b"audio_file|text\ra.wav|x\r\rb.wav|y\r")
+    assert [(clip.text, clip.source) for clip in read_manifest(tmp_path)] == [
+        ("x", "metadata.csv:2"),
+        ("y", "metadata.csv:4"),
+    ]
 
 
 def test_jsonl(tmp_path):
@@ -141,6 +149,7 @@ TABLE_MISTAKES = {
     "many": ("audio_file|text\na.wav|x|y\n", r"list\.csv:2: 3 cells.*contains '\|' in double quotes"),
     "few after a long row": ('audio_file|text\na.wav|"x\n\ny"\nb.wav\n', r"list\.csv:5: 1 cells"),
     "quotes of nothing": ('""\n', r"list\.csv:1: .*is not a header"),
+    "endless line": ("x" * 200_000, r"list\.csv:1: field larger than field limit"),
     "lines in a name": ('audio_file|text\n"a.wav|x\nb.wav"|y\n', r"list\.csv:2: .*holds a line end: check the quotes"),
     "text after a quote": ('audio_file|text\na.wav|"x," he said\n', r"list\.csv:2: .*unquoted:PATH"),
     "quote never closed": ('audio_file|text\nb.wav|y\na.wav|"x\nc.wav|z\n', r"list\.csv:3: unexpected end"),
@@ -256,8 +265,9 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
     st.booleans(),
 )
 def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, texts, delimiter, quoting, end, mark):
-    # Before Python 3.13 the module leaves a lone carriage return without quotes, where it ends the row for any reader.
-    assume(end == "\r\n" or quoting != csv.QUOTE_MINIMAL or not any("\r" in text for text in texts))
+    if quoting == csv.QUOTE_MINIMAL and end == "\n":
+        # The module leaves a lone carriage return unquoted there, and cannot read it back itself.
+        texts = [text.replace("\r", "") for text in texts]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, delimiter=delimiter, quoting=quoting, lineterminator=end)
     writer.writerow(["audio_file", "text", "duration"])

@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from agrepa_fast.cli import main
+from agrepa_fast.data import dataset
 from agrepa_fast.training.checkpoint import write_manifest
 from agrepa_fast.training.report import read_log
 from agrepa_fast.training.trainer import start_run
@@ -66,6 +67,20 @@ def test_unreadable_audio_within_the_share_is_listed_and_skipped(clips, tiny_con
     assert entry["path"] == str(path)
     assert entry["source"].endswith("metadata.csv:3")
     assert path.name in (run_dir / "report.html").read_text()
+
+
+def test_silence_in_a_large_data_set_is_found_where_it_is_used(capsys, clips, tiny, tiny_config, monkeypatch):
+    monkeypatch.setattr(dataset, "SMALL_BYTES", 0)
+    for row in clips.read_text().splitlines()[2:8]:
+        soundfile.write(clips.parent / row.split("|")[0], np.zeros(16000 + len(row), dtype=np.float32), 16000)
+    changes = [f"data.train=[{clips}]", "train.steps=4", *NO_PROBE]
+    run_dir = start_run(tiny_config(*changes, "data.unreadable_share=0.9")).run()
+    entries = [e for e in read_log(run_dir / "log.jsonl") if e["event"] == "skipped"]
+    assert entries
+    assert {entry["reason"] for entry in entries} == {"silent (no sample reaches 0.0001)"}
+    line = fails(capsys, ["train", "demo", *tiny(*changes, "data.unreadable_share=0", "train.name=other")])
+    assert "clips cannot be read, at most 0%" in line
+    assert ".wav" in line
 
 
 def test_a_single_missing_file_is_named(capsys, tmp_path, tiny):
