@@ -5,6 +5,7 @@ Every way a file can be unusable is a UserError that names the file and the reas
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,7 +132,8 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
         size = path.stat().st_size
         if size == 0:
             raise UserError(f"{path}: the file is empty (0 bytes)")
-        file = library.SoundFile(path)
+        # As bytes: soundfile cannot encode a name that is not UTF-8.
+        file = library.SoundFile(os.fsencode(path))
     except (library.LibsndfileError, OSError, TypeError) as error:
         # soundfile raises TypeError for header-less formats, which need settings that a file cannot give.
         raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error

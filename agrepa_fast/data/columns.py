@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from ..errors import UserError
 
 # F5-TTS writes audio_file and text; Hugging Face audiofolder file_name and transcription; NeMo audio_filepath and
-# text; Common Voice path, sentence and client_id; caption data sets file_name and caption.
+# text; Common Voice path, sentence and client_id; DeepSpeech wav_filename and transcript; caption data sets file_name
+# and caption.
 ALIASES = {
-    "audio_file": ("audio_file", "file_name", "audio_filepath", "path", "audio_path", "audio", "filename", "wav"),
+    "audio_file": (
+        *("audio_file", "file_name", "audio_filepath", "path", "audio_path", "audio"),
+        *("file", "filename", "filepath", "wav", "wav_filename"),
+    ),
     "text": ("text", "transcription", "transcript", "sentence", "caption", "labels"),
     "domain": ("domain",),
     "speaker": ("speaker", "speaker_id", "client_id"),

@@ -73,9 +73,10 @@ def _list_in(folder: Path, kind: str) -> Path:
             raise UserError(f"{folder}: holds several lists ({names}): give the path of one of them")
         if tables:
             return tables[0]
-    packed = sorted(path.name for path in folder.iterdir() if path.name.endswith(_PACKED))
+    near = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    packed = min((str(path.relative_to(folder)) for path in near if path.name.endswith(_PACKED)), default="")
     if packed:
-        raise UserError(f"{folder}: holds {packed[0]}, which is no manifest: {INSTEAD}")
+        raise UserError(f"{folder}: holds {packed}, which is no manifest: {INSTEAD}")
     inner = sorted(path.parent.name for path in folder.glob("*/metadata.*") if path.suffix in (".csv", ".jsonl"))
     more = f"; its folders {', '.join(inner[:10])} hold one each: give one of them" if inner else ""
     wanted = "metadata.csv, metadata.jsonl, *.trans.txt (LibriSpeech) or single list (CSV, TSV, JSONL)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import math
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,13 @@ def test_sizes_that_a_pipe_or_a_careless_writer_leaves_are_accepted(tmp_path):
     (tmp_path / "a.wav").write_bytes(data)
     with pytest.raises(UserError, match=r"truncated \(0\.50 s of the 1\.00 s in its header\)"):
         read_audio(tmp_path / "a.wav", 16000)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.1, 16000), 16000)
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xe9.wav"))
+    (tmp_path / "a.wav").rename(path)
+    assert read_audio(path, 16000).shape == (1600,)
 
 
 def test_files_that_cannot_be_searched_are_read(tmp_path):

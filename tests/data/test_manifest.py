@@ -308,6 +308,11 @@ FORMS = {
     "pandas": ("m.csv", ",path,sentence\n0,x.wav,hi\n", [("clips/x.wav", "hi", "speech", None)]),
     "captions": ("m.csv", "Path;Caption\nx.wav;a dog, barking\n", [("x.wav", "a dog, barking", "audio", None)]),
     "caption jsonl": ("m.jsonl", '{{"path": "x.wav", "caption": "a dog"}}', [("x.wav", "a dog", "audio", None)]),
+    "deepspeech": (
+        "m.csv",
+        "wav_filename,wav_filesize,transcript\nx.wav,99,hi\n",
+        [("x.wav", "hi", "speech", None)],
+    ),
     "domain": ("m.csv", "path|caption|domain\nx.wav|a dog|music\n", [("x.wav", "a dog", "music", None)]),
 }
 
@@ -409,8 +414,8 @@ def test_what_is_no_list_says_what_to_give_instead(tmp_path, name):
 
 
 def test_folders_of_packed_files_and_of_splits_say_what_to_give(tmp_path):
-    write(tmp_path / "packed/train-0.parquet", "")
-    with pytest.raises(UserError, match=r"packed: holds train-0\.parquet, which is no manifest: extract"):
+    write(tmp_path / "packed/data/train-0.parquet", "")
+    with pytest.raises(UserError, match=r"packed: holds data/train-0\.parquet, which is no manifest: extract"):
         read_manifest(tmp_path / "packed")
     write(tmp_path / "splits/train/metadata.csv", "file_name,text\n")
     write(tmp_path / "splits/test/metadata.csv", "file_name,text\n")
