@@ -30,9 +30,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet
 
-# pytest comes last, so that its closing line ends the output.
+# pytest comes last, so that its closing line ends the output. One process a core, one thread each; a file stays in one
+# process, since its fixtures may take minutes.
 test: lint docs
-	$(bin)/python -m pytest
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n auto --dist loadfile
 
 # torch 2.11.0, which the extras pin, is the oldest allowed; NumPy's oldest goes in front of the environment's own.
 floor: $(VENV)/.installed-dev
