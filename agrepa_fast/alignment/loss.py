@@ -8,7 +8,7 @@ targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .heads import HEADS, grouped, one_by_one
 from .policy import LayerSelection, check_selection
 from .rows import (
     Domains,
+    ZeroGradient,
     check_targets,
     check_teachers,
     check_tensor,
@@ -30,6 +31,7 @@ from .rows import (
     comparable,
     counted_frames,
     domain_weights,
+    grouped_ranks,
     mean_of,
     rank_shares,
     row_mask,
@@ -51,9 +53,9 @@ class AlignmentLoss(FixedBuffers):
     """AG-REPA's loss over the layers of a selection, one head for each layer and teacher.
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
-    `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run and
-    re-selection changes numbers, not graphs; frame-wise heads are dear, so only the selected ones (`active`) run and
-    take gradients: DistributedDataParallel, which looks for these once, is to be built after `select`.
+    `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run. Frame-wise
+    heads cost more, so only those of the selected layers (`active`) run. In one process the others get no gradient; in
+    a process group their gradients are exactly zero, because DistributedDataParallel waits for every parameter.
 
     Args:
         width: D of the hidden states.
@@ -118,10 +120,25 @@ class AlignmentLoss(FixedBuffers):
         self._remember(dict(zip(selection.layers, selection.weights)))
         for name, value in self.constants().items():
             self.get_buffer(name).copy_(value)
-        if self.pool is None:
-            for heads in self.heads.values():
-                for name, head in heads.items():  # type: ignore[operator]
-                    head.requires_grad_(int(name) in self.active)
+
+    def idle(self) -> Tensor:
+        """0, a scalar that gives every head a gradient of exactly zero.
+
+        With several processes, add it to the loss of a step that leaves alignment out: DistributedDataParallel waits
+        for a gradient of every parameter in every step."""
+        return self._idle(())
+
+    def _idle(self, active: Sequence[int]) -> Tensor:
+        """0, which gives the heads of all layers but the active ones a gradient of exactly zero."""
+        parameters = [
+            parameter
+            for heads in self.heads.children()
+            for layer, head in heads.named_children()
+            if int(layer) not in active
+            for parameter in head.parameters()
+            if parameter.requires_grad
+        ]
+        return ZeroGradient.apply(*parameters) if parameters else self.weights.new_zeros(())
 
     def _remember(self, chosen: dict[int, float]) -> None:
         """Keep {selected layer: weight} on the host, where it decides which heads run."""
@@ -217,6 +234,8 @@ class AlignmentLoss(FixedBuffers):
         distances = run(hidden, targets, frames, rows, sample_weight)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
+        if grouped_ranks() and self.pool is None:
+            loss = loss + self._idle(self.active)
         for layer in self.active:
             weight = self.weights[self.layers.index(layer)]
             for name in self.teachers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,6 +11,29 @@ from torch import Tensor, distributed, nn
 from ..errors import UserError
 
 Domains = Mapping[str, Tensor] | Sequence[str] | None
+
+
+def grouped_ranks() -> bool:
+    """Whether this process is a rank of a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class ZeroGradient(torch.autograd.Function):
+    """0 as a function of parameters: each of them gets a gradient of exactly zero, whatever it holds."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*parameters: Tensor) -> Tensor:
+        return parameters[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def described(value: object) -> str:

@@ -117,7 +117,10 @@ class TrainStep:
         return self.meter.read(self.skipped)
 
     def _enter(self, topology: Hashable, aligned: bool) -> None:
-        """A change of which heads run. Those that do not are frozen: DDP waits for no gradient of theirs."""
+        """A change of which heads run: those that do not are frozen, and DDP is built anew.
+
+        The loss would give them zero gradients; DDP would then average those zeros over the ranks in every step, which
+        with frame-wise heads on every layer is more than the network's own gradients."""
         self._topology = topology
         alignment = self.objective.alignment
         for parts in alignment.heads.children():

@@ -1,0 +1,135 @@
+"""One of two ranks under DistributedDataParallel and gloo; `test_distributed.py` starts both.
+
+DDP is built as a trainer builds it: before any selection, without `find_unused_parameters`. A parameter without a
+gradient would end the second step.
+
+Usage: ranks.py RANK FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import agrepa_fast as ag
+
+SAMPLES, FRAMES = 4, 6
+TEACHERS = {"speech": 5, "audio": 4}
+
+
+class Step(nn.Module):
+    """A small network and its alignment loss, called as the documentation shows."""
+
+    def __init__(self, pool: str | None, objective: str = "cosine", head: str = "mlp") -> None:
+        super().__init__()
+        self.model = ag.DiT(ag.DiTConfig(depth=3, width=8, heads=2, mels=3, cond=0, dropout=0.0, max_frames=8))
+        [nn.init.normal_(p, std=0.2) for p in self.model.parameters()]
+        self.align = ag.AlignmentLoss(8, TEACHERS, ag.LayerSelection.uniform(range(3)), pool, head, objective)
+
+    def forward(self, x_t: Tensor, t: Tensor, targets: dict, domains: object, aligned: bool = True) -> Tensor:
+        velocity, hidden = self.model(x_t, t, hidden_layers=self.align.active if aligned else ())
+        loss = velocity.square().mean()
+        return loss + (self.align(hidden, targets, None, domains)[0] if aligned else self.align.idle())
+
+
+def batch(step: int, rank: int, pool: str | None, names: Sequence[str]) -> tuple:
+    torch.manual_seed(10 * step + rank)
+    shape = (len(names),) if pool else (len(names), FRAMES)
+    targets = {name: torch.randn(*shape, width) for name, width in TEACHERS.items()}
+    return torch.randn(len(names), FRAMES, 3), torch.rand(len(names)), targets, list(names)
+
+
+MIXED, SPEECH = ["speech", "audio", "audio", "speech"], ["speech"] * SAMPLES
+
+
+def pair(*arguments: str | None) -> tuple[Step, DistributedDataParallel]:
+    """The same module twice: by itself, and under DDP."""
+    torch.manual_seed(0)
+    plain = Step(*arguments)
+    parallel = DistributedDataParallel(Step(*arguments))
+    parallel.module.load_state_dict(plain.state_dict())
+    return plain, parallel
+
+
+def same_gradients(parallel: nn.Module, plain: nn.Module) -> None:
+    for (name, mine), alone in zip(parallel.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, alone.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def absent_domains(rank: int) -> None:
+    """Gradients are the mean of the ranks' own; of a domain that no rank has they are there, and exactly zero."""
+    for pool, objective in (("mean", "cosine"), (None, "cosine"), (None, "cka")):
+        plain, parallel = pair(pool, objective)
+        for step, here in enumerate([(SPEECH, SPEECH), (MIXED, MIXED)]):
+            parallel.zero_grad()
+            parallel(*batch(step, rank, pool, here[rank])).backward()
+            plain.zero_grad()
+            sum(plain(*batch(step, r, pool, here[r])) / 2 for r in (0, 1)).backward()
+            same_gradients(parallel.module, plain)
+            for name, mine in parallel.module.named_parameters():
+                if "heads.audio" in name:
+                    assert (here == (SPEECH, SPEECH)) == (mine.grad.count_nonzero() == 0), (name, here)
+
+
+def reselection(rank: int) -> None:
+    """Three selections under one DDP: no flag changes, what is not selected runs no forward and gets exactly zero."""
+    every, ran = (0, 1, 2), []
+    for head, compiled, selections in (
+        ("mlp", False, [every, (1,), (1,), (0, 2), (0, 2), (2,), (2,)]),
+        ("conv", False, [(1,), (0, 2), (2,)]),
+        ("linear", True, [every, (1,), (2,)]),
+    ):
+        plain, parallel = pair(None, "cosine", head)
+        if compiled:
+            parallel.module.align = torch.compile(parallel.module.align, fullgraph=True, backend="aot_eager")
+        optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-3) for module in (plain, parallel)]
+        heads = parallel.module.align.heads
+        for name, module in heads.named_modules():
+            if head == "conv" and name.count(".") == 1:  # one head: <teacher>.<layer>; only "conv" is called
+                module.register_forward_hook(lambda *_, name=name: ran.append(int(name.partition(".")[2])))
+        for step, layers in enumerate(selections):
+            ran.clear()
+            for module, optimizer in zip((plain, parallel.module), optimizers, strict=True):
+                module.align.select(ag.LayerSelection.uniform(layers))
+                assert all(parameter.requires_grad for parameter in module.parameters())
+                optimizer.zero_grad()
+            parallel(*batch(step, rank, None, MIXED)).backward()
+            sum(plain(*batch(step, r, None, MIXED)) / 2 for r in (0, 1)).backward()
+            same_gradients(parallel.module, plain)
+            for name, parameter in heads.named_parameters():
+                selected = int(name.split(".")[1]) in layers
+                assert (parameter.grad.count_nonzero() > 0) == selected, (name, layers)
+            assert set(ran) == (set(layers) if head == "conv" else set()), (ran, layers)
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+def left_out(rank: int) -> None:
+    """Steps without alignment between others: `idle` gives every head exactly zero."""
+    for pool in ("mean", None):
+        _, parallel = pair(pool)
+        for step, aligned in enumerate([False, False, True, False, True]):
+            parallel.zero_grad()
+            parallel(*batch(step, rank, pool, MIXED), aligned).backward()
+            for name, parameter in parallel.module.align.named_parameters():
+                assert (parameter.grad.count_nonzero() > 0) == aligned, name
+
+
+SCENARIOS = [absent_domains, reselection, left_out]
+
+
+def main(rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+    for scenario in SCENARIOS:
+        scenario(rank)
+        print("passed", scenario.__name__, flush=True)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
