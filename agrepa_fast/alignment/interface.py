@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,18 @@ from .rows import (
     check_teachers,
     check_tensor,
     check_width,
+    count,
     described,
     domain_weights,
     mean_of,
     rank_shares,
     row_mask,
     similarity_of,
+    takes_global_means,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class InterfaceLoss(nn.Module):
@@ -30,15 +36,23 @@ class InterfaceLoss(nn.Module):
         width: C of the token embedding.
         teachers: {name: width of its features}.
         weights: {teacher: weight of its term}; the paper takes 0.5 for speech and 1 for audio.
+        process_group: as `AlignmentLoss`.
     """
 
-    def __init__(self, width: int, teachers: Mapping[str, int], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        width: int,
+        teachers: Mapping[str, int],
+        weights: Mapping[str, float],
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         check_teachers(teachers)
         check_width("width", width)
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a mapping {{teacher: weight}}, got {described(weights)}")
         self.width = width
+        self.process_group = process_group
         self.teachers = dict(teachers)
         self.weights = {name: float(weights.get(name, 1.0)) for name in teachers}
         self.heads = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in teachers.items()})
@@ -56,8 +70,8 @@ class InterfaceLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics "cosine/<teacher>/tokens".
 
-        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains and shares as `AlignmentLoss`;
-        kept [B] bool: the samples whose tokens were not dropped.
+        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains, shares and means over several
+        ranks as `AlignmentLoss`; kept [B] bool: the samples whose tokens were not dropped.
 
         Raises:
             ValueError, TypeError: a missing teacher, or a container, type or shape that does not fit, by name.
@@ -72,6 +86,8 @@ class InterfaceLoss(nn.Module):
         check_tensor("kept", kept, embedding.shape[:1], torch.bool)
         pooled = ops.masked_mean(embedding, mask)
         rows = self._rows(targets, mask, domains, kept)
+        if shares is None and takes_global_means(self.process_group):
+            shares = self._shares(targets, rows)
         total = embedding.new_zeros((), dtype=torch.float32)
         metrics = {}
         for name in self.teachers:
@@ -93,7 +109,10 @@ class InterfaceLoss(nn.Module):
         self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
     ) -> dict[str, Tensor]:
         """As `AlignmentLoss.shares`, of the rows that count here."""
-        return rank_shares(targets, self._rows(targets, mask, domains, kept))
+        return self._shares(targets, self._rows(targets, mask, domains, kept))
+
+    def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        return rank_shares({name: count(rows[name], targets[name]) for name in self.teachers}, self.process_group)
 
     def _rows(
         self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None

@@ -9,7 +9,7 @@ targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .rows import (
     check_tensors,
     check_width,
     comparable,
+    count,
     counted_frames,
     domain_weights,
     grouped_ranks,
@@ -36,9 +37,13 @@ from .rows import (
     rank_shares,
     row_mask,
     similarity_of,
+    takes_global_means,
     where_counted,
 )
 from .similarity import cka_distance, relation_distance, standardise
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OBJECTIVES = ("cosine", "relation", "cka")
 RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
@@ -67,6 +72,8 @@ class AlignmentLoss(FixedBuffers):
             "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
         standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
             (iREPA); frame by frame only.
+        process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
+            a group of this rank alone (`new_group([rank])`) each rank takes its own means.
     """
 
     weights: Tensor
@@ -81,6 +88,7 @@ class AlignmentLoss(FixedBuffers):
         head: str = "mlp",
         objective: str = "cosine",
         standardise_targets: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -99,6 +107,7 @@ class AlignmentLoss(FixedBuffers):
         self.teachers = dict(teachers)
         self.layers = selection.layers
         self.pool = pool
+        self.process_group = process_group
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
@@ -200,12 +209,16 @@ class AlignmentLoss(FixedBuffers):
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
                 Not with pooled "relation" and "cka", which compare samples with each other.
-            shares: {teacher: []} factors on the teachers' terms; see `shares`.
+            shares: internal: what the method `shares` returned, for a caller that has its all-reduce elsewhere.
 
         Returns:
-            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine, without
-            weights (nan when none of the teacher's samples is in the batch). Of the other objectives
+            The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine of this rank,
+            without weights (nan when none of the teacher's samples is in the batch). Of the other objectives
             "relation/..." and "cka/...", 1 - the mean distance, over the sets of two rows or more.
+
+            With several ranks, while gradients are recorded, the loss is this rank's part of the means over the rows of
+            all ranks: averaged over the ranks, losses and gradients are those of one process with all rows. Every rank
+            must call it (one small all-reduce). Under no_grad means are over this rank's rows.
 
         Raises:
             ValueError, TypeError: a missing layer or teacher, or a container, type or shape that does not fit, by name.
@@ -232,6 +245,8 @@ class AlignmentLoss(FixedBuffers):
         run = self._pooled if self.pool is not None else self._framewise
         frames = counted_frames(kept.values(), mask, any_hidden.shape[1])
         distances = run(hidden, targets, frames, rows, sample_weight)
+        if shares is None and takes_global_means(self.process_group):
+            shares = self._shares(targets, rows)
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         if grouped_ranks() and self.pool is None:
@@ -246,12 +261,17 @@ class AlignmentLoss(FixedBuffers):
         return loss, metrics
 
     def shares(self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains) -> dict[str, Tensor]:
-        """With several ranks: this rank's rows over the mean rank's, for each teacher; the arguments of `forward`.
-
-        A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over
-        all ranks' rows. Every rank must call it: one small all-reduce."""
+        """Internal: with several ranks, what `forward` computes of the same arguments when it is not given `shares`."""
         kept = domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        return rank_shares(targets, {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers})
+        rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
+        return self._shares(targets, rows)
+
+    def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        if self.objective == "cosine":
+            counts = {name: count(rows[name], targets[name]) for name in self.teachers}
+        else:  # means are over clips or, pooled, over the ranks' batches
+            counts = {name: count(comparable(rows[name]), targets[name][..., 0]) for name in self.teachers}
+        return rank_shares(counts, self.process_group)
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.

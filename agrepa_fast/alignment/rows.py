@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Domains = Mapping[str, Tensor] | Sequence[str] | None
 
@@ -156,18 +159,26 @@ def similarity_of(loss: Tensor, rows: Tensor | None) -> Tensor:
     return similarity if rows is None else torch.where(rows.any(), similarity, torch.nan)
 
 
-def rank_shares(targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """This rank's rows that count over the mean rank's, for each teacher; `AlignmentLoss.shares`."""
-    counts = torch.stack(
-        [
-            targets[name].new_tensor(targets[name][..., 0].numel(), dtype=torch.float32) if r is None else r.sum()
-            for name, r in rows.items()
-        ]
-    ).float()
-    total = counts.clone()
-    distributed.all_reduce(total)
-    found = counts * distributed.get_world_size() / total.clamp_min(1)
-    return dict(zip(rows, found.unbind()))
+def takes_global_means(group: ProcessGroup | None) -> bool:
+    """Whether a loss is to take its means over all ranks: there are several, and gradients are recorded."""
+    return grouped_ranks() and distributed.get_world_size(group) > 1 and torch.is_grad_enabled()
+
+
+def rank_shares(counts: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
+    """{teacher: this rank's count over the mean rank's} of {teacher: what this rank counts}.
+
+    A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over all
+    ranks' rows. Every rank of the group must call it: one small all-reduce."""
+    mine = torch.stack(list(counts.values())).float()
+    total = mine.clone()
+    distributed.all_reduce(total, group=group)
+    shares = mine * distributed.get_world_size(group) / total.clamp_min(1)
+    return dict(zip(counts, shares.unbind()))
+
+
+def count(rows: Tensor | None, every: Tensor) -> Tensor:
+    """How many rows count, a scalar; without a mask, all rows of `every` [..., any]."""
+    return every.new_full((), every.shape[:-1].numel(), dtype=torch.float32) if rows is None else rows.sum()
 
 
 def comparable(rows: Tensor | None) -> Tensor | None:

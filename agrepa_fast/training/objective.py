@@ -253,7 +253,9 @@ class Objective(nn.Module):
         layers = self.alignment.active
         velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
         flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
+        aligned, _ = self.alignment(
+            hidden, inputs.targets, inputs.target_mask, inputs.domains, shares=inputs.shares or None
+        )
         states = [hidden[layer] for layer in layers]
         pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
         cosines = {}
