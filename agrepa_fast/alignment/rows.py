@@ -28,7 +28,7 @@ class ZeroGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*parameters: Tensor) -> Tensor:
-        return parameters[0].new_zeros((), dtype=torch.float32)
+        return torch.zeros((), device=parameters[0].device)  # a plain tensor also for parameters that are sharded
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
