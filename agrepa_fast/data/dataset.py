@@ -246,7 +246,8 @@ class ClipDataset:
             try:
                 return read(clip)
             except UserError as error:
-                return error
+                # The traceback holds what was decoded so far.
+                return error.with_traceback(None)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             results = pool.map(result, clips)
