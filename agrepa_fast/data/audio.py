@@ -29,6 +29,7 @@ LOUDEST = 8.0
 CANCELLED = 0.01
 # What may be missing of what a header claims: some writers count a few bytes too many.
 ENOUGH_SECONDS = 0.01
+LONGEST_SECONDS = 360_000
 UNKNOWN_SIZE = 0x7FFFF000
 LONGEST_OGG_PAGE = 27 + 255 + 255 * 255
 # Lines of libsndfile's log about the chunk that holds the samples, in WAV, AIFF, SVX, AU, W64 and RF64.
@@ -67,7 +68,7 @@ def read_header(path: str | Path) -> Header:
     """The header of a sound file, checked against the size of the file.
 
     UserError as for `read_audio`, as far as it can be told without decoding: missing, empty, unreadable, truncated,
-    without samples, at an absurd rate.
+    without samples, at an absurd rate, longer than 100 hours.
     """
     with _opened(Path(path)) as file:
         return _header(Path(path), file)
@@ -145,6 +146,11 @@ def _header(path: Path, file: soundfile.SoundFile) -> Header:
     frames, rate = file.frames, file.samplerate
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise UserError(f"{path}: sample rate {rate} Hz is outside {LOWEST_RATE} to {HIGHEST_RATE}")
+    if frames > LONGEST_SECONDS * rate:
+        raise UserError(
+            f"{path}: its header claims {frames / rate / 3600:.3g} hours of sound: it is damaged or was written to a "
+            "pipe, write it again"
+        )
     if file.format == "OGG" and _cut_ogg(path):
         raise UserError(f"{path}: truncated (its last page is cut off)")
     claimed = _nist_frames(path) if file.format == "NIST" else round(frames * _claimed_share(file.extra_info))

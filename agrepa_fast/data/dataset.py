@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ SMALL_BYTES = 64 << 20
 # How much shorter or longer a file may turn out than its header said.
 LENGTH_SECONDS = 0.01
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -147,11 +148,15 @@ class ClipDataset:
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be between 0 and 1, got {max_share}")
         verdicts = Verdicts(memory)
-        reasons = self._each(self.clips, lambda clip: self._examine(clip, verdicts), progress)
+        reasons = _reasons(self.clips, self._each(self.clips, lambda clip: self._examine(clip, verdicts), progress))
         verdicts.save()
         fine = [clip for clip in self.clips if clip not in reasons]
         if sum(4 * self._samples[clip.path] for clip in fine) <= SMALL_BYTES:
-            reasons |= self._each(fine, lambda clip: self._waveform(clip.path), progress)
+            waveforms = self._each(fine, lambda clip: self._decode(clip.path), progress)
+            reasons |= _reasons(fine, waveforms)
+            for clip, waveform in zip(fine, waveforms):
+                if isinstance(waveform, Tensor):
+                    self._keep(clip.path, waveform)
         skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
         if len(skipped) > max_share * len(self.clips) or len(skipped) == len(self.clips):
             first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
@@ -234,19 +239,19 @@ class ClipDataset:
         self._token_counts[clip] = tokens.shape[0]
         return tokens, number
 
-    def _each(self, clips: Sequence[Clip], read: Callable[[Clip], object], progress: bool) -> dict[Clip, str]:
-        """Call `read` for each clip, in threads. Returns the reasons of those for which it raised UserError."""
+    def _each(self, clips: Sequence[Clip], read: Callable[[Clip], T], progress: bool) -> list[T | UserError]:
+        """What `read` returns for each clip, or the UserError that it raises; several threads call it."""
 
-        def reason(clip: Clip) -> str | None:
+        def result(clip: Clip) -> T | UserError:
             try:
-                read(clip)
+                return read(clip)
             except UserError as error:
-                return str(error).removeprefix(f"{clip.path}: ")
-            return None
+                # The traceback holds what was decoded so far.
+                return error.with_traceback(None)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            reasons = _bar(pool.map(reason, clips), len(clips)) if progress else pool.map(reason, clips)
-            return {clip: why for clip, why in zip(clips, reasons) if why is not None}
+            results = pool.map(result, clips)
+            return list(_bar(results, len(clips)) if progress else results)
 
     def _examine(self, clip: Clip, verdicts: Verdicts) -> None:
         """Note the samples and tokens of a clip. Raises UserError where they cannot be read."""
@@ -283,15 +288,18 @@ class ClipDataset:
     def _waveform(self, path: Path) -> Tensor:
         if self._cache is not None and path in self._cache:
             return self._cache[path]
+        waveform = self._decode(path)
+        self._keep(path, waveform)
+        return waveform
+
+    def _decode(self, path: Path) -> Tensor:
         config = self.mel_config
         waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples)
         # The plan of the batches is made from the lengths that are known by now.
         expected = self._samples.setdefault(path, waveform.shape[0])
         if abs(waveform.shape[0] - expected) > LENGTH_SECONDS * config.sample_rate:
             raise UserError(f"{path}: has {waveform.shape[0]} samples, and had {expected} when the run began")
-        waveform = waveform[:expected]
-        self._keep(path, waveform)
-        return waveform
+        return waveform[:expected]
 
     def _mel(self, path: Path, waveform: Tensor, whole: bool) -> Tensor:
         """Log-mel of a crop; of a whole clip from the cache, where it has been computed before."""
@@ -311,7 +319,16 @@ class ClipDataset:
         self._cached_bytes += size
 
 
-def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:
+def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str]:
+    """Why clips cannot be read: the results that are errors."""
+    return {
+        clip: str(result).removeprefix(f"{clip.path}: ")
+        for clip, result in zip(clips, results)
+        if isinstance(result, UserError)
+    }
+
+
+def _bar(results: Iterable[T], total: int) -> Iterable[T]:
     """The results, with a progress bar where they take longer than a second and tqdm is installed."""
     try:
         from tqdm import tqdm
