@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agrepa_fast import graphs
+
 Call = Callable[[], object]
 
 GRAPH_BELOW = 100e-6  # shorter CUDA work is replayed from a graph: its launches would be most of what is timed
@@ -154,6 +156,7 @@ class ColdCache:
 
     def __init__(self, device: torch.device) -> None:
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
+        self.device = device
         self.buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
         self.largest = torch.empty((), dtype=torch.int32, device=device)
 
@@ -163,12 +166,12 @@ class ColdCache:
 
 @contextlib.contextmanager
 def lane(device: torch.device) -> Iterator[None]:
-    """One side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a
-    graph can only be captured on a stream that is not the default one. Nothing on the CPU."""
+    """The side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a graph
+    can only be captured on a stream that is not the default one. Nothing on the CPU."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = graphs.side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
@@ -235,7 +238,7 @@ def _events(call: Call, cold: ColdCache) -> Callable[[], list[float]]:
 class _Replay:
     """A captured graph of calls between event nodes; a run replays it and reads the events."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+    def __init__(self, graph: graphs.Recording, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
         self.graph = graph
         self.events = events
 
@@ -256,22 +259,32 @@ def _graph(name: str, call: Call, cold: ColdCache) -> _Replay:
         (torch.cuda.Event(enable_timing=True, external=True), torch.cuda.Event(enable_timing=True, external=True))
         for _ in range(CALLS_PER_GRAPH)
     ]
-    torch.cuda.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for start, end in events:
-                cold()
-                start.record()
-                call()
-                end.record()
-        replay = _Replay(graph, events)
-        usable = all(sample > 0 for sample in replay())
-    except RuntimeError as error:  # out of memory too: the capture has ended halfway
-        raise CaptureFailed(name, (str(error).strip() or "RuntimeError").splitlines()[0]) from error
+
+    def work() -> None:
+        for start, end in events:
+            cold()
+            start.record()
+            call()
+            end.record()
+
+    replay = _Replay(recorded(name, work, cold.device), events)
+    usable = all(sample > 0 for sample in replay())
     if not usable:
         raise CaptureFailed(name, "the events of its replay show no time")
     return replay
+
+
+def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
+    """`work` as a CUDA graph.
+
+    Raises:
+        CaptureFailed: it cannot be captured; `name` is the provider's.
+    """
+    torch.cuda.synchronize(device)
+    try:
+        return graphs.Recording(work, device)
+    except RuntimeError as error:  # out of memory too: the capture has ended halfway
+        raise CaptureFailed(name, (str(error).strip() or "RuntimeError").splitlines()[0]) from error
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -284,7 +285,7 @@ class Gated:
         except torch.OutOfMemoryError as error:
             row["status"], row["reason"] = "out of memory", _line(error)
         except Exception as error:  # a rival may fail in any way; that is a result, not the end of the run
-            if self.device.type == "cuda" and "captur" in str(error).lower():
+            if self.device.type == "cuda" and re.search("captur|recorded as a CUDA graph", str(error)):
                 raise protocol.CaptureFailed(provider.name, _line(error)) from error
             row["status"], row["reason"] = "failed", f"{type(error).__name__}: {_line(error)}"
         else:

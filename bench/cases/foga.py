@@ -23,7 +23,7 @@ from agrepa_fast.models.dit import PRESETS, DiTConfig
 from agrepa_fast.models.flow import SIGMA
 
 from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of, optional
-from ..protocol import CaptureFailed
+from ..protocol import recorded
 from ..published import PublishedDiT, foga_loop, published, random_dit
 
 TITLE = "FoG-A attribution"
@@ -177,17 +177,11 @@ def _without_dropout(network: nn.Module) -> None:
 def _graphed(run: Run) -> Run:
     """The whole loop as one CUDA graph; its outputs live in the graph's memory."""
     run()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            outputs = run()
-    except Exception as error:
-        raise CaptureFailed("compiled loop, graphed", str(error).strip().partition("\n")[0]) from error
+    recording = recorded("compiled loop, graphed", run, torch.device("cuda", torch.cuda.current_device()))
 
     def replay() -> Outputs:
-        graph.replay()
-        return outputs
+        recording.replay()
+        return recording.output
 
     return replay
 

@@ -113,6 +113,22 @@ def test_refused_problem_shows_no_speedup(good: dict[str, Any]) -> None:
     assert "x win" not in said
 
 
+def test_replayed_rows_have_a_second_table_of_eager_calls(make: SimpleNamespace) -> None:
+    own, rival = make.row("ours", "ours", 10.0), make.row("compiled", "rival", 20.0, 2.0, "win")
+    copy_ = make.row("copy of the same bytes", "copy", 9.0)
+    problem = make.problem("residual", {"n": 1}, 0.02, own, rival, copy_)
+    assert "Launched eagerly" not in tables.problem_table(problem)
+    for row, eager in ((own, 40.0), (rival, 50.0), (copy_, 12.0)):
+        row |= {"timer": "graph", "eager_us": eager, "launches": 1, "host_us": 30.0}
+    said = tables.problem_table(problem).partition("Launched eagerly:")[2].splitlines()
+    assert [line.split() for line in said[2:]] == [
+        ["ours", "40.0", "µs", "1", "30.0", "µs"],
+        ["compiled", "50.0", "µs", "1.25x", "1", "30.0", "µs"],
+        ["copy", "of", "the", "same", "bytes", "12.0", "µs", "1", "30.0", "µs"],
+    ]
+    results.validate(make.result(problem))
+
+
 def test_exponent() -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
