@@ -19,7 +19,7 @@ from . import results
 from .case import Problem
 from .cases import CASES, find
 from .environment import checkout, conditions, environment
-from .headlines import HEADLINES, is_headline
+from .headlines import HEADLINES, is_headline, seconds_for
 from .protocol import CaptureFailed, lane
 from .roofline import measure_roofline
 from .runner import run_problem
@@ -173,7 +173,8 @@ def run(
             continue
         own = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
         try:
-            entry = run_problem(case, problem, device, scale, result["roofline"], own)
+            seconds = seconds_for(case, problem.params, device.type)
+            entry = run_problem(case, problem, device, scale, result["roofline"], own, seconds)
         except CaptureFailed as error:
             print(f"\n{case} {problem.key}: {error}", flush=True)
             if restart is not None and error.name not in own:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Headline:
-    """The problems of a case whose params have these values; `seconds` is what all of them may take on a GPU."""
+    """The problems of a case whose params have these values; after `seconds` no rival of them is built any more."""
 
     case: str
     params: Mapping[str, Any]
@@ -33,6 +33,16 @@ HEADLINES = (
     Headline("alignment", {"part": "op", "mode": "both", "rows": 65536}, 35.0),
     Headline("train_step", {"preset": "paper", "align": "on"}, 80.0),
 )
+
+
+OTHERS = 45.0  # seconds of a problem that is no headline
+
+
+def seconds_for(case: str, params: Mapping[str, Any], device_type: str) -> float | None:
+    """How long the rivals of a problem may be built; None for no limit, on the CPU, where nothing is cut short."""
+    if device_type != "cuda":
+        return None
+    return next((headline.seconds for headline in HEADLINES if headline.fits(case, params)), OTHERS)
 
 
 def is_headline(case: str, params: Mapping[str, Any]) -> bool:

@@ -17,6 +17,8 @@ import torch
 
 from agrepa_fast import graphs
 
+from .deadline import lift
+
 Call = Callable[[], object]
 
 GRAPH_BELOW = 100e-6  # shorter CUDA work is replayed from a graph: its launches would be most of what is timed
@@ -280,6 +282,7 @@ def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
     Raises:
         CaptureFailed: it cannot be captured; `name` is the provider's.
     """
+    lift()
     torch.cuda.synchronize(device)
     try:
         return graphs.Recording(work, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -17,6 +18,7 @@ from agrepa_fast.training.nvml import Nvml
 
 from . import gate, protocol
 from .case import Outputs, Problem, Provider, Run, Setup, Unavailable
+from .deadline import Deadline, OutOfTime
 from .protocol import Effort, Timing
 from .roofline import bound
 
@@ -38,11 +40,13 @@ def run_problem(
     scale: str,
     roofline: Mapping[str, Any],
     barred: Mapping[str, str] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Run one problem; returns its entry of the result file (schema.json, "problem").
 
     barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
         fails with that reason where it consists of one.
+    seconds: after so long no rival is built any more, and one that is being built is given up. Ours always is.
 
     Raises:
         CaptureFailed: a capture failed, so this process must measure nothing more.
@@ -53,7 +57,7 @@ def run_problem(
         torch.manual_seed(0)
         setup = _without_captures(problem.build(device), barred or {})
         run = _run_alone if problem.alone else _run
-        entry = run(problem, setup, device, scale, dict(roofline))
+        entry = run(problem, Gated(setup, device, Deadline(seconds)), device, scale, dict(roofline))
         del setup
     _release(device)
     return {
@@ -95,10 +99,9 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _run(problem: Problem, setup: Setup, device: torch.device, scale: str, roofline: dict[str, Any]) -> dict[str, Any]:
+def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofline: dict[str, Any]) -> dict[str, Any]:
     """All providers are built, and take turns in every round."""
-    providers = with_again(setup)
-    gated = Gated(setup, device)
+    providers = with_again(gated.setup)
     calls: dict[str, Run] = {}
     for provider in gated.in_order(providers):
         call = gated.admit(provider)
@@ -131,25 +134,27 @@ def _run(problem: Problem, setup: Setup, device: torch.device, scale: str, roofl
 
 
 def _run_alone(
-    problem: Problem, setup: Setup, device: torch.device, scale: str, roofline: dict[str, Any]
+    problem: Problem, gated: Gated, device: torch.device, scale: str, roofline: dict[str, Any]
 ) -> dict[str, Any]:
     """One provider in memory at a time: each is built, timed and freed, in order and then in reverse order.
 
     Both passes together put the middle of every provider's samples at the same moment, so a steady drift favours
-    nobody. Ours comes first and, a second time, last. Drift within a pass shows in what the two differ by.
+    nobody. Ours comes first and, a second time, last. Drift within a pass shows in what the two differ by. The
+    second pass is left out where the first took more than half of the problem's time.
     """
-    providers = with_again(setup)
-    gated = Gated(setup, device)
+    providers = sorted(with_again(gated.setup), key=lambda p: p.name != gated.setup.expression)
     effort = EFFORT[device.type][scale]
     half = dataclasses.replace(
         effort, seconds=effort.seconds / 2, least_rounds=(effort.least_rounds + 1) // 2, most_rounds=20
     )
     taken: dict[str, list[Timing]] = {}
     for number, order in enumerate((providers, providers[::-1])):
-        for provider in gated.in_order(order) if number == 0 and setup.expression else order:
+        if number == 1 and gated.deadline.more_than_half_spent():
+            break
+        for provider in order:
             row = gated.rows[provider.name]
             if number == 0 or row["status"] == "ok":
-                call = gated.admit(provider)
+                call = gated.admit(provider, limited=number == 0)
                 if call is not None:
                     try:
                         timing = protocol.measure({provider.name: call}, device, half)[provider.name]
@@ -163,12 +168,14 @@ def _run_alone(
             torch.compiler.reset()
             _release(device)
     timings = {}
+    ours = next(p.name for p in providers if p.role == "ours")
+    twice = [block for name in (ours, AGAIN) for block in taken.get(name, ())]
     for name, blocks in taken.items():
         if gated.rows[name]["status"] == "ok":
-            least = min(len(block.samples) for block in blocks)  # of two blocks as many each, in turn
+            # As many samples of both passes, in turn; and of ours as of ours again, which the noise floor pairs.
+            least = min(len(block.samples) for block in (twice if name in (ours, AGAIN) else blocks))
             samples = tuple(sample for group in zip(*(block.samples[:least] for block in blocks)) for sample in group)
             timings[name] = dataclasses.replace(blocks[0], samples=samples)
-    ours = next(p.name for p in providers if p.role == "ours")
     if not {ours, AGAIN} <= timings.keys():
         timings = {name: timing for name, timing in timings.items() if name not in (ours, AGAIN)}
         for name in (ours, AGAIN):
@@ -249,35 +256,46 @@ def with_again(setup: Setup) -> list[Provider]:
 class Gated:
     """The gate of a problem: builds a provider, runs it once, and admits its call when its outputs are right."""
 
-    def __init__(self, setup: Setup, device: torch.device) -> None:
+    def __init__(self, setup: Setup, device: torch.device, deadline: Deadline) -> None:
         self.setup = setup
         self.device = device
+        self.deadline = deadline
         self.rows = {provider.name: _empty_row(provider) for provider in with_again(setup)}
         self.pools: dict[str, set[protocol.Pool]] = {}  # private pools that a provider's graphs made
         self._reference: Outputs | None = setup.reference()
         self._expression: Outputs | None = None
 
     def in_order(self, providers: Sequence[Provider]) -> list[Provider]:
-        """The plain expression goes first: ours is held to twice its error."""
-        return sorted(providers, key=lambda p: p.name != self.setup.expression)
+        """The plain expression goes first, since ours is held to twice its error; then ours, for which there is no
+        time limit; then the rivals."""
+        return sorted(providers, key=lambda p: (p.name != self.setup.expression, p.role not in ("ours", "again")))
 
     def forget(self) -> None:
         """Free the reference and the expression's outputs, which only the gate needs."""
         self._reference = self._expression = None
 
-    def admit(self, provider: Provider) -> Run | None:
+    def admit(self, provider: Provider, limited: bool = True) -> Run | None:
         """The provider's call, or None with the reason in its row.
+
+        limited: a rival must be built before the deadline.
 
         Raises:
             CaptureFailed: building or calling it broke off a capture.
         """
         row = self.rows[provider.name]
         before = protocol.private_pools(self.device).keys()
+        limited = limited and provider.role not in ("ours", "again")
         try:
-            call = provider.make()
-            outputs = call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if limited and self.deadline.over():
+                raise OutOfTime
+            with self.deadline.enforced() if limited else contextlib.nullcontext():
+                call = provider.make()
+                outputs = call()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+        except OutOfTime:
+            row["status"] = "unavailable"
+            row["reason"] = f"not built in time: the {self.deadline.seconds:.0f} s of this problem were over"
         except Unavailable as error:
             row["status"], row["reason"] = "unavailable", str(error)
         except protocol.CaptureFailed:
