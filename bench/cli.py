@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument("after", type=Path)
     tune = commands.add_parser("tune", help="measure launch configurations on this GPU and rewrite its table")
     tune.add_argument("--device", default="cuda")
+    tune.add_argument("--out", type=Path, help="write the table here instead, anew after each kernel")
     arguments = parser.parse_args(argv)
     _RAN[:] = sys.argv[1:] if argv is None else argv
     try:
@@ -286,7 +287,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise UserError(f"--device: tuning needs a CUDA device, got {device}")
     from agrepa_fast.kernels.tune import tune
 
-    print(tune(device))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    print(tune(device, arguments.out))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from agrepa_fast.bench import cli, environment, gpu, results, tables
+from agrepa_fast.bench import cli, environment, results, tables
 from agrepa_fast.bench.figures import exponent
 from agrepa_fast.bench.roofline import bound, measure_roofline
 from agrepa_fast.bench.targets import Target, over
@@ -177,24 +176,3 @@ def test_environment_says_what_runs() -> None:
 def test_revision_of_no_repository(tmp_path: Path) -> None:
     assert environment.revision(tmp_path) == {"revision": None, "dirty": None}
     assert environment.revision(None) == {"revision": None, "dirty": None}
-
-
-def test_gpu_run_is_named_after_the_card() -> None:
-    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
-    assert gpu.name_of("NVIDIA H200 (80GB)", day) == "gpu-nvidia-h200-80gb-20260102"
-
-
-def test_gpu_step_keeps_what_a_cut_command_wrote(tmp_path: Path) -> None:
-    slow = tmp_path / "slow.py"
-    slow.write_text("import time\nprint('kept', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
-    with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        assert gpu.run_step(["slow"], 3.0, tmp_path, log) != 0
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert "kept\n" in said
-    assert "ended after 3 s; what it had written is kept" in said
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU would run everything")
-def test_gpu_run_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
