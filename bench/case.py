@@ -71,8 +71,6 @@ class Problem:
         build: makes the set-up on a device; all its data is random.
         single: a call takes so long that one round must do.
         alone: the providers do not fit into memory together; each is built, timed and freed before the next.
-        memory: most bytes of device memory that the problem needs at once, reckoned from its shapes; None where it is
-            far below any card's.
     """
 
     params: Mapping[str, str | int]
@@ -82,7 +80,6 @@ class Problem:
     build: Callable[[torch.device], Setup]
     single: bool = False
     alone: bool = False
-    memory: int | None = None
 
     @property
     def key(self) -> str:

@@ -49,7 +49,6 @@ def _problem(op: str, mode: str, shape: tuple[int, ...], dtype: str) -> Problem:
         bytes=moved * elements * dtype_of(dtype).itemsize,
         flops=work * elements,
         build=functools.partial(_build, op, mode, shape, dtype),
-        memory=elements * (8 * 8 + 4 * 20),
     )
 
 

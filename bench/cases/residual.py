@@ -75,8 +75,6 @@ def _problem(op: str, mode: str, batch: int, frames: int, width: int, dtype: str
         bytes=moved[mode] * size,
         flops=flops[mode],
         build=functools.partial(_build, op, mode, batch, frames, width, dtype, norm),
-        # Five providers hold an expression's float32 intermediates each; the reference holds them in float64.
-        memory=row * (10 * 8 + 8 * 6 * 4),
     )
 
 

@@ -73,25 +73,7 @@ def _problem(name: str, config: DiTConfig, batch: int, frames: int, align: str, 
         if align == "cost"
         else functools.partial(_build, config, batch, frames, align == "on", dtype),
         alone=name == "paper",
-        memory=step_memory(config, batch, frames, dtype, alone=name == "paper"),
     )
-
-
-def step_memory(config: DiTConfig, batch: int, frames: int, dtype: str, alone: bool) -> int:
-    """Bytes that the providers of a step hold at most, from the shapes: weights, gradients, two moments (and the
-    weights all start from), and what a forward keeps for backward.
-
-    A block keeps, in passes of [B, T, D]: x twice, two norms' inputs and outputs, qkv (3), attention's output, two
-    branches, and the feed-forward's inner layer twice (2 `ff_ratio`); the released form keeps attention's weights, and
-    their softmax's input, besides. Not all alone: seven providers keep their weights, one at a time its activations."""
-    weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
-    kept = config.depth * (12 + 2 * config.ff_ratio) * batch * frames * config.width
-    scores = config.depth * 2 * batch * config.heads * frames**2
-    released = 4 * (kept + scores)
-    # The float64 reference keeps the input of each block, and one block's insides while it recomputes them.
-    reference = 8 * (config.depth * batch * frames * config.width + (kept + 2 * scores) // config.depth + 3 * weights)
-    running = max(released, (6 if dtype == "bfloat16" else 4) * kept)
-    return 4 * weights * (1 + 4 * (1 if alone else 7)) + max(running, reference)
 
 
 @dataclasses.dataclass(frozen=True)

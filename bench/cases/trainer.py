@@ -32,7 +32,7 @@ from agrepa_fast.training.step import TrainStep
 from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of
 from ..published import published, random_dit
 from .foga import precision
-from .train_step import ALIGN_WEIGHT, BOUND, RELEASED_FORM, TEACHERS, selected, step_memory
+from .train_step import ALIGN_WEIGHT, BOUND, RELEASED_FORM, TEACHERS, selected
 
 TITLE = "What the trainer's changes to a step are worth"
 LR = 0.0
@@ -74,7 +74,6 @@ def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, cha
         flops=3 * sum(forward_flops(config.dit, batch, length) for length in buckets),
         build=functools.partial(_build, config, batch, buckets, dtype),
         alone=preset == "paper",
-        memory=step_memory(config.dit, batch, frames, dtype, alone=preset == "paper"),
     )
 
 
