@@ -109,14 +109,14 @@ def test_a_rival_that_takes_too_long_to_build_is_given_up(alone: bool) -> None:
 
     rivals = (Provider("endless", "rival", endless), Provider("late", "rival", late))
     began = time.monotonic()
-    entry = run_problem("fake", problem(*rivals, alone=alone, ours=lambda: Call(0.15)), CPU, "toy", ROOFLINE, None, 1.0)
-    assert time.monotonic() - began < 20
+    entry = run_problem("fake", problem(*rivals, alone=alone, ours=lambda: Call(0.15)), CPU, "toy", ROOFLINE, None, 5.0)
+    assert time.monotonic() - began < 40
     rows = rows_of(entry)
     assert seen == ["endless"]
     assert entry["gate"]["passed"]
     for name in ("endless", "late"):
         assert rows[name]["status"] == "unavailable"
-        assert rows[name]["reason"] == "not built in time: the 1 s of this problem were over"
+        assert rows[name]["reason"] == "not built in time: the 5 s of this problem were over"
         assert rows[name]["speedup"] is None
 
 
@@ -165,9 +165,9 @@ def test_a_second_pass_is_left_out_when_half_the_time_is_over() -> None:
 
     def rival() -> Call:
         built.append("rival")
-        return Call(0.2)
+        return Call(1.0)
 
-    entry = run_problem("fake", problem(Provider("r", "rival", rival), alone=True), CPU, "toy", ROOFLINE, None, 0.8)
+    entry = run_problem("fake", problem(Provider("r", "rival", rival), alone=True), CPU, "toy", ROOFLINE, None, 6.0)
     assert built == ["rival"]
     assert entry["gate"]["passed"]
     assert rows_of(entry)["r"]["speedup"] > 1
