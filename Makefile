@@ -14,7 +14,7 @@ help:
 	@echo "make docs    build the documentation into site/; warnings are errors"
 	@echo "make floor   the core tests with the oldest NumPy that is allowed (torch is at its oldest already)"
 	@echo "make newest  install the wheel with base dependencies alone, the newest torch; compile every kernel with it"
-	@echo "make gpu     on a machine with a GPU: doctor, tests/gpu and every benchmark, under nine minutes"
+	@echo "make gpu     on a machine with a GPU: doctor, tests/gpu and every benchmark, under nine minutes; OUT=DIR for the results"
 	@echo "make clean   remove caches and build leftovers; keeps $(VENV)/ and runs/"
 	@echo "PYTHON=python3.12 chooses the interpreter of a new environment, VENV=DIR its folder."
 
@@ -47,9 +47,10 @@ newest:
 	$(VENV)/newest/bin/python -m pip install --quiet .
 	$(VENV)/newest/bin/python tests/packaging/clean_install.py
 
-# Installs nothing: it measures whatever torch and Triton PYTHON has.
+# Installs nothing: it measures whatever torch and Triton PYTHON has. OUT is the folder of the results.
+OUT ?= bench/results
 gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m agrepa_fast.bench.gpu
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m agrepa_fast.bench.gpu "$(OUT)"
 
 clean:
 	rm -rf build dist site $(VENV)/newest $(VENV)/floor *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -70,6 +70,7 @@ class Problem:
         bytes, flops: the least a call must move and compute, counted from the shapes; None where nobody can say.
         build: makes the set-up on a device; all its data is random.
         single: a call takes so long that one round must do.
+        alone: the providers do not fit into memory together; each is built, timed and freed before the next.
     """
 
     params: Mapping[str, str | int]
@@ -78,6 +79,7 @@ class Problem:
     flops: int | None
     build: Callable[[torch.device], Setup]
     single: bool = False
+    alone: bool = False
 
     @property
     def key(self) -> str:

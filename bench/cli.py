@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from . import results
 from .case import Problem
 from .cases import CASES, find
 from .environment import checkout, conditions, environment
-from .protocol import lane
+from .headlines import HEADLINES, is_headline, seconds_for
+from .protocol import CaptureFailed, lane
 from .roofline import measure_roofline
 from .runner import run_problem
 from .tables import compare_table, problem_table
 
+_RAN: list[str] = []  # the arguments of this run, to start it again
 QUICK_BUDGET = 170.0  # seconds: --quick ends within three minutes, even where other work shares the machine
 
 
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="start no problem after so long, list it as skipped (--quick: 170)",
     )
+    # A failed capture restarts the command with these two; nobody types them.
+    run.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
+    run.add_argument("--barred", nargs=4, action="append", default=[], help=argparse.SUPPRESS)
+    run.add_argument("--headlines", action="store_true", help="only the problems that README's first table shows")
     report = commands.add_parser("report", help="write tables and figures of README and docs from bench/results")
     report.add_argument("--check", action="store_true", help="change nothing; fail when something is out of date")
     compare = commands.add_parser("compare", help="two result files, row by row")
@@ -57,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument("after", type=Path)
     tune = commands.add_parser("tune", help="measure launch configurations on this GPU and rewrite its table")
     tune.add_argument("--device", default="cuda")
+    tune.add_argument("--out", type=Path, help="write the table here instead, anew after each kernel")
     arguments = parser.parse_args(argv)
+    _RAN[:] = sys.argv[1:] if argv is None else argv
     try:
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:
@@ -103,6 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
         name: [problem for problem in case.problems(arguments.scale, device) if arguments.only in problem.key]
         for name, case in find(arguments.cases).items()
     }
+    if arguments.headlines:
+        chosen = {name: [p for p in problems if is_headline(name, p.params)] for name, problems in chosen.items()}
     if not any(chosen.values()):
         raise UserError(f"--only: no problem of {', '.join(chosen)} has {arguments.only!r} in its key")
     stamp = datetime.datetime.now(datetime.UTC)
@@ -110,7 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
     budget = arguments.budget
     if budget is None and arguments.scale == "quick":
         budget = QUICK_BUDGET
-    result = run(chosen, device, arguments.scale, out, budget)
+    resumed = results.read(arguments.resume) if arguments.resume else None
+    result = run(chosen, device, arguments.scale, out, budget, resumed, tuple(arguments.barred), restart)
     refused = [problem for problem in result["problems"] if not problem["gate"]["passed"]]
     print(f"\n{len(result['problems'])} problems in {result['seconds']:.0f} s; {out}")
     if result["noise_floor"] is not None:
@@ -122,51 +134,61 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
+Restart = Callable[[Path, Sequence[tuple[str, str, str, str]]], None]
+Barred = tuple[str, str, str, str]  # case, key, provider, why its capture failed
+
+
 def run(
     chosen: Mapping[str, Sequence[Problem]],
     device: torch.device,
     scale: str,
     out: Path,
     budget: float | None = None,
+    resumed: dict[str, Any] | None = None,
+    barred: Sequence[Sequence[str]] = (),
+    restart: Restart | None = None,
 ) -> dict[str, Any]:
     """Measure the roofline, then every problem; the result file is rewritten after each one.
 
-    An interrupt or an error leaves the file with what was done (`complete` false).
+    An interrupt or an error leaves the file with what was done (`complete` false). Headline problems come first.
+
+    Args:
+        resumed: the result of an earlier process to go on with; its problems are not run again.
+        barred: (case, key, provider, reason) of captures that failed in an earlier process.
+        restart: called with the file and all barred captures when a capture fails, to go on in a new process: the
+            failed one leaves this process' allocator believing that it is still capturing. Without it the rest of the
+            run is skipped.
     """
-    began = time.perf_counter()
-    with lane(device):
-        rates = measure_roofline(device, scale)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "complete": False,
-        "scale": scale,
-        "cases": list(chosen),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": 0.0,
-        "environment": environment(device),
-        "conditions": {"before": conditions(device), "after": None},
-        "roofline": rates,
-        "noise_floor": None,
-        "problems": [],
-        "skipped": [],
-    }
-    matmul = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates["matmul_flops_per_s"].items())
-    print(
-        f"{result['environment']['device']}: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {matmul}",
-        flush=True,
-    )
+    began = time.perf_counter() - (0.0 if resumed is None else resumed["seconds"])
+    result = _begin(chosen, device, scale) if resumed is None else {**resumed, "skipped": []}
+    done = {(problem["case"], problem["key"]) for problem in result["problems"]}
+    spoiled = ""
+    _save(result, out, began, device)  # whatever happens next, there is a valid file
     for case, problem in in_turn(chosen):
+        if (case, problem.key) in done:
+            continue
         spent = time.perf_counter() - began
-        if budget is not None and spent > budget:
-            reason = f"the budget of {budget:.0f} s was spent"
+        if spoiled or (budget is not None and spent > budget):
+            reason = spoiled or f"the budget of {budget:.0f} s was spent"
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             continue
+        own = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
         try:
-            entry = run_problem(case, problem, device, scale, rates)
+            seconds = seconds_for(case, problem.params, device.type)
+            entry = run_problem(case, problem, device, scale, result["roofline"], own, seconds)
+        except CaptureFailed as error:
+            print(f"\n{case} {problem.key}: {error}", flush=True)
+            if restart is not None and error.name not in own:
+                _save(result, out, began, device)
+                restart(out, [*(tuple(item) for item in barred), (case, problem.key, error.name, str(error))])  # type: ignore[list-item]
+            spoiled = f"after a failed capture nothing in the same process can be trusted ({error})"[:300]
+            result["skipped"].append({"case": case, "key": problem.key, "reason": spoiled})
+            continue
         except Exception as error:  # one problem must not cost the others
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             print(f"\n{case} {problem.key}: {reason}", flush=True)
+            _save(result, out, began, device)
             continue
         result["problems"].append(entry)
         print("\n" + problem_table(entry), flush=True)
@@ -176,11 +198,59 @@ def run(
     return result
 
 
+def _begin(chosen: Mapping[str, Sequence[Problem]], device: torch.device, scale: str) -> dict[str, Any]:
+    """A result without problems: the machine, and its roofline."""
+    with lane(device):
+        rates = measure_roofline(device, scale)
+    described = environment(device)
+    matmul = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates["matmul_flops_per_s"].items())
+    print(
+        f"{described['device']}: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {matmul}",
+        flush=True,
+    )
+    return {
+        "schema": 1,
+        "complete": False,
+        "scale": scale,
+        "cases": list(chosen),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "environment": described,
+        "conditions": {"before": conditions(device), "after": None},
+        "roofline": rates,
+        "noise_floor": None,
+        "problems": [],
+        "skipped": [],
+    }
+
+
+def restart(out: Path, barred: Sequence[Barred]) -> None:
+    """Replace this process by a new one that goes on with `out`: a broken capture cannot be undone in the process."""
+    arguments = [item for item in _RAN if item != "--resume"]
+    for flag, values in (("--resume", 1), ("--barred", 4), ("--out", 1)):
+        while flag in arguments:
+            place = arguments.index(flag)
+            del arguments[place : place + 1 + values]
+    arguments += ["--out", str(out), "--resume", str(out)]
+    for item in barred:
+        arguments += ["--barred", *item]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "agrepa_fast.bench", *arguments])
+
+
 def in_turn(chosen: Mapping[str, Sequence[Problem]]) -> Iterator[tuple[str, Problem]]:
-    """The first problem of every case, then the second ones, and so on: a run cut short has seen every case."""
+    """The headline problems, in the order of HEADLINES; then the first problem of every case, the second ones, and so
+    on: a run cut short has the headlines, and has seen every case."""
+    first = []
+    for match in HEADLINES:
+        for case, problems in chosen.items():
+            first += [(case, problem) for problem in problems if match.fits(case, problem.params)]
+    yield from first
+    early = {(case, problem.key) for case, problem in first}
     for level in range(max(map(len, chosen.values()))):
         for case, problems in chosen.items():
-            if level < len(problems):
+            if level < len(problems) and (case, problems[level].key) not in early:
                 yield case, problems[level]
 
 
@@ -217,7 +287,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise UserError(f"--device: tuning needs a CUDA device, got {device}")
     from agrepa_fast.kernels.tune import tune
 
-    print(tune(device))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    print(tune(device, arguments.out))
     return 0
 
 

@@ -1,60 +1,111 @@
 """`make gpu`: everything a machine with a GPU can tell, in one command and under nine minutes.
 
-`python -m agrepa_fast.bench.gpu [FOLDER]` runs doctor, tests/gpu and all cases (the roofline first), and leaves
-gpu-NAME.json and gpu-NAME.log in FOLDER (default: bench/results of the checkout). Needs nothing but the checkout on
-PYTHONPATH, torch and triton; what is missing is said and skipped. Cut short, it leaves what was measured.
+`python -m agrepa_fast.bench.gpu [FOLDER]` leaves gpu-NAME.json and gpu-NAME.log in FOLDER (default: bench/results of
+the checkout). In this order: doctor; the headline problems, over within four minutes; the tests, what is likeliest to
+fail first; all other problems. Both files grow as results come, so that a run cut short leaves what was measured. It
+needs the checkout, torch and triton; the tests need pytest, and are left out without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
+from . import results
 from .environment import checkout
 
-LIMIT = 520.0  # seconds for everything
-DOCTOR, TESTS = 40.0, 150.0  # of which these may take
+# Seconds since the start.
+HEADLINES_BY = 240.0
+LIMIT = 520.0
+# Seconds of a step.
+DOCTOR, TESTS = 15.0, 150.0
 RESERVE = 45.0  # kept for the last problem: none is started when less is left
+GRACE = 8.0  # between SIGINT and SIGKILL
+
+# The likeliest to fail and the costliest if it does comes first.
+TEST_ORDER = ("gpu/test_step.py", "kernels/values", "gpu/test_kernels.py", "gpu/test_attribution.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when tests and gates passed; 1 when one did not; 2 without a GPU or a checkout."""
+    """0 when tests and gates passed; 1 when one did not or was cut short; 2 without a GPU or a checkout."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     root = checkout()
     if root is None:
         print("make gpu: run it from a checkout (tests/gpu is not installed)", file=sys.stderr)
         return 2
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        print(f"make gpu: expected one folder for the results, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("make gpu: torch sees no CUDA device here", file=sys.stderr)
         return 2
-    folder = Path(arguments[0]) if arguments else root / "bench" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(arguments[0] if arguments else root / "bench" / "results").resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"make gpu: {folder}: {error.strerror}; name a folder that can be written", file=sys.stderr)
+        return 2
     name = name_of(torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC))
-    began = time.monotonic()
-
-    def left() -> float:
-        return LIMIT - (time.monotonic() - began)
-
-    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        run_step(["agrepa_fast", "doctor"], min(DOCTOR, left()), root, log)  # it informs; tests and gates decide
-        codes = []
-        if (root / "tests" / "gpu").is_dir():
-            codes.append(run_step(["pytest", "tests/gpu", "-m", "gpu", "-q"], min(TESTS, left()), root, log))
-        budget = f"{max(0.0, left() - RESERVE):.0f}"
-        bench = ["agrepa_fast.bench", "run", "all", "--device", "cuda", "--budget", budget, "--out"]
-        codes.append(run_step([*bench, str((folder / f"{name}.json").resolve())], left(), root, log))
+    with _signals(), open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        codes = _run(root, folder / f"{name}.json", log)
     print(f"{folder / name}.json, {folder / name}.log")
     return 1 if any(codes) else 0
+
+
+def _run(root: Path, out: Path, log: TextIO) -> list[int]:
+    """All steps; the exit codes of those that decide: doctor informs, tests and gates decide."""
+    began = time.monotonic()
+
+    def left(until: float) -> float:
+        return until - (time.monotonic() - began)
+
+    bench = ["agrepa_fast.bench", "run", "all", "--device", "cuda", "--out", str(out)]
+    out.unlink(missing_ok=True)  # of an earlier run on the same day
+    run_step(["agrepa_fast", "doctor"], DOCTOR, root, log)
+    codes = [run_step([*bench, "--headlines"], left(HEADLINES_BY), root, log)]
+    tests = tests_of(root)
+    if importlib.util.find_spec("pytest") is None:
+        _say("\nthe tests are left out: pytest is not installed", log)
+    elif tests:
+        options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+        codes.append(run_step(["pytest", *options, *tests], min(TESTS, left(LIMIT)), root, log))
+    before, resume = _seconds(out), []
+    if before is not None:
+        resume = ["--resume", str(out)]
+    # A resumed run counts the time of its first part.
+    budget = max(0.0, left(LIMIT) - RESERVE) + (before or 0.0)
+    codes.append(run_step([*bench, *resume, "--budget", f"{budget:.0f}"], left(LIMIT), root, log))
+    return codes
+
+
+def _seconds(out: Path) -> float | None:
+    """How long the run took that left `out`; None where it left nothing that can be resumed."""
+    try:
+        seconds: Any = results.read(out)["seconds"]
+    except Exception:
+        return None
+    return float(seconds)
+
+
+def tests_of(root: Path) -> list[str]:
+    """Paths of the tests that need a device, relative to the checkout, by risk."""
+    tests = root / "tests"
+    first = [tests / name for name in TEST_ORDER]
+    rest = [path for path in sorted((tests / "gpu").glob("test_*.py")) if path not in first]
+    return [str(path.relative_to(root)) for path in [*first, *rest] if path.exists()]
 
 
 def name_of(device: str, now: datetime.datetime) -> str:
@@ -63,25 +114,61 @@ def name_of(device: str, now: datetime.datetime) -> str:
     return f"gpu-{slug}-{now:%Y%m%d}"
 
 
+@contextlib.contextmanager
+def _signals() -> Any:
+    """SIGTERM ends the steps as SIGINT does. Both are set, since a shell's background job ignores SIGINT, and its
+    children would too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
-    """Run `python -m MODULE ...` from the checkout, output on the screen and in the log; ended when time is up."""
+    """Run `python -m MODULE ...` from the checkout, its output on the screen and in the log.
+
+    When the time is up it gets SIGINT, so that it says where it is. It runs in a process group of its own, of which
+    nothing is left afterwards: an orphan would disturb what is timed next."""
     _say(f"\n$ python -m {' '.join(module)}", log)
-    command = [sys.executable, "-m", *module]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", *module],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
-    ended = threading.Timer(max(seconds, 1.0), process.terminate)
-    ended.start()
-    assert process.stdout is not None
-    for line in process.stdout:
-        _say(line.rstrip("\n"), log)
-    code = process.wait()
-    timely = ended.is_alive()
-    ended.cancel()
-    if not timely:
-        _say(f"ended after {seconds:.0f} s; what it had written is kept", log)
+    reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    reader.start()
+    ended = ""
+    try:
+        process.wait(max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        ended = f"ended after {seconds:.0f} s; what it had written is kept"
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        reader.join(GRACE)
+    if ended:
+        _say(ended, log)
     return code
+
+
+def _copy(lines: Any, log: TextIO) -> None:
+    for line in lines:
+        _say(line.rstrip("\n"), log)
 
 
 def _say(line: str, log: TextIO) -> None:

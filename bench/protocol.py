@@ -10,10 +10,14 @@ import contextlib
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from agrepa_fast import graphs
+
+from .deadline import lift
 
 Call = Callable[[], object]
 
@@ -44,6 +48,7 @@ class Timing:
     samples: tuple[float, ...]
     calls: int  # calls in a sample
     timer: str  # "perf_counter", "events" or "graph"
+    eager: tuple[float, ...] = ()  # where the timer is "graph": samples of the same call, launched eagerly
 
     @property
     def median(self) -> float:
@@ -56,6 +61,15 @@ class Timing:
         low = int(place)
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+class CaptureFailed(Exception):
+    """A call declared capturable was not. The allocator and the random number generators of the process may still
+    believe that a capture is under way, so nothing measured afterwards in this process can be trusted."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be captured in a CUDA graph: {reason}")
+        self.name = name
 
 
 def order(names: Sequence[str], round_number: int) -> list[str]:
@@ -138,24 +152,28 @@ def measure_cpu(
 
 
 class ColdCache:
-    """Evicts the L2 cache: writes a buffer of twice its size (at least 64 MiB)."""
+    """Evicts the L2 cache by reading a buffer of twice its size (at least 64 MiB).
+
+    A write would leave the cache full of changed lines, and the timed call would pay for writing them back."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
-        self.buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
+        self.device = device
+        self.buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
+        self.largest = torch.empty((), dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
-        self.buffer.zero_()
+        torch.amax(self.buffer, dim=0, out=self.largest)
 
 
 @contextlib.contextmanager
 def lane(device: torch.device) -> Iterator[None]:
-    """One side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a
-    graph can only be captured on a stream that is not the default one. Nothing on the CPU."""
+    """The side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a graph
+    can only be captured on a stream that is not the default one. Nothing on the CPU."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = graphs.side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
@@ -165,34 +183,43 @@ def lane(device: torch.device) -> Iterator[None]:
 def measure_cuda(
     variants: dict[str, Call], device: torch.device, effort: Effort, capturable: frozenset[str]
 ) -> dict[str, Timing]:
-    """CUDA events around each call, the L2 evicted before it. Work below 100 us is replayed from a graph of ten
-    calls, each between its own event nodes and behind its own eviction: neither launches nor a warm cache
-    are timed. Call inside `lane`."""
+    """CUDA events around each call, the L2 evicted before it. Where the fastest capturable variant takes less than
+    100 us, every capturable variant is replayed from a graph of ten calls, each between its own event nodes and behind
+    its own eviction: neither launches nor a warm cache are timed. The eager calls are timed beside the replays.
+
+    Call inside `lane`.
+
+    Raises:
+        CaptureFailed: a variant in `capturable` could not be captured.
+    """
     cold = ColdCache(device)
-    runners: dict[str, Callable[[], list[float]]] = {}
-    lasted = 0.0
-    for name, call in variants.items():
-        runner = _events(call, cold)
-        once = runner()[0]
-        if once < 10 * GRAPH_BELOW:  # the first is the least steady, and where it is short more cost nothing
-            once = statistics.median(runner()[0] for _ in range(3))
-        if once < GRAPH_BELOW and name in capturable:
-            runner = _graph(call, cold) or runner
-        runners[name] = runner
-        began = time.perf_counter()
-        runner()
-        lasted += time.perf_counter() - began
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    eager = {name: _events(call, cold) for name, call in variants.items()}
+    if effort.most_rounds == 1:  # a call too long to be made for calibration
+        return {name: Timing((run()[0],), 1, "events") for name, run in eager.items()}
+    once: dict[str, float] = {}
+    for name, run in eager.items():
+        once[name] = run()[0]
+        if once[name] < 10 * GRAPH_BELOW:  # the first is the least steady, and where it is short more cost nothing
+            once[name] = statistics.median(run()[0] for _ in range(3))
+    replays: dict[str, Callable[[], list[float]]] = {}
+    if min((once[name] for name in variants if name in capturable), default=GRAPH_BELOW) < GRAPH_BELOW:
+        replays = {name: _graph(name, variants[name], cold) for name in variants if name in capturable}
+    runners = {name: [eager[name], *([replays[name]] if name in replays else ())] for name in variants}
+    began = time.perf_counter()
+    for pair in runners.values():
+        for run in pair:
+            run()
+    lasted = time.perf_counter() - began
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in pair] for name, pair in runners.items()}
     for number in range(effort.rounds(lasted)):
         for name in order(list(variants), number):
-            samples[name].append(statistics.median(runners[name]()))
+            for kept, run in zip(samples[name], runners[name]):
+                kept.append(statistics.median(run()))
     return {
-        name: Timing(
-            tuple(samples[name]),
-            CALLS_PER_GRAPH if isinstance(runners[name], _Replay) else 1,
-            "graph" if isinstance(runners[name], _Replay) else "events",
-        )
-        for name in variants
+        name: Timing(tuple(taken[1]), CALLS_PER_GRAPH, "graph", tuple(taken[0]))
+        if name in replays
+        else Timing(tuple(taken[0]), 1, "events")
+        for name, taken in samples.items()
     }
 
 
@@ -213,7 +240,7 @@ def _events(call: Call, cold: ColdCache) -> Callable[[], list[float]]:
 class _Replay:
     """A captured graph of calls between event nodes; a run replays it and reads the events."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+    def __init__(self, graph: graphs.Recording, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
         self.graph = graph
         self.events = events
 
@@ -223,28 +250,44 @@ class _Replay:
         return [start.elapsed_time(end) * 1e-3 for start, end in self.events]
 
 
-def _graph(call: Call, cold: ColdCache) -> _Replay | None:
-    """Capture ten calls, or None where the work cannot be captured (the events then time it)."""
+def _graph(name: str, call: Call, cold: ColdCache) -> _Replay:
+    """Capture ten calls.
+
+    Raises:
+        CaptureFailed: they cannot be captured, or their replay measures nothing.
+    """
     # External events become record nodes of the graph and can be read after a replay.
     events = [
         (torch.cuda.Event(enable_timing=True, external=True), torch.cuda.Event(enable_timing=True, external=True))
         for _ in range(CALLS_PER_GRAPH)
     ]
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
+
+    def work() -> None:
+        for start, end in events:
+            cold()
+            start.record()
+            call()
+            end.record()
+
+    replay = _Replay(recorded(name, work, cold.device), events)
+    usable = all(sample > 0 for sample in replay())
+    if not usable:
+        raise CaptureFailed(name, "the events of its replay show no time")
+    return replay
+
+
+def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
+    """`work` as a CUDA graph.
+
+    Raises:
+        CaptureFailed: it cannot be captured; `name` is the provider's.
+    """
+    lift()
+    torch.cuda.synchronize(device)
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for start, end in events:
-                cold()
-                start.record()
-                call()
-                end.record()
-        replay = _Replay(graph, events)
-        usable = all(sample > 0 for sample in replay())
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return replay if usable else None
+        return graphs.Recording(work, device)
+    except RuntimeError as error:  # out of memory too: the capture has ended halfway
+        raise CaptureFailed(name, (str(error).strip() or "RuntimeError").splitlines()[0]) from error
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
@@ -276,8 +319,25 @@ def launches(call: Call, device: torch.device) -> int | None:
     )
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most bytes of tensors a call holds at once, beyond what is there before it; its results count."""
+Pool = tuple[int, int]
+
+
+def private_pools(device: torch.device) -> dict[Pool, int]:
+    """{id: bytes} of the memory pools that CUDA graphs hold for themselves; none on the CPU."""
+    found: dict[Pool, int] = {}
+    if device.type == "cuda":
+        for segment in torch.cuda.memory_snapshot():
+            pool = tuple(segment["segment_pool_id"])
+            if segment["device"] == (device.index or 0) and pool != (0, 0):
+                found[pool] = found.get(pool, 0) + segment["total_size"]
+    return found
+
+
+def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -> int:
+    """Most bytes of tensors a call holds at once, beyond what is there before it; its results count.
+
+    pools: ids of the private pools that belong to the call. A replay allocates nothing: it needs its whole pool.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -285,7 +345,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         kept = call()
         torch.cuda.synchronize(device)
         del kept
-        return torch.cuda.max_memory_allocated(device) - before
+        own = sum(size for pool, size in private_pools(device).items() if pool in pools)
+        return torch.cuda.max_memory_allocated(device) - before + own
     from torch.profiler import ProfilerActivity, profile
 
     with warnings.catch_warnings():

@@ -56,6 +56,7 @@ class PublishedDiT(nn.Module):
     """The network as one writes it down from the paper: a modulation Linear per block, eager norms and gates."""
 
     pos_emb: Tensor
+    rates: Tensor
 
     def __init__(self, config: DiTConfig, keep_weights: bool) -> None:
         super().__init__()
@@ -69,13 +70,23 @@ class PublishedDiT(nn.Module):
         table = torch.empty(config.max_frames, width, dtype=torch.float64)
         table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
         self.register_buffer("pos_emb", table.float(), persistent=False)
+        self.register_buffer("rates", _rates(width).float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PublishedDiT:
+        """Convert the module, but keep the time embedding's rates in float32 or wider."""
+        super()._apply(fn, recurse)
+        self.rates = _rates(self.config.width).to(
+            self.rates.device, torch.promote_types(self.rates.dtype, torch.float32)
+        )
+        return self
 
     def begin(self, x_t: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream before block 0 [B, T, D] and the time embedding [B, D]."""
-        x = self.input_proj(torch.cat([x_t, cond], dim=-1)) + self.pos_emb[: x_t.shape[1]].to(x_t.dtype)
-        width = self.config.width
-        angle = t[:, None] * _rates(width).to(t)
-        return x, self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        x = self.input_proj(torch.cat([x_t, cond], dim=-1))
+        # In the projection's dtype: under autocast a float32 table would promote the whole stream to float32.
+        x = x + self.pos_emb[: x_t.shape[1]].to(x.dtype)
+        angle = t[:, None].to(self.rates.dtype) * self.rates
+        return x, self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.pos_emb.dtype))
 
     def forward(
         self,

@@ -15,7 +15,18 @@ from agrepa_fast.errors import UserError
 
 from . import figures, results
 from .cases import CASES
-from .tables import UNMEASURED, amount, cells, columns, duration, gate_line, markdown, speedup
+from .tables import (
+    EAGER_COLUMNS,
+    UNMEASURED,
+    amount,
+    cells,
+    columns,
+    duration,
+    eager_cells,
+    gate_line,
+    markdown,
+    speedup,
+)
 from .targets import TARGETS, ours, shares_of_step
 
 MARK = re.compile(r"^(<!-- bench:([a-z_]+) -->\n)(.*?)^(<!-- /bench -->)$", re.DOTALL | re.MULTILINE)
@@ -148,7 +159,12 @@ def _missing(stored: Stored) -> list[str]:
 
 
 HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
-    ("FoG-A scores of all layers", "foga", {}, ("released loop", "SDPA loop", "compiled loop")),
+    (
+        "FoG-A scores of all layers",
+        "foga",
+        {},
+        ("released loop", "SDPA loop", "compiled loop", "compiled loop, bfloat16 model"),
+    ),
     (
         "Alignment loss, forward and backward",
         "alignment",
@@ -159,7 +175,7 @@ HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
         "Training step with alignment",
         "train_step",
         {"align": "on"},
-        ("released form", "SDPA form", "SDPA form, compiled"),
+        ("released form", "SDPA form", "SDPA form, compiled", "SDPA form, compiled, bfloat16 model"),
     ),
     (
         "The trainer's step",
@@ -199,7 +215,7 @@ def headline(stored: Stored) -> str:
                     f"{speedup(row)} against {row['provider']}"
                     for name in providers
                     for row in problem["rows"]
-                    if row["provider"] == name and row["speedup"] is not None
+                    if row["provider"] in (name, f"{name}, float32") and row["speedup"] is not None
                 ]
                 verdicts = "; ".join(said) if problem["gate"]["passed"] else gate_line(problem)
                 device, median = result["environment"]["device"], ours(problem)["median_us"]
@@ -287,6 +303,9 @@ def case_tables(case: str, stored: Stored) -> str:
             params = ", ".join(f"{key} {value}" for key, value in problem["params"].items())
             parts.append(f"**{params}** ({gate_line(problem)})")
             parts.append(markdown(shown, [cells(row, shown) for row in problem["rows"]]))
+            eager = eager_cells(problem)
+            if eager:
+                parts += ["Launched eagerly, outside a graph:", markdown(EAGER_COLUMNS, eager)]
         parts += [f"Skipped: {item['key']}: {item['reason']}." for item in skipped]
     return "\n\n".join([*parts, *_missing_case(case, stored)])
 

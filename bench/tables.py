@@ -66,6 +66,23 @@ def cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [texts[name] for name in names]
 
 
+EAGER_COLUMNS = ("provider", "eager call", "ours is", "launches", "host")
+
+
+def eager_cells(problem: Mapping[str, Any]) -> list[list[str]]:
+    """The second table of a problem that was replayed from graphs: what the same calls take when Python launches them.
+    Empty where no row was replayed."""
+    rows = [row for row in problem["rows"] if row.get("eager_us") is not None]
+    own = next((row["eager_us"] for row in rows if row["role"] == "ours"), None)
+    table = []
+    for row in rows:
+        compared = own is not None and row["role"] not in ("ours", "again", "copy")
+        ratio = f"{row['eager_us'] / own:.2f}x" if compared else ""
+        launches = "" if row["launches"] is None else str(row["launches"])
+        table.append([row["provider"], duration(row["eager_us"]), ratio, launches, duration(row["host_us"])])
+    return table
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others numbers."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
@@ -82,19 +99,25 @@ def gate_line(problem: Mapping[str, Any]) -> str:
 def problem_table(problem: Mapping[str, Any]) -> str:
     """A problem as aligned text, for the terminal."""
     names = columns(problem)
-    rows = [list(names), *(cells(row, names) for row in problem["rows"])]
-    timed = [row for row, source in zip(rows[1:], problem["rows"]) if source["median_us"] is not None]
-    widths = [max(len(row[i]) for row in [rows[0], *timed]) for i in range(len(names))]
-    widths[0] = max(len(row[0]) for row in rows)
+    untimed = [row for row in problem["rows"] if row["median_us"] is None]
+    timed = [cells(row, names) for row in problem["rows"] if row["median_us"] is not None]
     lines = [f"{problem['case']} {problem['key']}  ({gate_line(problem)})"]
-    for row in rows:
-        if len(row) > 1 and row not in timed and row is not rows[0]:
-            lines.append(f"  {row[0]:<{widths[0]}}  {row[1]}")
-        else:
-            lines.append(
-                "  " + f"{row[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:]))
-            )
-    return "\n".join(line.rstrip() for line in lines)
+    lines += _aligned(names, timed)
+    lines += [f"  {': '.join(cells(row, names)[:2])}" for row in untimed]
+    eager = eager_cells(problem)
+    if eager:
+        lines += ["  Launched eagerly:", *_aligned(EAGER_COLUMNS, eager)]
+    return "\n".join(lines)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Indented lines of columns: the first starts at the left, the others end at the right."""
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    return [
+        ("  " + f"{row[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:]))).rstrip()
+        for row in table
+    ]
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], floor: float) -> str:

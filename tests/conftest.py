@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 from agrepa_fast import graphs
 
@@ -57,8 +58,10 @@ class Graph:
         if self.work is None:
             return
         fresh = self.work()
-        if isinstance(fresh, Tensor):
-            self.output.copy_(fresh)
+        with torch.no_grad():
+            for kept, value in zip(tree_leaves(self.output), tree_leaves(fresh), strict=True):
+                if isinstance(kept, Tensor):
+                    kept.copy_(value)
 
 
 class Cuda:

@@ -6,12 +6,13 @@ from types import ModuleType
 
 from agrepa_fast.errors import UserError
 
-from . import alignment, demo, foga, residual, sampler, scaling, train_step, trainer
+from . import alignment, demo, foga, pooling, residual, sampler, scaling, train_step, trainer
 
 CASES: dict[str, ModuleType] = {
     "residual": residual,
     "foga": foga,
     "alignment": alignment,
+    "pooling": pooling,
     "train_step": train_step,
     "trainer": trainer,
     "sampler": sampler,

@@ -20,6 +20,7 @@ from agrepa_fast.models.flow import sample
 from ..case import Outputs, Problem, Provider, Run, Setup, dtype_of
 from ..published import published, random_dit
 from .foga import TOY, draw_inputs, precision
+from .train_step import RELEASED_FORM
 
 TITLE = "Sampler"
 GUIDANCE = 3.0
@@ -73,14 +74,20 @@ def _build(config: DiTConfig, batch: int, frames: int, points: int, dtype: str, 
 
         return run
 
+    def cast() -> Run:
+        network = published(model, keep_weights=False).eval().to(dtype_of(dtype))
+        start, given, empty = (value.to(dtype_of(dtype)) for value in (noise, cond, null))
+        return lambda: (euler(network, start, given, empty, points),)
+
     def reference() -> Outputs:
         network = published(model, keep_weights=False).double().eval()
         return (euler(network, noise.double(), cond.double(), null.double(), points),)
 
     providers = (
         Provider("ours", "ours", ours),
-        Provider("released form", "published", lambda: straight(True)),
+        Provider(RELEASED_FORM[dtype], "published", lambda: straight(True)),
         Provider("two forwards a step, SDPA", "rival", lambda: straight(False)),
+        *([Provider(f"two forwards a step, SDPA, {dtype} model", "rival", cast)] if dtype != "float32" else ()),
     )
     return Setup(providers, reference, {"mel": BOUND[dtype]})
 

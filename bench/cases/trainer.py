@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from agrepa_fast.models.conditioning import assemble_condition
 from agrepa_fast.models.cost import forward_flops
@@ -31,7 +32,7 @@ from agrepa_fast.training.step import TrainStep
 from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of
 from ..published import published, random_dit
 from .foga import precision
-from .train_step import ALIGN_WEIGHT, BOUND, TEACHERS, selected
+from .train_step import ALIGN_WEIGHT, BOUND, RELEASED_FORM, TEACHERS, selected
 
 TITLE = "What the trainer's changes to a step are worth"
 LR = 0.0
@@ -72,6 +73,7 @@ def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, cha
         bytes=4 * 8 * weights * len(buckets) + 3 * dtype_of(dtype).itemsize * rows,
         flops=3 * sum(forward_flops(config.dit, batch, length) for length in buckets),
         build=functools.partial(_build, config, batch, buckets, dtype),
+        alone=preset == "paper",
     )
 
 
@@ -188,7 +190,7 @@ def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device
 
     def reference() -> Outputs:
         wide = copy.deepcopy(origin).double()
-        return _straight(wide, [_double(drawn) for drawn in together], config, "float32", device)()
+        return _straight(wide, [_double(drawn) for drawn in together], config, "float32", device, recompute=True)()
 
     # What train.engine=auto is here.
     auto = "eager" if device.type == "cpu" else "graph"
@@ -206,7 +208,7 @@ def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device
     if device.type == "cuda":
         providers += [
             Provider("trainer, eager", "engine", lambda: trainer("eager")),
-            Provider("released form", "published", lambda: straight(keep_weights=True)),
+            Provider(RELEASED_FORM[dtype], "published", lambda: straight(keep_weights=True)),
             Provider("straightforward, compiled", "rival", lambda: straight(network="compiled")),
         ]
     # Twelve blocks with random weights amplify the last bits on the way back.
@@ -234,8 +236,11 @@ def _straight(
     loss: str = "published",
     items: bool = True,
     keep_weights: bool = False,
+    recompute: bool = False,
 ) -> Run:
-    """Steps as one writes them down: AdamW and EMA as torch and a loop have them, every metric read with .item()."""
+    """Steps as one writes them down: AdamW and EMA as torch and a loop have them, every metric read with .item().
+
+    recompute: compute each block again in backward, to keep little in memory."""
     backbone, alignment = objective.backbone, objective.alignment
     module: nn.Module = backbone.network
     if network != "ours":
@@ -262,7 +267,13 @@ def _straight(
         time = draws.t[:, None, None]
         x_t = (1 - time) * draws.noise + time * inputs.mel
         cond = assemble_condition(backbone.embed_tokens(inputs), inputs.mel, inputs.prompt)
-        velocity, hidden = call(x_t, draws.t, cond, hidden_layers=layers, mask=mask)
+        if recompute:
+            options = {
+                "run_block": lambda block, x, embedded: checkpoint(block, x, embedded, mask, use_reentrant=False)
+            }
+        else:
+            options = {}
+        velocity, hidden = call(x_t, draws.t, cond, hidden_layers=layers, mask=mask, **options)
         frames = inputs.mask.sum(1)
         error = ((velocity - (inputs.mel - draws.noise)).square().mean(-1) * inputs.mask).sum(1) / frames
         total = flow = error.mean()

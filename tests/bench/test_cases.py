@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from agrepa_fast.attribution.plan import AblationPlan
 from agrepa_fast.bench import cli, results
 from agrepa_fast.bench.cases import CASES, find, foga, residual, train_step
+from agrepa_fast.bench.headlines import HEADLINES
 from agrepa_fast.bench.published import foga_loop, published, random_dit
 from agrepa_fast.bench.runner import run_problem
 from agrepa_fast.errors import UserError
@@ -36,7 +38,7 @@ def test_smoke(case: str, problem: residual.Problem) -> None:
         else:
             assert row["status"] == "ok", f"{row['provider']}: {row['reason']}"
             assert row["median_us"] > 0
-            assert row["error"] is not None
+            assert row["error"] is not None or row["role"] == "copy"
     assert entry["gate"]["passed"] or absent
 
 
@@ -172,10 +174,27 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "a.json: No such file" in capsys.readouterr().err
 
 
+def _named(**params: Any) -> residual.Problem:
+    return residual.Problem(params, "float32", None, None, build=lambda device: pytest.fail("only listed"))
+
+
 def test_cases_take_turns() -> None:
-    chosen = {"a": [1, 2, 3], "b": [4], "c": [], "d": [5, 6]}
+    chosen = {"a": [_named(n=n) for n in (1, 2, 3)], "b": [_named(n=4)], "c": [], "d": [_named(n=n) for n in (5, 6)]}
     wanted = [("a", 1), ("b", 4), ("d", 5), ("a", 2), ("d", 6), ("a", 3)]
-    assert list(cli.in_turn(chosen)) == wanted  # type: ignore[arg-type]
+    assert [(case, problem.params["n"]) for case, problem in cli.in_turn(chosen)] == wanted
+
+
+def test_the_headlines_come_first_and_only_once() -> None:
+    cuda = torch.device("cuda")
+    chosen = {name: case.problems("full", cuda) for name, case in CASES.items()}
+    turns = [(case, problem.key) for case, problem in cli.in_turn(chosen)]
+    assert len(set(turns)) == len(turns) == sum(map(len, chosen.values()))
+    first = [case for case, _ in turns[: len(HEADLINES)]]
+    assert first == ["foga", "residual", "residual", "alignment", "train_step"]
+    assert "scale=paper" in turns[0][1]
+    assert "mode=forward" in turns[1][1]
+    assert "mode=backward" in turns[2][1]
+    assert "preset=paper align=on" in turns[4][1]
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from agrepa_fast.bench import cli, environment, gpu, results, tables
+from agrepa_fast.bench import cli, environment, results, tables
 from agrepa_fast.bench.figures import exponent
 from agrepa_fast.bench.roofline import bound, measure_roofline
 from agrepa_fast.bench.targets import Target, over
@@ -113,6 +112,22 @@ def test_refused_problem_shows_no_speedup(good: dict[str, Any]) -> None:
     assert "x win" not in said
 
 
+def test_replayed_rows_have_a_second_table_of_eager_calls(make: SimpleNamespace) -> None:
+    own, rival = make.row("ours", "ours", 10.0), make.row("compiled", "rival", 20.0, 2.0, "win")
+    copy_ = make.row("copy of the same bytes", "copy", 9.0)
+    problem = make.problem("residual", {"n": 1}, 0.02, own, rival, copy_)
+    assert "Launched eagerly" not in tables.problem_table(problem)
+    for row, eager in ((own, 40.0), (rival, 50.0), (copy_, 12.0)):
+        row |= {"timer": "graph", "eager_us": eager, "launches": 1, "host_us": 30.0}
+    said = tables.problem_table(problem).partition("Launched eagerly:")[2].splitlines()
+    assert [line.split() for line in said[2:]] == [
+        ["ours", "40.0", "µs", "1", "30.0", "µs"],
+        ["compiled", "50.0", "µs", "1.25x", "1", "30.0", "µs"],
+        ["copy", "of", "the", "same", "bytes", "12.0", "µs", "1", "30.0", "µs"],
+    ]
+    results.validate(make.result(problem))
+
+
 def test_exponent() -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
@@ -161,24 +176,3 @@ def test_environment_says_what_runs() -> None:
 def test_revision_of_no_repository(tmp_path: Path) -> None:
     assert environment.revision(tmp_path) == {"revision": None, "dirty": None}
     assert environment.revision(None) == {"revision": None, "dirty": None}
-
-
-def test_gpu_run_is_named_after_the_card() -> None:
-    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
-    assert gpu.name_of("NVIDIA H200 (80GB)", day) == "gpu-nvidia-h200-80gb-20260102"
-
-
-def test_gpu_step_keeps_what_a_cut_command_wrote(tmp_path: Path) -> None:
-    slow = tmp_path / "slow.py"
-    slow.write_text("import time\nprint('kept', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
-    with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        assert gpu.run_step(["slow"], 3.0, tmp_path, log) != 0
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert "kept\n" in said
-    assert "ended after 3 s; what it had written is kept" in said
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU would run everything")
-def test_gpu_run_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""The problems that decide what the project is worth on a GPU, in the order in which they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The problems of a case whose params have these values; after `seconds` no rival of them is built any more."""
+
+    case: str
+    params: Mapping[str, Any]
+    seconds: float
+
+    def fits(self, case: str, params: Mapping[str, Any]) -> bool:
+        # A problem that names its norm is about another one than the default.
+        return (
+            case == self.case
+            and "norm" not in params
+            and all(params.get(name) == value for name, value in self.params.items())
+        )
+
+
+_NORM = {"op": "gated_residual_norm", "rows": 32768, "width": 1024, "dtype": "bfloat16"}
+
+HEADLINES = (
+    Headline("foga", {"scale": "paper", "batch": 4}, 70.0),
+    Headline("residual", {**_NORM, "mode": "forward"}, 15.0),
+    Headline("residual", {**_NORM, "mode": "backward"}, 20.0),
+    Headline("alignment", {"part": "op", "mode": "both", "rows": 65536}, 35.0),
+    Headline("train_step", {"preset": "paper", "align": "on"}, 80.0),
+)
+
+
+OTHERS = 45.0  # seconds of a problem that is no headline
+
+
+def seconds_for(case: str, params: Mapping[str, Any], device_type: str) -> float | None:
+    """How long the rivals of a problem may be built; None for no limit, on the CPU, where nothing is cut short."""
+    if device_type != "cuda":
+        return None
+    return next((headline.seconds for headline in HEADLINES if headline.fits(case, params)), OTHERS)
+
+
+def is_headline(case: str, params: Mapping[str, Any]) -> bool:
+    """Whether a problem is one of the headlines."""
+    return any(headline.fits(case, params) for headline in HEADLINES)
