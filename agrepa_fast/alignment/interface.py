@@ -66,12 +66,11 @@ class InterfaceLoss(nn.Module):
         mask: Tensor | None = None,
         domains: Domains = None,
         kept: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics "cosine/<teacher>/tokens".
 
-        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains, shares and means over several
-        ranks as `AlignmentLoss`; kept [B] bool: the samples whose tokens were not dropped.
+        embedding [B, T, C]; targets {teacher: [B, W]}; mask [B, T]; domains, and means over several ranks, as
+        `AlignmentLoss`; kept [B] bool: the samples whose tokens were not dropped.
 
         Raises:
             ValueError, TypeError: a missing teacher, or a container, type or shape that does not fit, by name.
@@ -86,8 +85,10 @@ class InterfaceLoss(nn.Module):
         check_tensor("kept", kept, embedding.shape[:1], torch.bool)
         pooled = ops.masked_mean(embedding, mask)
         rows = self._rows(targets, mask, domains, kept)
-        if shares is None and takes_global_means(self.process_group):
-            shares = self._shares(targets, rows)
+        shares = None
+        if takes_global_means(self.process_group):
+            counts = {name: count(rows[name], targets[name]) for name in self.teachers}
+            shares = rank_shares(counts, self.process_group)
         total = embedding.new_zeros((), dtype=torch.float32)
         metrics = {}
         for name in self.teachers:
@@ -104,15 +105,6 @@ class InterfaceLoss(nn.Module):
             metrics[f"cosine/{name}/tokens"] = similarity_of(mean, rows[name])
             total = total + self.weights[name] * (mean if shares is None else shares[name] * mean)
         return total, metrics
-
-    def shares(
-        self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None
-    ) -> dict[str, Tensor]:
-        """As `AlignmentLoss.shares`, of the rows that count here."""
-        return self._shares(targets, self._rows(targets, mask, domains, kept))
-
-    def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        return rank_shares({name: count(rows[name], targets[name]) for name in self.teachers}, self.process_group)
 
     def _rows(
         self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains, kept: Tensor | None

@@ -172,7 +172,7 @@ class AlignmentLoss(FixedBuffers):
         error_msgs: list[str],
     ) -> None:
         """Load the weights and the selection; a state dict from before it held a selection selects weights above 0."""
-        if prefix + "weights" in state_dict:
+        if isinstance(state_dict.get(prefix + "weights"), Tensor):
             state_dict.setdefault(prefix + "selected", state_dict[prefix + "weights"] > 0)
             # With assign=True the buffer would take the dtype that it finds.
             state_dict[prefix + "weights"] = state_dict[prefix + "weights"].float()
@@ -195,7 +195,6 @@ class AlignmentLoss(FixedBuffers):
         mask: Tensor | None = None,
         domains: Domains = None,
         sample_weight: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and metrics.
 
@@ -209,7 +208,6 @@ class AlignmentLoss(FixedBuffers):
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
                 Not with pooled "relation" and "cka", which compare samples with each other.
-            shares: internal: what the method `shares` returned, for a caller that has its all-reduce elsewhere.
 
         Returns:
             The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine of this rank,
@@ -245,8 +243,7 @@ class AlignmentLoss(FixedBuffers):
         run = self._pooled if self.pool is not None else self._framewise
         frames = counted_frames(kept.values(), mask, any_hidden.shape[1])
         distances = run(hidden, targets, frames, rows, sample_weight)
-        if shares is None and takes_global_means(self.process_group):
-            shares = self._shares(targets, rows)
+        shares = self._shares(targets, rows) if takes_global_means(self.process_group) else None
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         if grouped_ranks() and self.pool is None:
@@ -260,13 +257,8 @@ class AlignmentLoss(FixedBuffers):
                 loss = loss + weight * (weighted if shares is None else shares[name] * weighted)
         return loss, metrics
 
-    def shares(self, targets: Mapping[str, Tensor], mask: Tensor | None, domains: Domains) -> dict[str, Tensor]:
-        """Internal: with several ranks, what `forward` computes of the same arguments when it is not given `shares`."""
-        kept = domain_weights(list(self.teachers), domains, next(iter(targets.values())))
-        rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
-        return self._shares(targets, rows)
-
     def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """This rank's share of what the means are taken over, for each teacher."""
         if self.objective == "cosine":
             counts = {name: count(rows[name], targets[name]) for name in self.teachers}
         else:  # means are over clips or, pooled, over the ranks' batches

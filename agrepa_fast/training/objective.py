@@ -65,8 +65,6 @@ class StepInputs:
     targets: dict[str, Tensor]  # {teacher: [B, W] or [B, T, W]}; empty where none is needed
     target_mask: Tensor  # [B, T] bool, frames to align
     domains: dict[str, Tensor]  # {teacher: [B] bool}
-    shares: dict[str, Tensor]  # {teacher: []} this rank's share of the rows that count; empty with one rank
-    tied_shares: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # the same of the rows that BiT-C counts
 
     @classmethod
     def of(
@@ -75,7 +73,6 @@ class StepInputs:
         targets: dict[str, Tensor],
         target_mask: Tensor,
         domains: dict[str, Tensor],
-        shares: dict[str, Tensor] | None = None,
     ) -> StepInputs:
         """A batch and what its teachers say."""
         return cls(
@@ -88,7 +85,6 @@ class StepInputs:
             targets,
             target_mask,
             domains,
-            shares or {},
         )
 
     def tensors(self) -> list[Tensor]:
@@ -205,9 +201,7 @@ class Objective(nn.Module):
         if align_weight is not None:
             kind = self.config.alignment.timestep_weight
             by_time = None if kind == "uniform" else timestep_weight(draws.t, kind)
-            aligned, cosines = self.alignment(
-                hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time, inputs.shares or None
-            )
+            aligned, cosines = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time)
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
                 # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.
@@ -215,28 +209,12 @@ class Objective(nn.Module):
                 aligned = aligned * factor
             loss = loss + align_weight * aligned
         if self.interface is not None:
-            tied, cosines = self.interface(
-                embedding,
-                _pooled_targets(inputs),
-                inputs.mask,
-                inputs.domains,
-                draws.keep_tokens,
-                inputs.tied_shares or None,
-            )
+            pooled = {name: pool_target(target, inputs.target_mask) for name, target in inputs.targets.items()}
+            tied, cosines = self.interface(embedding, pooled, inputs.mask, inputs.domains, draws.keep_tokens)
             loss = loss + tied
             metrics |= {"bitc_loss": tied.detach(), **cosines}
         metrics["loss"] = loss.detach()
         return loss, metrics
-
-    def shared(self, inputs: StepInputs, draws: Draws) -> StepInputs:
-        """The inputs with what only the ranks together know: the shares of the samples whose tokens BiT-C counts.
-
-        Every rank must call it."""
-        if self.interface is None or self.ranks == 1:
-            return inputs
-        targets = _pooled_targets(inputs)
-        shares = self.interface.shares(targets, inputs.mask, inputs.domains, draws.keep_tokens)
-        return dataclasses.replace(inputs, tied_shares=shares)
 
     def observe(self, metrics: Mapping[str, Tensor]) -> None:
         """After an aligned step: its cosines decide whether the next one is aligned (alignment.stop_similarity)."""
@@ -253,9 +231,7 @@ class Objective(nn.Module):
         layers = self.alignment.active
         velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
         flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(
-            hidden, inputs.targets, inputs.target_mask, inputs.domains, shares=inputs.shares or None
-        )
+        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
         states = [hidden[layer] for layer in layers]
         pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
         cosines = {}
@@ -296,10 +272,6 @@ def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
 def pool_target(target: Tensor, mask: Tensor) -> Tensor:
     """[B, W] as it is; [B, T, W] to its mean over the mask."""
     return target if target.dim() == 2 else masked_mean(target, mask)
-
-
-def _pooled_targets(inputs: StepInputs) -> dict[str, Tensor]:
-    return {name: pool_target(target, inputs.target_mask) for name, target in inputs.targets.items()}
 
 
 def teacher_targets(

@@ -137,7 +137,6 @@ class TrainStep:
             local = isinstance(self._forward, DistributedDataParallel) and number < last
             with self._forward.no_sync() if local else contextlib.nullcontext():
                 draws = self.objective.draw(given)
-                given = self.objective.shared(given, draws)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     loss, metrics = self._forward(given, draws, self.align_weight if aligned else None)
                 (loss / len(inputs)).backward()

@@ -277,9 +277,7 @@ class Trainer:
         if self._align_weight() or self.objective.interface is not None:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 targets, target_mask = teacher_targets(self.teachers, batch, self.config)
-        domains = self._domains(batch)
-        shares = self.objective.alignment.shares(targets, target_mask, domains) if targets and ranks() > 1 else {}
-        return StepInputs.of(batch, targets, target_mask, domains, shares)
+        return StepInputs.of(batch, targets, target_mask, self._domains(batch))
 
     def _align_weight(self) -> float:
         """What alignment's loss is multiplied by at this step; 0 before the selection and after the schedule's end."""

@@ -94,7 +94,6 @@ def _draw(config: RunConfig, batch: int, frames: int, device: torch.device) -> D
         targets={name: draw(batch, width) for name, width in TEACHERS.items()},
         target_mask=valid,
         domains={"speech": speech, "audio": ~speech},
-        shares={},
     )
     noise = SIGMA * draw(batch, frames, config.mel.mels)
     return inputs, Draws(torch.rand(batch, device=device), noise, kept, kept)

@@ -76,7 +76,6 @@ def step_inputs(pooled: bool, dtype: torch.dtype) -> StepInputs:
         targets={name: torch.randn(*shape, width, dtype=dtype) for name, width in TEACHERS.items()},
         target_mask=mask,
         domains={name: torch.ones(BATCH, dtype=torch.bool) for name in TEACHERS},
-        shares={},
     )
 
 

@@ -96,7 +96,6 @@ def batch(config, frames=12, size=4, seed=0, aliased=True) -> StepInputs:
         targets={name: torch.randn(*shape, width, generator=g) for name, width in TEACHERS.items()},
         target_mask=mask if aliased else mask.clone(),
         domains={"speech": speech, "audio": ~speech},
-        shares={},
     )
 
 

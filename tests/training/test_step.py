@@ -46,7 +46,6 @@ def inputs(config, frames=12, size=4, seed=0, pooled=True) -> StepInputs:
         targets={name: torch.randn(*shape, width, generator=g) for name, width in TEACHERS.items()},
         target_mask=mask,
         domains={"speech": speech, "audio": ~speech},
-        shares={},
     )
 
 
