@@ -103,6 +103,12 @@ def check_selection(selection: LayerSelection) -> None:
         raise TypeError(f"selection: expected a LayerSelection (LayerSelection.uniform([0, 2]), say), got a {kind}")
 
 
+def check_k(k: int) -> None:
+    """Refuse a number of layers that is no integer."""
+    if not isinstance(k, Integral) or isinstance(k, bool):
+        raise TypeError(f"k: expected a number of layers, got {k!r:.60}")
+
+
 def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
     """AG-REPA's choice: the k layers of the highest mean score, weighted by score / sum over the chosen.
 
@@ -115,8 +121,13 @@ def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
         k: how many layers, at least 1 and at most as many as were scored.
 
     Raises:
-        ValueError: when k does not fit.
+        ValueError, TypeError: k does not fit, or `scores` are no `LayerScores`.
     """
+    if not all(hasattr(scores, name) for name in ("layers", "mean", "above_floor")):
+        raise TypeError(
+            f"scores: expected LayerScores, as attribute_layers returns them, got a {type(scores).__name__}"
+        )
+    check_k(k)
     by_layer: dict[int, float] = {}
     for layer, mean in zip(scores.layers, scores.mean.tolist()):
         by_layer[layer] = by_layer.get(layer, 0.0) + mean
@@ -176,6 +187,7 @@ def choose_layers(
     given = {"layers": len(layers) > 0, "values": len(values) > 0, "scores": scores is not None, "": True}
     if not given[POLICIES[policy]]:
         raise UserError(f"policy {policy!r} needs {POLICIES[policy]}")
+    check_k(k)
     if not 1 <= k <= depth:
         raise UserError(f"k: expected 1 to {depth} layers, got {k}")
     if scores is not None and policy == "foga":

@@ -12,7 +12,9 @@ from agrepa_fast import (
     LayerSelection,
     SimilarityStop,
     align_time,
+    choose_layers,
     layer_sensitivity,
+    select_layers,
     timestep_weight,
 )
 from agrepa_fast.errors import UserError
@@ -164,6 +166,9 @@ METRICS = {f"cosine/{name}/{layer}": torch.tensor(0.5) for name in TEACHERS for 
             r"kept: expected a tensor, bool \[2\], got list",
         ),
         (lambda: InterfaceLoss(6, TEACHERS, {})(**BATCH, mask=[True]), r"mask: expected a tensor, bool \[2, 7\], got"),
+        (lambda: select_layers([0.5, 0.1], 1), "scores: expected LayerScores, .*, got a list"),
+        (lambda: choose_layers("even", 4, "2"), "k: expected a number of layers, got '2'"),
+        (lambda: choose_layers("foga", 4, 2, scores={0: 0.5}), "scores: expected LayerScores, .*, got a dict"),
         (lambda: LayerSelection(3, 1.0), "layers: expected a sequence of .*, got 3"),
         (lambda: LayerSelection((0, 1), ("a", "b")), r"weights: expected numbers, got \('a', 'b'\)"),
         (lambda: LayerSelection((0.0,), (1.0,)), r"layers: expected .* integers, got \(0.0,\)"),
