@@ -231,9 +231,7 @@ class Objective(nn.Module):
         layers = self.alignment.active
         velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
         flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(
-            hidden, inputs.targets, inputs.target_mask, inputs.domains, shares=inputs.shares or None
-        )
+        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
         states = [hidden[layer] for layer in layers]
         pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
         cosines = {}
