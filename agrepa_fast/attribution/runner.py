@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -45,7 +46,8 @@ def attribute_layers(
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
     The baseline and all ablations share x_t, t, condition and one batch, run without gradient in eval mode
-    (dropout off), and leave the model's flags and the random state as they were, also after an exception.
+    (dropout off), and leave the model's flags and the random state as they were, also after an exception. Calls from
+    several threads wait for each other.
 
     Args:
         model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.adapters`); compiled
@@ -290,9 +292,22 @@ def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor
     return named
 
 
+# A probe changes what the whole process shares (the random state, the fused path of nn.TransformerEncoder) beside its
+# model, also through a wrapper of it. One lock for both lets probes of other threads wait. The same thread may nest.
+_ONE_PROBE = threading.RLock()
+
+
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; training flags and random state are put back on every exit."""
+    """Eval mode without gradient; training flags and random state are put back on every exit.
+
+    Probes of several threads run one after the other. A thread that trains the same model must not run meanwhile."""
+    with _ONE_PROBE, _evaluated(model):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
