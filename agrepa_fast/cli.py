@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--k", type=int, help="layers to select")
     probe.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
     probe.add_argument("--lasp", action="store_true", help="also what each layer stores of the run's teachers (SCD)")
+    probe.add_argument("--imports", nargs="+", metavar="MODULE", help="with --lasp: modules that register teachers")
     probe.add_argument("--weights", choices=("model", "ema"), help="of the checkpoint (default: model)")
     probe.add_argument("--device", help="default: auto")
 
@@ -246,7 +247,7 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     """Scores of the model that module:factory makes, and K."""
     from .attribution.runner import attribute_layers
 
-    for name in ("data", "samples", "t", "weights", "device", "lasp"):
+    for name in ("data", "samples", "t", "weights", "device", "lasp", "imports"):
         if getattr(arguments, name):
             raise UserError(f"--{name}: only for a checkpoint; {arguments.checkpoint} brings its own model and inputs")
     module_name, _, name = arguments.checkpoint.partition(":")
@@ -300,6 +301,15 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, 
     stored = []
     if arguments.lasp:
         first = clips.clips[0].path
+        # A checkpoint may come from somebody else: what it names is imported only when asked for.
+        for module in arguments.imports or ():
+            import_module(module, "--imports")
+        unimported = set(config.train.imports) - set(arguments.imports or ())
+        if unimported and any(not t.cached for t in config.alignment.teachers.values()):
+            names = " ".join(config.train.imports)
+            raise UserError(
+                f"--lasp: the run's teachers are made with its own modules: allow them with --imports {names}"
+            )
         teachers = {
             name: build_cached(name, t, config, first) if t.cached else build_teacher(t.source, **t.options).to(device)
             for name, t in config.alignment.teachers.items()
