@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import math
 import os
 import sys
 import warnings
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .fields import shown
+from .imports import foreign_code, import_module
 
 if TYPE_CHECKING:
     from .attribution.scd import Stored
@@ -68,6 +70,27 @@ def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"agrepa: warning: {message}", file=sys.stderr)
 
 
+def _number(text: str) -> float:
+    """A finite number of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {shown(text)}")
+    return number
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**63 - 1}, got {shown(text)}")
+    return seed
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
@@ -108,11 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--data", nargs="+", help="manifests; default: the run's held-out clips")
     probe.add_argument("--out", default="probe", help="folder for foga.csv, foga.json, pictures, selection.json")
     probe.add_argument("--samples", type=int, help="clips to score on")
-    probe.add_argument("--t", nargs="+", type=float, metavar="T", help="grid of t in [0, 1]")
+    probe.add_argument("--t", nargs="+", type=_number, metavar="T", help="grid of t in [0, 1]")
     probe.add_argument("--metric", choices=("rms", "squared"))
     probe.add_argument("--k", type=int, help="layers to select")
     probe.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
     probe.add_argument("--lasp", action="store_true", help="also what each layer stores of the run's teachers (SCD)")
+    probe.add_argument("--imports", nargs="+", metavar="MODULE", help="with --lasp: modules that register teachers")
     probe.add_argument("--weights", choices=("model", "ema"), help="of the checkpoint (default: model)")
     probe.add_argument("--device", help="default: auto")
 
@@ -120,14 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
     sample.add_argument("--text", required=True, help="what to say, or a caption of the sound")
     sample.add_argument("--domain", default="speech", help="decides the token vocabulary (default: speech)")
-    sample.add_argument("--seconds", type=float, default=1.0, help="length of what is generated")
+    sample.add_argument("--seconds", type=_number, default=1.0, help="length of what is generated")
     sample.add_argument("--reference", metavar="FILE", help="audio to continue in voice and manner")
     sample.add_argument("--reference-text", default="", help="what the reference says")
     sample.add_argument("--out", default="sample.wav", help="WAV file to write")
     sample.add_argument("--points", type=int, help="grid points of the sampler")
-    sample.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
+    sample.add_argument("--guidance", type=_number, help="strength of classifier-free guidance")
     sample.add_argument("--method", choices=("euler", "midpoint"))
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=_seed, default=0)
     sample.add_argument("--device", default="auto")
 
     add("bench", _doctor, "Measure ops, probe, loss and training against their rivals: agrepa bench --help.")
@@ -223,30 +247,27 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     """Scores of the model that module:factory makes, and K."""
     from .attribution.runner import attribute_layers
 
-    for name in ("data", "samples", "t", "weights", "device", "lasp"):
+    for name in ("data", "samples", "t", "weights", "device", "lasp", "imports"):
         if getattr(arguments, name):
             raise UserError(f"--{name}: only for a checkpoint; {arguments.checkpoint} brings its own model and inputs")
     module_name, _, name = arguments.checkpoint.partition(":")
-    # As `python -m` has it: modules beside which the command is run can be named.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{arguments.checkpoint}: {error}") from None
-    except AttributeError:
-        raise UserError(f"{arguments.checkpoint}: the module {module_name} has no {name!r}") from None
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    made = factory()
+    module = import_module(module_name, arguments.checkpoint)
+    factory = getattr(module, name, None)
+    if factory is None:
+        raise UserError(f"{arguments.checkpoint}: the module {module_name} has no {name!r}")
+    if not callable(factory):
+        raise UserError(f"{arguments.checkpoint}: expected a function, got {type(factory).__name__}")
+    with foreign_code(arguments.checkpoint):
+        made = factory()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise UserError(f"{arguments.checkpoint}: expected it to return (model, inputs) or (model, inputs, options)")
     model, inputs, *rest = made
     given = {"metric": arguments.metric, "branches": arguments.branches}
+    if rest and not isinstance(rest[0], dict):
+        raise UserError(f"{arguments.checkpoint}: expected options as a dict, got {type(rest[0]).__name__}")
     options = {**(rest[0] if rest else {}), **{key: value for key, value in given.items() if value is not None}}
-    try:
+    with foreign_code(arguments.checkpoint):
         scores = attribute_layers(model, inputs, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{arguments.checkpoint}: {error}") from error
     return scores, min(3, len(set(scores.layers))) if arguments.k is None else arguments.k
 
 
@@ -280,6 +301,15 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, 
     stored = []
     if arguments.lasp:
         first = clips.clips[0].path
+        # A checkpoint may come from somebody else: what it names is imported only when asked for.
+        for module in arguments.imports or ():
+            import_module(module, "--imports")
+        unimported = set(config.train.imports) - set(arguments.imports or ())
+        if unimported and any(not t.cached for t in config.alignment.teachers.values()):
+            names = " ".join(config.train.imports)
+            raise UserError(
+                f"--lasp: the run's teachers are made with its own modules: allow them with --imports {names}"
+            )
         teachers = {
             name: build_cached(name, t, config, first) if t.cached else build_teacher(t.source, **t.options).to(device)
             for name, t in config.alignment.teachers.items()
@@ -315,9 +345,15 @@ def _sample(arguments: argparse.Namespace) -> int:
         arguments.reference_text,
     )
     mel = generate(backbone, batch.to(device), config, arguments.seed)[0].cpu()
+    if not mel.isfinite().all():
+        raise UserError(
+            f"{arguments.checkpoint}: what it generates is not finite: give a smaller --guidance, or the run diverged"
+        )
     vocoder = build_vocoder(config.train.vocoder, LogMel(config.mel))
     shown = int(batch.prompt.sum())
     waveform = vocoder(mel)[shown * config.mel.hop_length :]
+    if waveform.numel() == 0 or not waveform.isfinite().all():
+        raise UserError(f"{arguments.checkpoint}: the audio is not finite: give a smaller --guidance, or it diverged")
     write_audio(arguments.out, waveform, config.mel.sample_rate)
     print(f"{arguments.out}: {waveform.shape[0] / config.mel.sample_rate:.2f} s at {config.mel.sample_rate} Hz")
     return 0

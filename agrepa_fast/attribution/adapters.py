@@ -155,6 +155,11 @@ class BlockModel:
             if block == 0:
                 leaves, spec = tree_flatten((args, kwargs))
                 for p in self.wirings[0].state.values():
+                    if not leaves[p].is_floating_point():
+                        raise TypeError(
+                            f"{self.names[0]}: expected a floating residual state, got {leaves[p].dtype}: give the "
+                            "model inputs of its own dtype"
+                        )
                     leaves[p] = nudged(leaves[p])
                 args, kwargs = tree_unflatten(leaves, spec)
             return forward(*args, **kwargs)
@@ -187,8 +192,15 @@ class BlockModel:
 
         args, kwargs = tree_map(take, (self.args, self.kwargs))
         velocity = self._velocity(self.model(*args, **kwargs))
-        if velocity.dim() < 2 or velocity.shape[0] != repeats * rows.numel():
-            raise ValueError(f"velocity: expected [{repeats * rows.numel()}, ...], got {list(velocity.shape)}")
+        if not isinstance(velocity, Tensor) or not velocity.is_floating_point():
+            got = getattr(velocity, "dtype", type(velocity).__name__)
+            raise TypeError(f"velocity of {type(self.model).__name__}: expected a floating tensor, got {got}")
+        batch = repeats * rows.numel()
+        if velocity.dim() < 2 or velocity.shape[0] != batch or velocity.numel() == 0:
+            raise ValueError(
+                f"velocity of {type(self.model).__name__}: expected [{batch}, ...] with at least one value for each "
+                f"sample, got {list(velocity.shape)}"
+            )
         return velocity
 
     def _velocity(self, output: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .plan import AblationPlan
 from .runner import attribute_layers
-from .scores import LayerScores
+from .scores import LayerScores, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,11 @@ def adaptive_scores(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
-    if t_points < 1 or minimum_clips < 2:
-        raise ValueError(f"expected t_points >= 1 and minimum_clips >= 2, got {t_points} and {minimum_clips}")
+    whole_number("t_points", t_points, 1)
+    whole_number("minimum_clips", minimum_clips, 2)
+    whole_number("k", k, 1)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget: expected a number of block evaluations above 0, got {budget}")
     taken = {"blocks", "branches", "domains", "clips"} & set(options)
     if taken:
         raise ValueError(f"{sorted(taken)[0]}: not for the adaptive probe, which chooses the layers itself")
@@ -91,8 +94,7 @@ def adaptive_scores(
             depth = len(part.layers)
             remaining = part.layers
             pairs = k * max(1, depth - 1)
-            if not 1 <= k <= depth:
-                raise ValueError(f"k: expected 1 to {depth} layers, got {k}")
+            whole_number("k", k, 1, depth, "layers")
         full += AblationPlan.build(depth).block_evaluations * samples
         cost += AblationPlan.build(depth, remaining).block_evaluations * samples
         parts.append(part)

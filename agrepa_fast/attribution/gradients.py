@@ -16,8 +16,8 @@ from .. import ops
 from ..models.dit import EPS, DiT
 from .native import between
 from .plan import AblationPlan
-from .runner import by_name, probing
-from .scores import LayerScores, normalised_change
+from .runner import by_name, check_finite, check_frames, probing
+from .scores import METRICS, LayerScores, normalised_change, whole_number
 from .statistics import spearman
 
 
@@ -64,8 +64,9 @@ def first_order_scores(
     Raises:
         TypeError, ValueError: on a model, shapes, layers or a number of draws that do not fit.
     """
-    if draws < 2:
-        raise ValueError(f"draws: expected at least 2 (the standard error needs them), got {draws}")
+    whole_number("draws", draws, 2)  # the standard error needs two
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     named, plan = _checked(model, inputs, blocks, branches)
     mask = named.get("mask")
     with probing(model), torch.enable_grad():
@@ -83,6 +84,7 @@ def first_order_scores(
     frames = velocity.shape[1] if mask is None else mask.sum(1)
     change = (torch.stack(squares) / (frames * velocity.shape[2])).cpu()
     _, energy = ops.velocity_delta(velocity.detach().expand(2, *velocity.shape), mask)
+    check_finite(plan, change.mean(0), energy.cpu())
     by_draw = change.mean(2)
     scores = _scores(plan, named, normalised_change(change.mean(0), energy.double().cpu(), metric), metric, branches)
     return FirstOrderScores(scores, by_draw.std(0) / draws**0.5 / by_draw.mean(0))
@@ -103,6 +105,8 @@ def gradient_norm_scores(
         TypeError, ValueError: on a model, shapes or layers that do not fit.
     """
     named, plan = _checked(model, inputs, blocks, branches)
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        raise TypeError(f"target: expected a floating tensor, got {getattr(target, 'dtype', type(target).__name__)}")
     if target.shape != named["x_t"].shape:
         raise ValueError(f"target: expected {list(named['x_t'].shape)} as x_t, got {list(target.shape)}")
     mask = named.get("mask")
@@ -110,6 +114,7 @@ def gradient_norm_scores(
         velocity, gates = _velocity(model, plan, named)
         _, loss = ops.velocity_delta((velocity - target).expand(2, *velocity.shape), mask)
         (gradient,) = torch.autograd.grad(loss.sum(), gates)
+    check_finite(plan, gradient.cpu(), loss.flatten().cpu())
     return _scores(plan, named, gradient.abs().double().cpu(), "gradient", branches)
 
 
@@ -118,7 +123,10 @@ def _checked(
 ) -> tuple[dict[str, Tensor], AblationPlan]:
     if not isinstance(model, DiT):
         raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
-    return by_name(inputs), AblationPlan.build(model.depth, blocks, branches)
+    named = by_name(inputs)
+    if "mask" in named:
+        check_frames(named["mask"].flatten(1).sum(1))
+    return named, AblationPlan.build(model.depth, blocks, branches)
 
 
 def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..models.dit import DiT
-from .runner import probing
-from .scores import LayerScores
+from .runner import by_name, check_frames, probing
+from .scores import LayerScores, whole_number
 from .statistics import _top, kendall, spearman
 
 
@@ -27,7 +27,15 @@ def pooled_hidden(model: DiT, inputs: Mapping[str, Any]) -> Tensor:
 
     Args:
         model, inputs: as in `attribute_layers`, by name.
+
+    Raises:
+        TypeError, ValueError: on a model or inputs that do not fit, or a sample without a valid frame.
     """
+    if not isinstance(model, DiT):
+        raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
+    inputs = by_name(inputs)
+    if "mask" in inputs:
+        check_frames(inputs["mask"].flatten(1).sum(1))
     with probing(model):
         _, hidden = model(**inputs, hidden_layers=range(model.depth))
         return torch.stack([ops.masked_mean(hidden[layer], inputs.get("mask")) for layer in range(model.depth)])
@@ -51,6 +59,10 @@ def lasp(hidden: Tensor, teacher: Tensor, fitted: Tensor, ridge: float = 1e-2) -
         ValueError: shapes do not fit, or too few clips on one side.
     """
     _check(hidden, teacher)
+    if not isinstance(fitted, Tensor):
+        raise TypeError(f"fitted: expected a tensor, got {type(fitted).__name__}")
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge: expected a finite number, at least 0, got {ridge}")
     if fitted.dtype != torch.bool or fitted.shape != teacher.shape[:1]:
         raise ValueError(f"fitted: expected bool [{teacher.shape[0]}], got {fitted.dtype} {list(fitted.shape)}")
     if fitted.sum() < 2 or fitted.all():
@@ -120,8 +132,9 @@ def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int
         raise ValueError("scores: expected whole layers, got branches")
     if stored.dim() != 2 or stored.shape[0] != len(scores.layers):
         raise ValueError(f"stored: expected [{len(scores.layers)}, clips], got {list(stored.shape)}")
-    if not 1 <= k <= len(scores.layers):
-        raise ValueError(f"k: expected 1 to {len(scores.layers)} layers, got {k}")
+    if stored.numel() == 0 or not stored.isfinite().all():
+        raise ValueError(f"stored: expected finite values of at least one clip, got {list(stored.shape)}")
+    whole_number("k", k, 1, len(scores.layers), "layers")
     used, held = scores.mean, stored.double().mean(1).cpu()
     tops: list[Sequence[int]] = [
         [scores.layers[i] for i in _top(means.unsqueeze(0), k)[0].tolist()] for means in (used, held)
@@ -149,8 +162,17 @@ def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int
 
 
 def _check(hidden: Tensor, teacher: Tensor) -> None:
+    for name, value in (("hidden", hidden), ("teacher", teacher)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{name}: expected a floating tensor, got {got}")
     if hidden.dim() != 3 or teacher.dim() != 2 or hidden.shape[1] != teacher.shape[0]:
         raise ValueError(
             f"expected hidden [layers, clips, width] and teacher [clips, channels], got {list(hidden.shape)} "
             f"and {list(teacher.shape)}"
         )
+    for name, value in (("hidden", hidden), ("teacher", teacher)):
+        if value.numel() == 0:
+            raise ValueError(f"{name}: expected at least one of each, got {list(value.shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: {int((~value.isfinite()).sum())} of {value.numel()} values are not finite")

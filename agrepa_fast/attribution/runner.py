@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from ..models.dit import DiT
 from . import graph, native
 from .adapters import BlockModel, NotAStaircase, eager
 from .plan import AblationPlan, Sizes, split
-from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change
+from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
 # The widest activation of a pass on the CPU: what a server processor's last cache holds, where the same work is faster.
@@ -45,7 +46,8 @@ def attribute_layers(
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
     The baseline and all ablations share x_t, t, condition and one batch, run without gradient in eval mode
-    (dropout off), and leave the model's flags and the random state as they were, also after an exception.
+    (dropout off), and leave the model's flags and the random state as they were, also after an exception. Calls from
+    several threads wait for each other.
 
     Args:
         model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.adapters`); compiled
@@ -86,8 +88,8 @@ def attribute_layers(
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples: expected at least 1, got {max_samples}")
+    if max_samples is not None:
+        whole_number("max_samples", max_samples, 1)
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
         network: _Native | _Foreign
@@ -128,10 +130,8 @@ def attribute_layers(
         # The probe's one copy to the host.
         result = torch.cat([torch.cat(passes, dim=1).double(), facts]).cpu()
     change, energy, noise, frames, flow_time = result[:-4], *result[-4:]
-    _check_finite(plan, change, energy)
-    if not frames.all():
-        empty = int(frames.argmin())
-        raise ValueError(f"mask: sample {empty} has no valid frame, so it has no score: leave it out")
+    check_finite(plan, change, energy)
+    check_frames(frames)
     if not energy.any():
         warnings.warn(
             "the velocity is identically zero (a network as adaLN-zero initialises it): every score is 0/0 "
@@ -167,18 +167,13 @@ def attribute_layers(
 
 
 class _Native:
-    """A `DiT` with its inputs by name; checked here because parts of them are slices: a surplus row would be lost."""
+    """A `DiT` with its inputs by name."""
 
     def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
         self.model = model
         self.inputs = by_name(inputs)
         self.depth = model.depth
         self.samples = self.inputs["x_t"].shape[0]
-        if self.samples == 0:
-            raise ValueError("x_t: expected at least one sample, got a batch of 0")
-        for name, value in self.inputs.items():
-            if value.shape[0] != self.samples:
-                raise ValueError(f"{name}: expected {self.samples} samples as in x_t, got {list(value.shape)}")
         self.t = self.inputs["t"]
         self.mask = self.inputs.get("mask")
         device = self.inputs["x_t"].device.type
@@ -262,12 +257,16 @@ def _bytes(memory_budget: int | float, device: torch.device) -> int:
         if device.type == "cuda":
             return int(memory_budget * torch.cuda.mem_get_info(device)[0])
         return int(memory_budget * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
-    return memory_budget
+    return whole_number("memory_budget", memory_budget, 1)
 
 
 def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+    """The inputs of a `DiT` by name, with as many samples each: a probe takes slices, which would lose surplus rows.
+
+    Raises:
+        TypeError: unknown or missing names, or values that are no real tensors.
+        ValueError: no samples, no frames, or numbers of samples that differ.
+    """
     names = ("x_t", "t", "cond", "mask")
     if not isinstance(inputs, Mapping):
         if not isinstance(inputs, tuple | list) or len(inputs) > len(names):
@@ -280,12 +279,35 @@ def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor
         if not isinstance(value, Tensor) or value.dim() == 0:
             got = "a scalar" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name}: expected a tensor with the samples first, got {got}")
+        if value.is_complex() or (name in ("x_t", "cond") and not value.is_floating_point()):
+            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    samples = named["x_t"].shape[0]
+    if samples == 0:
+        raise ValueError("x_t: expected at least one sample, got a batch of 0")
+    if named["x_t"].numel() == 0:
+        raise ValueError(f"x_t: expected at least one frame and one bin, got {list(named['x_t'].shape)}")
+    for name, value in named.items():
+        if value.shape[0] != samples:
+            raise ValueError(f"{name}: expected {samples} samples as in x_t, got {list(value.shape)}")
     return named
+
+
+# A probe changes what the whole process shares (the random state, the fused path of nn.TransformerEncoder) beside its
+# model, also through a wrapper of it. One lock for both lets probes of other threads wait. The same thread may nest.
+_ONE_PROBE = threading.RLock()
 
 
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; training flags and random state are put back on every exit."""
+    """Eval mode without gradient; training flags and random state are put back on every exit.
+
+    Probes of several threads run one after the other. A thread that trains the same model must not run meanwhile."""
+    with _ONE_PROBE, _evaluated(model):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
@@ -297,7 +319,15 @@ def probing(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _check_finite(plan: AblationPlan, change: Tensor, energy: Tensor) -> None:
+def check_frames(frames: Tensor) -> None:
+    """Raise `ValueError` where a sample of `frames` [N], the numbers of valid frames, has none."""
+    if not frames.all():
+        empty = int(frames.argmin())
+        raise ValueError(f"mask: sample {empty} has no valid frame, so it has no score: leave it out")
+
+
+def check_finite(plan: AblationPlan, change: Tensor, energy: Tensor) -> None:
+    """Raise `ValueError` where the energy [N] or a unit's change [U, N] is not finite; names the sample and layer."""
     bad = (~energy.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"the baseline velocity of sample {bad[0]} is not finite: check the weights and x_t")

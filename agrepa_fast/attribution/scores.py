@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,23 @@ EPS = 1e-8
 SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
 OPTIONAL_COLUMNS = ("clip", "noise")  # which older files may lack
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
+    """`value` as an int; `of` is what it counts.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below `low` or above `high`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if number < low or (high is not None and number > high):
+        limits = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {limits}{of and ' '}{of}, got {number}")
+    return number
 
 
 def normalised_change(change: Tensor, energy: Tensor, metric: str) -> Tensor:
@@ -75,9 +93,23 @@ class LayerScores:
     noise_by_sample: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
+            got = getattr(self.by_sample, "dtype", type(self.by_sample).__name__)
+            raise TypeError(f"by_sample: expected a floating tensor, got {got}")
+        if self.by_sample.dim() != 2 or self.by_sample.numel() == 0:
+            raise ValueError(
+                f"by_sample: expected [units, samples], at least one of each, got {list(self.by_sample.shape)}"
+            )
+        if not self.by_sample.isfinite().all():
+            unit, sample = (~self.by_sample.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"by_sample: the score of unit {unit} and sample {sample} is not finite")
         units, samples = self.by_sample.shape
-        if len(self.layers) != units or (self.branches is not None and len(self.branches) != units):
+        if len(self.layers) != units:
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
+        if self.branches is not None and len(self.branches) != units:
+            raise ValueError(
+                f"branches: expected a name for each of by_sample's {units} rows, got {len(self.branches)}"
+            )
         per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
         for name, value in per_sample:
             if value is not None and value.shape != (samples,):
@@ -222,20 +254,37 @@ class LayerScores:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LayerScores:
-        """Inverse of `state`."""
+        """Inverse of `state`.
+
+        Raises:
+            ValueError: an entry is missing or does not fit; names it.
+        """
+        if not isinstance(state, dict):
+            raise ValueError(f"scores: expected a mapping of their fields, got {type(state).__name__}")
+
+        def entry(name: str, convert: Callable[[Any], Any], required: bool = False) -> Any:
+            # Files of older versions lack the noise.
+            if name not in state and name != "noise_by_sample":
+                raise ValueError(f"scores: {name} is missing")
+            value = state.get(name)
+            if value is None and not required:
+                return None
+            try:
+                return convert(value)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise ValueError(f"scores: {name}: does not hold what `LayerScores.state` writes") from None
+
         return cls(
-            tuple(state["layers"]),
-            torch.tensor(state["by_sample"], dtype=torch.float64),
-            state["metric"],
-            None if state["branches"] is None else tuple(state["branches"]),
-            None if state["floor_by_sample"] is None else torch.tensor(state["floor_by_sample"], dtype=torch.float64),
-            None if state["t"] is None else torch.tensor(state["t"]),
-            None if state["domains"] is None else tuple(state["domains"]),
-            state["block_evaluations"],
-            None if state["clips"] is None else tuple(state["clips"]),
-            None
-            if state.get("noise_by_sample") is None
-            else torch.tensor(state["noise_by_sample"], dtype=torch.float64),
+            layers=entry("layers", _tuple_of(int), required=True),
+            by_sample=entry("by_sample", _numbers, required=True),
+            metric=entry("metric", _text, required=True),
+            branches=entry("branches", _tuple_of(str)),
+            floor_by_sample=entry("floor_by_sample", _numbers),
+            t=entry("t", torch.tensor),
+            domains=entry("domains", _tuple_of(str)),
+            block_evaluations=entry("block_evaluations", float),
+            clips=entry("clips", _tuple_of(int)),
+            noise_by_sample=entry("noise_by_sample", _numbers),
         )
 
     def plot(self) -> Figure:
@@ -299,6 +348,25 @@ def read_scores(path: str | Path) -> LayerScores:
             torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
         ),
     )
+
+
+def _numbers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("expected text")
+    return value
+
+
+def _tuple_of(kind: type) -> Callable[[Any], Any]:
+    def convert(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list | tuple) or not all(isinstance(value, kind) for value in values):
+            raise TypeError(f"expected a list of {kind.__name__}")
+        return tuple(values)
+
+    return convert
 
 
 def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scores import LayerScores
+from .scores import LayerScores, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +39,13 @@ def bootstrap_top_k(
     Raises:
         ValueError: k, confidence or resamples do not fit, or there is a single clip.
     """
+    _check_scores(scores)
     units = len(scores.names)
-    if not 1 <= k <= units:
-        raise ValueError(f"k: expected 1 to {units} units, got {k}")
+    whole_number("k", k, 1, units, "units")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples: expected at least 1, got {resamples}")
+    whole_number("resamples", resamples, 1)
+    whole_number("seed", seed, -(2**63), 2**64 - 1)
     sums, counts = scores.by_clip()
     clips = counts.numel()
     if clips < 2:
@@ -94,10 +94,11 @@ def rank_stability(before: LayerScores, after: LayerScores, k: int = 3) -> dict[
     Raises:
         ValueError: the probes scored other units, or k does not fit.
     """
+    _check_scores(before)
+    _check_scores(after)
     if before.names != after.names:
         raise ValueError(f"expected two probes of the same units, got {before.names} and {after.names}")
-    if not 1 <= k <= len(before.names):
-        raise ValueError(f"k: expected 1 to {len(before.names)} units, got {k}")
+    whole_number("k", k, 1, len(before.names), "units")
     tops = [set(_top(scores.mean.unsqueeze(0), k)[0].tolist()) for scores in (before, after)]
     return {
         "spearman": spearman(before.mean, after.mean),
@@ -116,6 +117,11 @@ def _ranks(values: Tensor) -> Tensor:
     _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() - 1) / 2)[group]
+
+
+def _check_scores(scores: LayerScores) -> None:
+    if not isinstance(scores, LayerScores):
+        raise TypeError(f"scores: expected LayerScores, got {type(scores).__name__}")
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:

@@ -44,7 +44,12 @@ def probe_inputs(
 
     x [B, T, M] clean mel, cond [B, T, C], mask [B, T] -> x_t [G B, T, M], t [G B], cond, mask for G grid
     points, t-major. A sample keeps one noise draw over the grid, so that only t differs.
+
+    Raises:
+        ValueError: the grid is empty, or holds a value outside [0, 1].
     """
+    if len(t_grid) == 0 or not all(0 <= t <= 1 for t in t_grid):
+        raise ValueError(f"t_grid: expected at least one value, each in [0, 1], got {list(t_grid)}")
     noise = SIGMA * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     grid = len(t_grid)
     t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(x.shape[0])

@@ -201,6 +201,9 @@ def text_batch(
     if reference is not None:
         waveform = read_audio(reference, config.mel.sample_rate, minimum_samples=config.mel.minimum_samples)
         prompt = LogMel(config.mel)(waveform)
+    if not config.mel.minimum_samples / config.mel.sample_rate <= seconds <= 3600:
+        least = config.mel.minimum_samples / config.mel.sample_rate
+        raise UserError(f"--seconds: expected {least:.3f} to 3600, got {seconds:g}")
     frames = prompt.shape[0] + config.mel.frames(int(seconds * config.mel.sample_rate))
     if frames > config.dit.max_frames:
         longest = config.dit.max_frames / config.mel.frame_rate

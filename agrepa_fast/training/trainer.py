@@ -26,6 +26,7 @@ from ..data.batches import Batch
 from ..data.buckets import BucketBatches
 from ..data.loading import iterate
 from ..errors import UserError, writing
+from ..imports import import_module
 from ..models import packed
 from ..teachers.cache import CachedTeacher, FeatureKey
 from ..teachers.registry import build_teacher
@@ -85,6 +86,8 @@ class Trainer:
             torch.set_num_threads(config.train.threads)
         self.data = load_data(config, run_dir, resume.state["clips"] if resume else None, accept_changes)
         self.plan = self._plan()
+        for module in config.train.imports:
+            import_module(module, "train.imports")
         teachers = {
             name: build_cached(name, t, config, self.data.train.clips[0].path)
             if t.cached

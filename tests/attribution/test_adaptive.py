@@ -120,11 +120,12 @@ def test_a_grid_of_t_is_averaged_by_clip(model):
 def test_bad_arguments_are_named(model):
     for options, message in (
         ({"k": 7}, "k: expected 1 to 6 layers, got 7"),
-        ({"k": 0}, "k: expected 1 to 6"),
+        ({"k": 0}, "k: expected at least 1, got 0"),
+        ({"budget": float("nan")}, "budget: expected a number"),
         ({"confidence": 1}, "confidence"),
         ({"t_points": 3}, "4 samples are no whole number of grids of 3"),
-        ({"t_points": 0}, "t_points >= 1"),
-        ({"minimum_clips": 1}, "minimum_clips >= 2"),
+        ({"t_points": 0}, "t_points: expected at least 1"),
+        ({"minimum_clips": 1}, "minimum_clips: expected at least 2"),
         ({"blocks": [1]}, "blocks: not for the adaptive probe"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -134,7 +134,7 @@ def test_heat_map_has_one_panel_per_domain_on_one_scale(scores):
 
 
 def test_pictures_survive_odd_scores_and_names():
-    values = torch.tensor([[float("nan"), 1.0], [0.0, 0.0]], dtype=torch.float64)
+    values = torch.tensor([[1e30, 1.0], [0.0, 0.0]], dtype=torch.float64)
     scores = LayerScores((0, 1), values, t=torch.tensor([0.2, 0.2]), domains=("a$_{", "b<i>"))
     for figure in (plot_scores(scores), plot_layer_t_map(scores)):
         page = io.StringIO()

@@ -113,6 +113,37 @@ def wrong():
     return Model()
 
 
+def integers():
+    return Model(), {"x": torch.ones(4, 2, 3).long(), "t": torch.ones(4).long()}
+
+
+def one_value():
+    return Model(), {"x": torch.tensor(1.0), "t": torch.tensor(1.0)}
+
+
+def strange_options():
+    return Model(), (torch.ones(4, 2, 3), torch.ones(4)), 3
+
+
+def unknown_option():
+    return Model(), (torch.ones(4, 2, 3), torch.ones(4)), {"colour": 3}
+
+
+def needs(argument):
+    return argument
+
+
+def raises():
+    raise RuntimeError("no weights\\nat all")
+
+
+def leaves():
+    raise SystemExit(3)
+
+
+number = 3
+
+
 def bad_inputs():
     return Model(), {"x": torch.ones(0, 2, 3), "t": torch.ones(0)}
 """
@@ -121,6 +152,8 @@ def bad_inputs():
 @pytest.fixture
 def factory_module(tmp_path, monkeypatch):
     (tmp_path / "probed_model.py").write_text(FACTORY)
+    (tmp_path / "broken_syntax.py").write_text("def (:\n")
+    (tmp_path / "broken_exit.py").write_text("import sys\nsys.exit(1)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "probed_model", raising=False)
     yield "probed_model"
@@ -153,6 +186,19 @@ def test_options_of_the_factory_and_of_the_command_line(factory_module):
     [
         ("probed_model:missing", [], "the module probed_model has no 'missing'"),
         ("no_such_module:named", [], "No module named 'no_such_module'"),
+        (":f", [], "expected the name of a module"),
+        ("..:f", [], "expected the name of a module"),
+        ("probed_model:", [], "has no ''"),
+        ("probed_model:number", [], "expected a function, got int"),
+        ("probed_model:integers", [], "floating"),
+        ("probed_model:one_value", [], "expected at least one tensor with the samples"),
+        ("probed_model:strange_options", [], "expected options as a dict, got int"),
+        ("probed_model:unknown_option", [], "unexpected keyword argument 'colour'"),
+        ("probed_model:needs", [], "missing 1 required positional argument"),
+        ("probed_model:raises", [], "RuntimeError: no weights"),
+        ("probed_model:leaves", [], "SystemExit: 3"),
+        ("broken_syntax:f", [], "SyntaxError"),
+        ("broken_exit:f", [], "SystemExit"),
         ("probed_model:wrong", [], "expected it to return (model, inputs)"),
         ("probed_model:bad_inputs", [], "inputs: expected at least one sample"),
         ("probed_model:named", ["--data", "x.csv"], "--data: only for a checkpoint"),
@@ -187,3 +233,40 @@ def test_sample_with_a_reference(finished, manifest, tmp_path):
     continued, _ = soundfile.read(out)
     assert abs(len(continued) - 0.5 * rate) <= 512
     assert (continued[: len(alone)] != alone[: len(continued)]).any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seconds", "0.001"], "--seconds: expected 0."),
+        (["--seconds", "-1"], "--seconds: expected more than 0"),
+        (["--seconds", "inf"], "argument --seconds: expected a finite number, got 'inf'"),
+        (["--seconds", "nan"], "argument --seconds: expected a finite number"),
+        (["--seconds", "1e300"], "--seconds: expected 0."),
+        (["--seed", "99999999999999999999"], "argument --seed: expected a whole number from 0 to"),
+        (["--seed", "-1"], "argument --seed: expected a whole number"),
+        (["--guidance", "inf"], "argument --guidance: expected a finite number"),
+        (["--guidance", "nan"], "argument --guidance: expected a finite number"),
+        (["--guidance", "1e300"], "flow.guidance: expected"),
+        (["--points", "0"], "flow.points: expected"),
+        (["--points", "9" * 30], "flow.points: expected"),
+        (["--out", "missing/folder/a.wav"], "missing/folder/a.wav"),
+        (["--out", "."], ".: "),
+    ],
+)
+def test_mistakes_with_sample_are_one_line(capsys, finished, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["sample", str(finished), "--text", "seven", *options])
+    except SystemExit as error:  # of argparse, after its usage
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "sample.wav").exists()
+
+
+def test_sample_without_finite_audio_is_one_line(capsys, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("agrepa_fast.training.inference.generate", lambda *_: torch.full((1, 20, 80), torch.nan))
+    assert main(["sample", str(finished), "--text", "seven", "--out", str(tmp_path / "a.wav")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not finite: give a smaller --guidance" in line

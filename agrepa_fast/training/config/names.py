@@ -24,4 +24,8 @@ MODULE_NAME = Allowed(
     "a name of at most 64 letters, digits, _ and - that is no attribute of torch's ModuleDict (such as keys or type)",
     _names_a_module,
 )
+MODULE = Allowed(
+    "the dotted name of a Python module, such as package.module",
+    lambda name: all(part.isidentifier() for part in name.split(".")),
+)
 FOLDER_NAME = Allowed("the name of one folder: no / or \\, no spaces around it, at most 200 bytes", _names_a_folder)

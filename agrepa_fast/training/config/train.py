@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...fields import NOT_EMPTY, Section, between, from_below, inside, matching, more_than, one_of
-from .names import FOLDER_NAME
+from .names import FOLDER_NAME, MODULE
 
 Beta = Annotated[float, from_below(0, 1)]
 STEPS = between(0, 1_000_000_000)
@@ -33,6 +33,7 @@ class OptimizerConfig(Section, name="optimizer"):
 class TrainConfig(Section, name="train"):
     """Length of the run and what it writes."""
 
+    imports: Annotated[tuple[Annotated[str, MODULE], ...], "modules to import first; they may register teachers"] = ()
     steps: Annotated[int, COUNT, "optimizer steps of the whole run"] = 500_000
     seed: Annotated[int, between(0, 2**32 - 1), "of everything random"] = 0
     device: Annotated[str, DEVICE, "auto: CUDA where there is one"] = "auto"
