@@ -62,7 +62,7 @@ $(VENV)/.installed-demo: pyproject.toml | $(bin)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(bin)/python
 	$(bin)/python -m pip install -e '.[dev]'
-	$(bin)/python -m pip install --no-deps f5-tts==1.1.22
+	$(bin)/python -m pip install --no-deps f5-tts==1.1.22 voicebox-pytorch==0.5.0
 	@touch $@
 
 # Checked first: an environment made with an old interpreter would be found, and used, by the next call.

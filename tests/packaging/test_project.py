@@ -124,7 +124,7 @@ def test_make_installs_anew_only_after_pyproject_changed(root: Path, environment
 def test_make_installs_f5_tts_without_its_trainer(root: Path, environment: Path) -> None:
     """The tests of other libraries' models fail without it, so a fresh clone must get it."""
     commands = dry_run(root, "lint", f"VENV={environment}", "--what-if=pyproject.toml")
-    assert f"{environment}/bin/python -m pip install --no-deps f5-tts==1.1.22" in commands
+    assert f"{environment}/bin/python -m pip install --no-deps f5-tts==1.1.22 voicebox-pytorch==0.5.0" in commands
 
 
 def test_make_makes_a_missing_environment_first(root: Path, tmp_path: Path) -> None:
