@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 N = 2  # samples of an entry
 
@@ -36,6 +36,7 @@ class Entry:
         beside: module lists that a forward runs but that hold no residual block of the velocity's state (a text
             encoder's, say), each with the reason.
         output: the part of forward's result that is the velocity; None where it is a tensor or has `.sample`.
+        single: run in float32, where a class computes in float32 inside whatever its weights are; else in float64.
         mask: the input [N, T] that says which frames of the velocity [N, T, ...] count.
     """
 
@@ -47,7 +48,18 @@ class Entry:
     engine: str = "staircase"
     beside: dict[str, str] = field(default_factory=dict)
     output: Callable[[Any], Tensor] | None = None
+    single: bool = False
     mask: str = ""
+
+    def made(self) -> tuple[nn.Module, Any]:
+        """The model with random weights, and its inputs."""
+        model, inputs = self.build()
+        randomise(model)
+        if not self.single:
+            return model, inputs
+        return model.float(), tree_map(
+            lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
+        )
 
     @property
     def units(self) -> list[str]:

@@ -17,13 +17,13 @@ from torch import nn
 from agrepa_fast import LayerScores, attribute_layers
 from agrepa_fast.attribution.foreign import register
 
-from . import audio, encoders, images, videos
-from .entry import Entry, randomise, scores_by_loop
+from . import audio, encoders, images, more, videos
+from .entry import Entry, scores_by_loop
 
 NAMED = "names" in LayerScores.__dataclass_fields__  # until scores carry the model's own names
 ROOMS = {
-    "Images": images.ENTRIES,
-    "Videos": videos.ENTRIES,
+    "Images": [*images.ENTRIES, *more.IMAGES],
+    "Videos": [*videos.ENTRIES, *more.VIDEOS],
     "Audio": audio.ENTRIES,
     "Encoders": encoders.ENTRIES,
 }
@@ -44,6 +44,15 @@ FAULTS = {
     "HunyuanVideoTransformer3DModel": PARTIAL,
     "LatteTransformer3DModel": PARTIAL,
     "StableAudioDiTModel, as many rotary rows as samples": COINCIDENCE,
+    "BriaTransformer2DModel": PARTIAL,
+    "BriaFiboTransformer2DModel": PARTIAL,
+    "Flux3Transformer2DModel": PARTIAL,
+    "HiDreamImageTransformer2DModel": "no list has a usual name",
+    "HunyuanImageTransformer2DModel": PARTIAL,
+    "LongCatImageTransformer2DModel": PARTIAL,
+    "OvisImageTransformer2DModel": PARTIAL,
+    "Kandinsky5Transformer3DModel": "no list has a usual name",
+    "MotifVideoTransformer3DModel": PARTIAL,
     "f5_tts UNetT": INNER,
     "f5_tts UNetT, added skips": INNER,
     "x_transformers ContinuousTransformerWrapper": INNER,
@@ -102,8 +111,8 @@ def probe(entry: Entry, model: nn.Module, inputs: object) -> tuple[LayerScores, 
 @functools.cache
 def measured(name: str) -> Measured:
     entry = next(entry for entry in ENTRIES if entry.name == name)
-    model, inputs = entry.build()
-    expected = scores_by_loop(entry, randomise(model), inputs)
+    model, inputs = entry.made()
+    expected = scores_by_loop(entry, model, inputs)
     scores, caught = probe(entry, model.train(), inputs)
     return Measured(scores, expected, caught)
 

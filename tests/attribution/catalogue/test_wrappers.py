@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from agrepa_fast import attribute_layers
 
-from .entry import Entry, call, plain, randomise, scores_by_loop, velocity
+from .entry import Entry, call, plain, scores_by_loop, velocity
 from .page import ENTRIES, NAMED, probe
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -154,23 +154,23 @@ def check(entry: Entry, model: nn.Module, inputs: Any, expected: np.ndarray, rto
 
 @pytest.mark.parametrize("name, entry", [*cases(SAME), *cases(COMPILED, [PRX])])
 def test_scores_are_those_of_the_model_inside(name: str, entry: Entry) -> None:
-    model, inputs = entry.build()
-    expected = scores_by_loop(entry, randomise(model), inputs)
+    model, inputs = entry.made()
+    expected = scores_by_loop(entry, model, inputs)
     check(entry, (SAME | COMPILED)[name](model), inputs, expected)
 
 
 @pytest.mark.parametrize("name, entry", cases(IN_A_GROUP))
 def test_scores_are_those_of_the_model_inside_in_a_group(name: str, entry: Entry, group: None) -> None:
-    model, inputs = entry.build()
-    expected = scores_by_loop(entry, randomise(model), inputs)
+    model, inputs = entry.made()
+    expected = scores_by_loop(entry, model, inputs)
     check(entry, IN_A_GROUP[name](model), inputs, expected)
 
 
 @pytest.mark.parametrize("name, entry", cases(OTHER))
 def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None:
     wrap, prefix = OTHER[name]
-    model, inputs = entry.build()
-    model = wrap(randomise(model)).eval()
+    model, inputs = entry.made()
+    model = wrap(model).eval()
     single = next(model.parameters()).dtype == torch.float32
     if single:
         inputs = {k: v.float() if torch.is_tensor(v) and v.dtype == torch.float64 else v for k, v in inputs.items()}
@@ -181,9 +181,7 @@ def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None
 @pytest.mark.xfail(strict=True, reason="the error blames something that reaches past the blocks")
 def test_dynamic_quantisation_couples_samples_and_is_named() -> None:
     """Its scale of the activations comes from the whole batch, so that ablations change one another."""
-    model, inputs = WAN.build()
-    model = randomise(model).float()
-    inputs = {k: v.float() if v.dtype == torch.float64 else v for k, v in inputs.items()}
+    model, inputs = dataclasses.replace(WAN, single=True).made()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(ValueError, match="quantis"):
         attribute_layers(quantised, inputs)
@@ -193,8 +191,7 @@ def test_dynamic_quantisation_couples_samples_and_is_named() -> None:
 def test_an_active_cache_is_refused_and_left_alone() -> None:
     from diffusers import FirstBlockCacheConfig
 
-    model, inputs = WAN.build()
-    randomise(model)
+    model, inputs = WAN.made()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.2))
     with model.cache_context("cond"), plain():
         before = model(**inputs).sample
