@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .fields import shown
 from .imports import foreign_code, import_module
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = _one_line_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may hold bytes that are no UTF-8
     try:
         if argv and argv[0] == "bench":
             from .bench.cli import main as bench  # it has commands of its own
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"agrepa: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"agrepa: error: {one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
     except KeyboardInterrupt:
         print("agrepa: interrupted", file=sys.stderr)
         return 130
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"agrepa: warning: {message}", file=sys.stderr)
+    print(f"agrepa: warning: {one_line(message)}", file=sys.stderr)
 
 
 def _number(text: str) -> float:
@@ -147,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seconds", type=_number, default=1.0, help="length of what is generated")
     sample.add_argument("--reference", metavar="FILE", help="audio to continue in voice and manner")
     sample.add_argument("--reference-text", default="", help="what the reference says")
-    sample.add_argument("--out", default="sample.wav", help="WAV file to write")
+    sample.add_argument("--out", type=Path, default="sample.wav", help="WAV file to write")
     sample.add_argument("--points", type=int, help="grid points of the sampler")
     sample.add_argument("--guidance", type=_number, help="strength of classifier-free guidance")
     sample.add_argument("--method", choices=("euler", "midpoint"))
@@ -328,6 +331,9 @@ def _sample(arguments: argparse.Namespace) -> int:
     from .training.inference import generate, load_backbone, text_batch
     from .training.vocoder import build_vocoder
 
+    folder = arguments.out.parent
+    if arguments.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out {arguments.out}: expected a file in an existing folder that can be written")
     device = pick_device(arguments.device)
     backbone, checkpoint = load_backbone(arguments.checkpoint, device)
     given = {
