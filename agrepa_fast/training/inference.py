@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..alignment.policy import layer_sensitivity
 from ..attribution.graph import release_graphs
-from ..attribution.probes import lasp, pooled_hidden
 from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
+from ..attribution.stored import lasp, pooled_hidden
 from ..data.audio import read_audio
 from ..data.batches import Batch, collate
 from ..data.dataset import ClipDataset, Sample
@@ -23,8 +23,8 @@ from ..data.mel import LogMel
 from ..data.tokens import BYTE_VOCABULARY, encode_text
 from ..errors import UserError
 from ..models.flow import SIGMA, flow_matching_loss, path, probe_inputs, sample
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig

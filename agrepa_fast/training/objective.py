@@ -24,8 +24,8 @@ from ..models.conditioning import TokenConditioner, assemble_condition
 from ..models.dit import DiT
 from ..models.flow import SIGMA, flow_matching_loss, path
 from ..ops import masked_mean
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .config import RunConfig
 
 

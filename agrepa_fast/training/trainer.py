@@ -6,7 +6,6 @@ checkpoint: on the CPU an interrupted and resumed run ends with the bits of an u
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -28,8 +27,7 @@ from ..data.loading import iterate
 from ..errors import UserError, writing
 from ..imports import import_module
 from ..models import packed
-from ..teachers.cache import CachedTeacher, FeatureKey
-from ..teachers.registry import build_teacher
+from ..report import write_report
 from . import state
 from .checkpoint import (
     Checkpoint,
@@ -44,7 +42,7 @@ from .checkpoint import (
 )
 from .choice import alignment_schedule, choose
 from .clips import load_data
-from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
+from .config import RunConfig, dump_config, load_config, override_config
 from .distributed import gather, join, rank, ranks
 from .ema import Ema
 from .environment import pick_device, versions
@@ -54,8 +52,8 @@ from .log import RunLog, average
 from .objective import Objective, StepInputs, domain_tables, teacher_targets
 from .optimizer import build_optimizer, one_cycle
 from .rates import Rates
-from .report import write_report
 from .step import TrainStep, pick_engine
+from .teachers import build_teachers
 
 T = TypeVar("T")
 REPORT_SECONDS = 60.0  # report.html is at most this much older than the last validation
@@ -88,12 +86,7 @@ class Trainer:
         self.plan = self._plan()
         for module in config.train.imports:
             import_module(module, "train.imports")
-        teachers = {
-            name: build_cached(name, t, config, self.data.train.clips[0].path)
-            if t.cached
-            else build_teacher(t.source, **t.options).to(self.device)
-            for name, t in config.alignment.teachers.items()
-        }
+        teachers = build_teachers(config, self.data.train.clips[0].path, self.device)
         self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
@@ -451,21 +444,6 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def build_cached(name: str, teacher: TeacherConfig, config: RunConfig, first: Path) -> CachedTeacher:
-    """The cached features of a teacher: made with its source and its options, and with nothing else.
-
-    Raises:
-        UserError: no features beside the first clip, made otherwise, or pooled where frames are aligned.
-    """
-    options = dict(teacher.options)
-    revision, layer = str(options.pop("revision", "")), str(options.pop("layer", ""))
-    preprocessing = json.dumps(options, sort_keys=True) if options else ""
-    cached = CachedTeacher(name, FeatureKey(teacher.source, revision, layer, preprocessing), first)
-    if config.alignment.pool is None and not cached.rate:
-        raise UserError(f"alignment.teachers.{name}: its cached features are pooled; alignment.pool=null needs frames")
-    return cached
 
 
 def _progress(start: int, total: int) -> Any:

@@ -7,8 +7,8 @@ import torch
 
 from agrepa_fast.data.audio import import_soundfile
 from agrepa_fast.errors import UserError
+from agrepa_fast.report import read_log
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.report import read_log
 from agrepa_fast.training.step import TrainStep
 from agrepa_fast.training.trainer import resume_run, start_run
 

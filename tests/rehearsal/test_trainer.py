@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.report import read_log
 from agrepa_fast.training import trainer as trainer_module
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.report import read_log
 from agrepa_fast.training.trainer import resume_run, start_run
 
 CHANGES = (
