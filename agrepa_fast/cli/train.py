@@ -30,8 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..report import read_log
     from ..training.config import dump_config, load_config
-    from ..training.distributed import leave, rank
-    from ..training.trainer import resume_run, start_run
+    from ..training.distributed import rank, shutdown
+    from ..training.start import resume_run, start_run
 
     if arguments.resume:
         # With --resume the first positional, if any, is a change like the rest.
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if first:
         print(dump_config(trainer.config))
     run_dir = trainer.run()
-    leave()
+    shutdown()
     if not first:
         return 0
     valid = [entry for entry in read_log(run_dir / "log.jsonl") if entry.get("event") == "valid"]

@@ -28,7 +28,7 @@ from ..teachers.cache import CachedTeacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig
-from .distributed import gather, rank, ranks
+from .distributed import gather, rank, world_size
 from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
@@ -66,7 +66,7 @@ def score_layers(
         domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
         clips = list(range(len(indices))) * len(probe.t_grid)
         # Of fewer samples than ranks every rank takes all.
-        parts = ranks() if len(clips) >= ranks() else 1
+        parts = world_size() if len(clips) >= world_size() else 1
         mine = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
             backbone.network,

@@ -16,8 +16,9 @@ from agrepa_fast.report import read_log
 from agrepa_fast.training.meter import Meter
 from agrepa_fast.training.objective import Draws
 from agrepa_fast.training.rates import Rates, _memory
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import Trainer, resume_run, start_run
+from agrepa_fast.training.trainer import Trainer
 
 
 @pytest.fixture
