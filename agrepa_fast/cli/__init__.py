@@ -6,13 +6,14 @@ A mistake in what the user gave is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import doctor, probe, sample, train
 
 
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.showwarning = _one_line_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may hold bytes that are no UTF-8
     try:
         if argv and argv[0] == "bench":
             from ..bench.cli import main as bench  # it has commands of its own
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"agrepa: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"agrepa: error: {one_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
     except KeyboardInterrupt:
         print("agrepa: interrupted", file=sys.stderr)
         return 130
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"agrepa: warning: {message}", file=sys.stderr)
+    print(f"agrepa: warning: {one_line(message)}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

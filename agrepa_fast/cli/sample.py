@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from ..errors import UserError
 from .options import number, overrides, seed
@@ -22,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=number, default=1.0, help="length of what is generated")
     parser.add_argument("--reference", metavar="FILE", help="audio to continue in voice and manner")
     parser.add_argument("--reference-text", default="", help="what the reference says")
-    parser.add_argument("--out", default="sample.wav", help="WAV file to write")
+    parser.add_argument("--out", type=Path, default="sample.wav", help="WAV file to write")
     parser.add_argument("--points", type=int, help="grid points of the sampler")
     parser.add_argument("--guidance", type=number, help="strength of classifier-free guidance")
     parser.add_argument("--method", choices=("euler", "midpoint"))
@@ -38,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.inference import generate, load_backbone, text_batch
     from ..training.vocoder import build_vocoder
 
+    folder = arguments.out.parent
+    if arguments.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--out {arguments.out}: expected a file in an existing folder that can be written")
     device = pick_device(arguments.device, "--device")
     backbone, checkpoint = load_backbone(arguments.checkpoint, device)
     changes = {

@@ -221,7 +221,7 @@ def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     if not bool(torch.isfinite(samples).all()):
         raise ValueError(f"waveform for {path} holds NaN or infinite samples")
     try:
-        soundfile.write(Path(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
+        soundfile.write(os.fsencode(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"{path}: cannot write the audio ({_line(error)})") from error
 

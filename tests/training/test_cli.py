@@ -251,7 +251,7 @@ def test_sample_with_a_reference(finished, manifest, tmp_path):
         (["--points", "0"], "flow.points: expected"),
         (["--points", "9" * 30], "flow.points: expected"),
         (["--out", "missing/folder/a.wav"], "missing/folder/a.wav"),
-        (["--out", "."], ".: "),
+        (["--out", "."], "--out .: expected a file"),
     ],
 )
 def test_mistakes_with_sample_are_one_line(capsys, finished, tmp_path, monkeypatch, options, message):
