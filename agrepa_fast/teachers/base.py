@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..data.audio import import_torchaudio
 
 
 class Teacher(nn.Module):
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
 
         Raises:
             ValueError: wrong shapes, dtypes or lengths.
-            UserError: a rate other than the teacher's while torchaudio is not installed.
+            UserError: a rate other than the teacher's, and torchaudio is not installed or does not fit torch.
         """
         if audio.ndim != 2 or not audio.is_floating_point():
             raise ValueError(f"audio must be [B, n] floating point, got {list(audio.shape)} {audio.dtype}")
@@ -105,11 +105,6 @@ def resample_audio(audio: Tensor, lengths: Tensor, source: int, target: int) -> 
         audio [B, ceil(n target / source)] and lengths ceil(length target / source). The filter's ringing past
         a sample's end is cut, so that a sample comes out as it would alone.
     """
-    try:
-        from torchaudio.functional import resample
-    except ImportError as error:
-        raise UserError(
-            f"resampling {source} Hz to {target} Hz needs torchaudio: pip install 'agrepa-fast[audio]'"
-        ) from error
+    resample = import_torchaudio().functional.resample
     lengths = -(-lengths * target // source)
     return _silence_padding(resample(audio, source, target), lengths), lengths
