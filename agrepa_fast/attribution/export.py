@@ -1,0 +1,266 @@
+"""What people do with scores: skip lists, diffusers' LayerSkipConfig, LoRA on some blocks, block ids, JSON.
+
+Everything here takes and gives the names of blocks, as `LayerScores.names` has them: "single_transformer_blocks.7" is
+block 7, counted from 0, of the module list `single_transformer_blocks`. A low score says that a block changes the
+velocity little when it alone is switched off. It is no promise about quality once blocks are removed without
+fine-tuning: measure that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UserError, writing
+from .scores import LayerScores, whole_number
+
+if TYPE_CHECKING:
+    from diffusers import LayerSkipConfig
+
+
+def names(selection: Any, scores: LayerScores) -> tuple[str, ...]:
+    """The blocks' names of a `LayerSelection` made from these scores (its layers are positions among them).
+
+    A `DiT`'s layer l is its `branches.{2l}` (attention) and `branches.{2l + 1}` (feed-forward).
+
+    Raises:
+        ValueError: the selection holds a layer without a score.
+    """
+    known = _by_layer(scores)
+    missing = [layer for layer in selection.layers if layer not in known]
+    if missing:
+        raise ValueError(f"selection: layer {missing[0]} has no score; scored were {', '.join(map(str, known))}")
+    return tuple(name for layer in selection.layers for name in known[layer])
+
+
+def lowest(scores: LayerScores, k: int) -> tuple[str, ...]:
+    """The names of the k blocks with the lowest mean score, in the order of the forward; of equal scores the deeper.
+
+    Raises:
+        ValueError, TypeError: k is not a number from 1 to the number of scored blocks.
+    """
+    mean: dict[int, float] = {}
+    for layer, score in zip(scores.layers, scores.mean.tolist()):
+        mean[layer] = mean.get(layer, 0.0) + score
+    whole_number("k", k, 1, len(mean), "blocks")
+    chosen = sorted(sorted(mean, key=lambda layer: (mean[layer], -layer))[:k])
+    known = _by_layer(scores)
+    return tuple(name for layer in chosen for name in known[layer])
+
+
+def skip_lists(scores: LayerScores, k: int, times: Iterable[float] | None = None) -> dict[float, tuple[str, ...]]:
+    """{time: the k lowest blocks there}: what a sampler may skip at each of its steps.
+
+    Args:
+        scores: of samples at several times, which they know (`scores.t`).
+        times: the sampler's times, in the unit of `scores.t`; each gets the list of the nearest probed time. None:
+            the probed times themselves.
+
+    Raises:
+        ValueError: the scores know no t.
+    """
+    if scores.t is None:
+        raise ValueError(
+            "scores: have no t; probe samples at several times, with an input that is called timestep or t"
+        )
+    probed = {t: lowest(scores.at(t), k) for t in scores.t.unique().tolist()}
+    if times is None:
+        return probed
+    return {float(time): probed[min(probed, key=lambda t: abs(t - float(time)))] for time in times}
+
+
+def block_ids(blocks: Iterable[str]) -> dict[str, list[int]]:
+    """{name of the module list: 0-based ids, ascending}, lists in the order in which they occur.
+
+    That is the form of cache-dit, `DBPruneConfig(non_prune_block_ids=...)` for one list, and of most trainers.
+
+    Raises:
+        ValueError: a name that is no block of a list, or that occurs twice.
+    """
+    ids: dict[str, list[int]] = {}
+    for name in _names(blocks):
+        found = re.fullmatch(r"(.+)\.(\d+)", name)
+        if found is None:
+            raise ValueError(f"blocks: {name!r} is no block of a module list, such as 'transformer_blocks.3'")
+        list_name, number = found[1], int(found[2])
+        if number in ids.setdefault(list_name, []):
+            raise ValueError(f"blocks: {name!r} occurs twice")
+        ids[list_name].append(number)
+    return {list_name: sorted(numbers) for list_name, numbers in ids.items()}
+
+
+def layer_skip(blocks: Iterable[str], model: nn.Module, **options: Any) -> list[LayerSkipConfig]:
+    """diffusers' `LayerSkipConfig` of these blocks, one for each module list; for `apply_layer_skip` and skip guidance.
+
+    Args:
+        model: the transformer that they are meant for. diffusers skips a block by rules for its class, and has none
+            for many classes and wrong ones for some; those are refused here.
+        options: other fields of `LayerSkipConfig` (`skip_attention=False`, say).
+
+    Raises:
+        ImportError: diffusers is missing.
+        ValueError: the model has no such block, or diffusers cannot skip it exactly.
+    """
+    try:
+        from diffusers.hooks import LayerSkipConfig
+    except ImportError as error:
+        raise ImportError(f"layer_skip needs diffusers: pip install 'agrepa-fast[models]' ({error})") from error
+    whole = options.get("skip_attention", True) and options.get("skip_ff", True)
+    configs = []
+    for list_name, numbers in block_ids(blocks).items():
+        modules = _list(model, list_name, numbers)
+        for number in numbers if whole else ():
+            reason = _cannot_skip(modules[number])
+            if reason:
+                own = "skip_layers" in inspect.signature(type(model).forward).parameters
+                hint = f"; give {type(model).__name__} skip_layers={numbers} instead" if own else ""
+                raise ValueError(f"{list_name}.{number}: diffusers' LayerSkipConfig {reason}{hint}")
+        configs.append(LayerSkipConfig(indices=numbers, fqn=list_name, **options))
+    return configs
+
+
+def _cannot_skip(block: nn.Module) -> str:
+    """Why diffusers' hook does not give back what this block is given; "" where it does."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    kind = type(block)
+    try:
+        rules = TransformerBlockRegistry.get(kind)
+    except ValueError:
+        return f"has no rule for {kind.__name__}"
+    if rules.return_encoder_hidden_states_index not in (None, 1):
+        # The hook returns (hidden_states, encoder_hidden_states), in that order, whatever the block returns.
+        return f"would exchange the two streams of {kind.__name__}, which returns the text's first"
+    if "hidden_states" not in inspect.signature(kind.forward).parameters:
+        return f"looks for an argument hidden_states, which {kind.__name__} does not have"
+    return ""
+
+
+def lora_layers(
+    blocks: Iterable[str], modules: Sequence[str], model: nn.Module | None = None, by_index: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of `peft.LoraConfig` that put adapters on `modules` of exactly these blocks.
+
+    Args:
+        modules: the ends of the module names inside a block ("to_q", "ff.net.0.proj").
+        model: what the config will be used on; checks that each block and each module is there.
+        by_index: `layers_to_transform` with `layers_pattern`, for trainers that take only those, in place of one
+            expression for the full names. peft also applies it to lists of the same name deeper inside the model.
+
+    Raises:
+        ValueError: a block or module that the model lacks; `by_index` with lists whose ids differ.
+    """
+    modules = _names(modules, "modules")
+    ids = block_ids(blocks)
+    inside = rf"(?:.+\.)?(?:{'|'.join(map(re.escape, modules))})"
+    places = [rf"{re.escape(name)}\.(?:{'|'.join(map(str, numbers))})" for name, numbers in ids.items()]
+    expression = rf"(?:{'|'.join(places)})\.{inside}"
+    if model is not None:
+        for name, numbers in ids.items():
+            _list(model, name, numbers)
+            for number in numbers:
+                pattern = rf"{re.escape(name)}\.{number}\.{inside}"
+                if not any(re.fullmatch(pattern, known) for known, _ in model.named_modules()):
+                    raise ValueError(f"modules: {name}.{number} has none of {', '.join(modules)}")
+    if not by_index:
+        return {"target_modules": expression}
+    if len({tuple(numbers) for numbers in ids.values()}) > 1:
+        raise ValueError(f"by_index: one list of ids for all module lists, got {ids}; leave by_index out")
+    return {
+        "target_modules": list(modules),
+        "layers_to_transform": next(iter(ids.values())),
+        "layers_pattern": [re.escape(name) for name in ids],
+    }
+
+
+def to_json(path: str | Path, blocks: Iterable[str], scores: LayerScores, method: str = "export") -> None:
+    """Write the blocks as plain JSON: names, ids by list, and the positions that `LayerSelection.from_json` reads.
+
+    Raises:
+        ValueError: a block without a score. UserError: the file cannot be written.
+    """
+    chosen = tuple(blocks)
+    layers = positions(chosen, scores)
+    state = {
+        "names": list(chosen),
+        "blocks": block_ids(chosen),
+        "layers": layers,
+        "weights": [1 / len(layers)] * len(layers),
+        "method": method,
+    }
+    with writing(path):
+        Path(path).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def from_json(path: str | Path) -> tuple[str, ...]:
+    """The names that `to_json` wrote.
+
+    Raises:
+        UserError: the file cannot be read or holds no names.
+    """
+    try:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(state, Mapping) or "names" not in state:
+        raise UserError(f"{path}: expected the names of blocks, as export.to_json writes them")
+    try:
+        return _names(state["names"], "names")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def positions(blocks: Iterable[str], scores: LayerScores) -> list[int]:
+    """Positions of named blocks among the layers of `scores`, ascending: the layers of a `LayerSelection`.
+
+    Raises:
+        ValueError: no such block was scored; names the nearest name.
+    """
+    where = {name: layer for layer, known in _by_layer(scores).items() for name in known}
+    missing = [name for name in _names(blocks) if name not in where]
+    if missing:
+        raise ValueError(f"blocks: {missing[0]!r} has no score; scored were {', '.join(where):.300}")
+    return sorted({where[name] for name in blocks})
+
+
+def _by_layer(scores: LayerScores) -> dict[int, tuple[str, ...]]:
+    """The names of the modules of each scored layer."""
+    if not isinstance(scores, LayerScores):
+        raise TypeError(f"scores: expected LayerScores, as attribute_layers returns them, got {type(scores).__name__}")
+    known: dict[int, tuple[str, ...]] = {}
+    for layer, name in zip(scores.layers, scores.names):
+        if name.partition(".")[0].isdigit():  # a DiT's
+            known[layer] = (f"branches.{2 * layer}", f"branches.{2 * layer + 1}")
+        else:
+            known[layer] = (name,)
+    return known
+
+
+def _names(blocks: Iterable[str], what: str = "blocks") -> tuple[str, ...]:
+    """Checked: a sequence of texts, at least one."""
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise TypeError(f"{what}: expected a sequence of names, got {blocks!r:.60}")
+    found = tuple(blocks)
+    if not found or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{what}: expected at least one name, all of them text, got {found!r:.60}")
+    return found
+
+
+def _list(model: nn.Module, name: str, numbers: Sequence[int]) -> nn.ModuleList | nn.Sequential:
+    try:
+        modules = model.get_submodule(name)
+    except AttributeError:
+        modules = None
+    if not isinstance(modules, nn.ModuleList | nn.Sequential):
+        raise ValueError(f"blocks: {type(model).__name__} has no module list {name!r}")
+    if numbers[-1] >= len(modules):
+        raise ValueError(f"blocks: {name}.{numbers[-1]}: {type(model).__name__} has {len(modules)} blocks there")
+    return modules
