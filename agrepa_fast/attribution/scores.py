@@ -91,6 +91,8 @@ class LayerScores:
     block_evaluations: float | None = field(default=None, compare=False)
     clips: tuple[int, ...] | None = None
     noise_by_sample: Tensor | None = None
+    names: tuple[str, ...] = ()
+    engine: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
@@ -110,6 +112,10 @@ class LayerScores:
             raise ValueError(
                 f"branches: expected a name for each of by_sample's {units} rows, got {len(self.branches)}"
             )
+        if not self.names:
+            object.__setattr__(self, "names", self._numbers())
+        if len(self.names) != units:
+            raise ValueError(f"names: expected a name for each of by_sample's {units} rows, got {len(self.names)}")
         per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
         for name, value in per_sample:
             if value is not None and value.shape != (samples,):
@@ -119,8 +125,7 @@ class LayerScores:
         if self.clips is not None and len(self.clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
-    @property
-    def names(self) -> tuple[str, ...]:
+    def _numbers(self) -> tuple[str, ...]:
         """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches."""
         if self.branches is None:
             return tuple(map(str, self.layers))
