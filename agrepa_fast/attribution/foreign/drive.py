@@ -224,7 +224,7 @@ class _Streams:
         tensors = {path: leaf.shape for path, leaf in zip(paths, leaves) if isinstance(leaf, Tensor)}
         if call is None or call.arguments.keys() != tensors.keys():
             raise NotAStaircase(f"{name}: is called otherwise than with one stream")
-        dims = grown(call.arguments, tensors, self.streams)
+        dims = grown(call.arguments, tensors, self.streams, alike=True)
         changed = [path for path, shape in tensors.items() if shape != call.arguments[path] and path not in dims]
         if changed or not dims:
             shown = f"{list(tensors[changed[0]])}" if changed else "none"

@@ -137,11 +137,11 @@ class Examination:
     def forward(self, rows: Tensor, repeats: int = 1, replace: Mapping[str, Any] | None = None) -> Tensor:
         """The velocity [repeats x R, ...] of the samples `rows` [R]."""
         args, kwargs = self.inputs.take(rows, repeats, replace)
-        velocity = self._velocity(self.model(*args, **kwargs))
+        batch = repeats * rows.numel()
+        velocity = self._velocity(self.model(*args, **kwargs), batch)
         if not isinstance(velocity, Tensor) or not velocity.is_floating_point():
             got = getattr(velocity, "dtype", type(velocity).__name__)
             raise TypeError(f"velocity of {self.kind}: expected a floating tensor, got {got}")
-        batch = repeats * rows.numel()
         if velocity.dim() < 2 or velocity.shape[0] != batch or velocity.numel() == 0:
             raise ValueError(
                 f"velocity of {self.kind}: expected [{batch}, ...] with at least one value for each "
@@ -149,20 +149,21 @@ class Examination:
             )
         return velocity
 
-    def _velocity(self, output: Any) -> Any:
+    def _velocity(self, output: Any, batch: int) -> Any:
         if self.adapter.velocity is not None:
             return self.adapter.velocity(output)
         for name in ("sample", "last_hidden_state"):
             output = output if isinstance(output, Tensor) else getattr(output, name, output)
-        if isinstance(output, tuple | list) and len(output) == 1:
-            output = output[0]
-        if isinstance(output, list) and output and all(isinstance(part, Tensor) for part in output):
-            if len({part.shape for part in output}) > 1:
+        parts = output if isinstance(output, tuple | list) and all(isinstance(p, Tensor) for p in output) else ()
+        if isinstance(output, list) and len(parts) == batch and any(p.dim() == 0 or p.shape[0] != batch for p in parts):
+            if len({part.shape for part in parts}) > 1:
                 raise TypeError(
-                    f"{self.kind} returns samples of different shapes ({list(output[0].shape)}, "
-                    f"{list(output[1].shape)}, ...): give samples of one shape"
+                    f"{self.kind} returns samples of several shapes ({list(parts[0].shape)}, ...): give samples of one "
+                    "shape, or max_samples=1"
                 )
-            output = torch.stack(output)
+            return torch.stack(list(parts))
+        if len(parts) == 1:
+            output = parts[0]
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"{self.kind} returns {type(output).__name__}: expected a tensor or an object with "
@@ -256,25 +257,34 @@ class Examination:
         off = {site.module for group in zeroed for site in self._added(group)}
         keys = {call.key for group in zeroed for call in group.calls if call.module in off}
         run = self._zeroing(keys, {call.key for group in groups for call in group.calls})
-        same = []
-        for before, after in itertools.pairwise(groups):
-            if before in zeroed:
-                entry = run.entries.get(before.calls[0].key, {})
-                following = run.entries.get(after.calls[0].key, {})
-                moved = self.watcher.moved
-                same.append(
-                    any(
-                        unchanged(entry[p], following[q])
-                        for p in moved.get(before.calls[0].key, ())
-                        for q in moved.get(after.calls[0].key, ())
-                        if p in entry and q in following
-                    )
-                )
-        if not any(same):
+        if not any(self._passes_on(run, group, after, off) for group, after in zip(groups, [*groups[1:], None])):
             return False
         for site in states:
             site.adds = True
         return all(sites[site.module].state for site in states)
+
+    def _passes_on(self, run: Zeroing, group: Group, after: Group | None, off: set[nn.Module]) -> bool:
+        """Whether what follows a group that returned zeros takes what entered one of its modules."""
+        moved = self.watcher.moved
+        last = max((i for i, call in enumerate(group.calls) if call.module in off), default=None)
+        if last is None:
+            return False
+        # A call with two states would show the state whether or not zeros were added to it.
+        following = [call for call in group.calls[last + 1 :] if len(moved.get(call.key, ())) == 1]
+        following += after.calls[:1] if after is not None else ()
+        entered = [
+            run.entries[call.key][path]
+            for call in group.calls[: last + 1]
+            for path in moved.get(call.key, ())
+            if path in run.entries.get(call.key, ())
+        ]
+        return any(
+            unchanged(before, run.entries[call.key][path])
+            for call in following
+            for path in moved.get(call.key, ())
+            for before in entered
+            if path in run.entries.get(call.key, ())
+        )
 
     def _who_adds(self, sites: Sequence[Site]) -> None:
         """Settle `adds` of the blocks, class by class, where their results are not the next one's arguments."""
@@ -347,11 +357,13 @@ class Examination:
 
         sites = self.watcher.sites
         first, last = (order[self.blocks[i].sites[0].module] for i in (0, -1))
-        carrying = [name for name in others(self.automatic.blocks) if sites[self.automatic.blocks[name]].carries]
+        # What cannot be told to carry the state is named, too.
+        carrying = [n for n in others(self.automatic.blocks) if sites[self.automatic.blocks[n]].carries is not False]
         carrying += [
             group.name
             for group in self.automatic.groups
-            if group.name in others({group.name: group.calls[0].module})
+            if group.name not in names
+            and group.name in others({group.name: group.calls[0].module})
             and any(sites[call.module].carries for call in group.calls)
         ]
         if carrying:

@@ -77,12 +77,19 @@ def has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
-def keeps_shape(call: Call) -> bool:
-    """Whether the first result, and each result of a shape that arguments have, can stand for an argument."""
+def keeps_shape(call: Call, leading: bool = True) -> bool:
+    """Whether the first result, and each result of a shape that arguments have, can stand for an argument.
+
+    leading: the first argument that may be a state must be among them: a result of the shape of a skip is no state."""
     states = [shape for path, shape in call.results.items() if path in call.floating and len(shape) > 1]
     free = Counter(call.arguments.values())
     if not states or not free[states[0]]:
         return False
+    if leading:
+        most = max(map(len, call.arguments.values()))
+        entering = next(s for s in call.arguments.values() if len(s) >= min(3, most))
+        if entering not in states:
+            return False
     return all(free[shape] >= count for shape, count in Counter(states).items() if free[shape])
 
 
@@ -234,7 +241,7 @@ def named_blocks(
                 search.visit_group(member)
                 continue
             for call in search.calls[member]:
-                if not keeps_shape(call):
+                if not keeps_shape(call, leading=False):
                     raise ValueError(
                         f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block that "
                         "changes the shape of its input cannot be switched off"

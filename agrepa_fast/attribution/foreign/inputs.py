@@ -193,12 +193,18 @@ class Inputs:
         return mask if mask[:, 0].all() and not later.any() else None
 
     def longest(self) -> int:
-        """The sample with the most that any mask of the inputs counts; some models cut a batch to its longest."""
+        """The sample with the most values by a mask or list of the inputs; some models cut a batch to its longest."""
         for path in sorted(self.batched):
             value = self.nodes[path].value
             if isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() == 2:
                 return int(value.sum(1).argmax())
-        return 0
+        lists = [self.nodes[path].value for path in self.batched if not isinstance(self.nodes[path].value, Tensor)]
+        lengths = [sum(_length(parts[row]) for parts in lists) for row in range(self.samples)]
+        return lengths.index(max(lengths)) if lengths else 0
+
+
+def _length(part: Any) -> int:
+    return part.numel() if isinstance(part, Tensor) else len(part) if isinstance(part, Sequence) else 0
 
 
 def _is_structure(value: Any, samples: int) -> bool:

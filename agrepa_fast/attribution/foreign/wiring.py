@@ -20,14 +20,14 @@ from .record import Call, Shapes, flat, record
 OTHER, FIRST, DISTURBED = 0, 1, 2  # of the three samples
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """A module that can be switched off, with paths into its (args, kwargs) and into its result.
 
     Attributes:
         state: {result path: path of the argument that it replaces}.
         dims: {result path: the dimension that grows with the batch}.
-        carries: whether the noisy state passes through.
+        carries: whether the noisy state passes through; None where it cannot be told.
         chained: whether a later module of its class takes its results as they are.
         adds: whether the forward adds the results to the state: then zeros, not the arguments, switch it off.
         whole: template of the result (spec and leaves without tensors) where every tensor of it is state.
@@ -37,7 +37,7 @@ class Site:
     module: nn.Module
     state: dict[str, str] = field(default_factory=dict)
     dims: dict[str, int] = field(default_factory=dict)
-    carries: bool = False
+    carries: bool | None = None
     chained: bool = False
     adds: bool = False
     merges: bool = False
@@ -66,16 +66,19 @@ def _paths(spec: TreeSpec) -> list[str]:
     return flat(tree_unflatten(list(range(spec.num_leaves)), spec))[0]
 
 
-def grown(ones: Shapes, threes: Shapes, times: int = 3) -> dict[str, int]:
-    """{path: dimension} of what has `times` the size with `times` the samples, and else the same shape."""
+def grown(ones: Shapes, threes: Shapes, times: int = 3, alike: bool = False) -> dict[str, int]:
+    """{path: dimension} of what has `times` the size with `times` the samples.
+
+    alike: whether the samples of both are the same; others may bring another length to the other dimensions."""
     dims = {}
     for path, shape in ones.items():
         other = threes.get(path)
         if other is None or len(other) != len(shape):
             continue
         changed = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b]
-        if len(changed) == 1 and other[changed[0]] == times * shape[changed[0]]:
-            dims[path] = changed[0]
+        by_samples = [d for d in changed if other[d] == times * shape[d]]
+        if by_samples and (len(changed) == 1 or not alike):
+            dims[path] = by_samples[0]
     return dims
 
 
@@ -125,7 +128,8 @@ class Watcher:
         paths, leaves, spec = flat(result)
         result_dims = grown(one.results, {p: leaf.shape for p, leaf in zip(paths, leaves) if isinstance(leaf, Tensor)})
         after = [p for p, leaf in zip(paths, leaves) if p in result_dims and _moved(leaf, result_dims[p])]
-        site.carries |= bool(moved and after)
+        if dims and result_dims:
+            site.carries = bool(site.carries) or bool(moved and after)
         site.dims.update(result_dims)
         result_shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
         merged = {id(leaf) for leaf in entering.values() if leaf.shape in result_shapes}
