@@ -159,7 +159,7 @@ def attribute_layers(
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
         block_evaluations=(
-            sum(part.block_evaluations for part in plans) if network.engine in ("prefix", "graph") else None
+            sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None
         ),
     )
     if network.dtype.itemsize == 2 and energy.any():
@@ -212,6 +212,9 @@ class _Native:
         sizes = dataclasses.replace(sizes, masked=self.mask is not None)
         return split(plan, sizes, self.samples, _bytes(memory_budget, x_t.device))
 
+    def evaluations(self, plan: AblationPlan) -> float:
+        return plan.block_evaluations
+
     def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
         inputs = {name: value[rows] for name, value in self.inputs.items()}
         if self.engine == "graph":
@@ -246,6 +249,9 @@ class _Foreign:
 
     def at_once(self, plan: AblationPlan) -> int:
         return self.samples
+
+    def evaluations(self, plan: AblationPlan) -> float:
+        return self.blocks.evaluations(plan)
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
         raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")

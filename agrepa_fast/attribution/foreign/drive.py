@@ -62,6 +62,18 @@ class BlockModel:
         self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
         self._without: tuple[int, Tensor] | None = None
 
+    def evaluations(self, plan: AblationPlan) -> int:
+        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored."""
+        block_of = {block.sites[0].module: layer for layer, block in enumerate(self.blocks)}
+        scored = {unit.layer for unit in plan.units}
+        seen: set[int] = set()
+        total = 0
+        for call in self.known.calls:
+            if call.module in block_of:
+                total += 1 + len(seen)
+                seen |= {block_of[call.module]} & scored
+        return total
+
     def run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
         """Velocities [S, B, ...] of the samples `rows` (int64 [B]); stream 0 is the baseline.
 
@@ -111,7 +123,8 @@ class BlockModel:
             expected = self.known.references.get(row)
             if expected is not None and not self.known.same(expected, velocity[0, i]):
                 raise NotAStaircase(
-                    f"{self.known.kind}: the baseline run with the ablations is not the model's own velocity (sample {row})"
+                    f"{self.known.kind}: the baseline beside the ablations is not the model's own velocity "
+                    f"(sample {row})"
                 )
             if row == self.known.first and self.engine != "loop":
                 unit = plan.units[0]
@@ -191,13 +204,13 @@ class _Streams:
                 continue
             size = self._size(site.name, results[i], dim, self.joined if self.shared else self.streams)
             widened = self._widened(results[i], dim, size)
-            if path in site.state and own:
-                results[i] = widened.clone() if widened is results[i] else widened
-                for k, stream in enumerate(own):
-                    part = results[i].narrow(dim, stream * size, size)
-                    part.zero_() if site.adds else part.copy_(entering[path][k])
-            else:
+            if path not in site.state or not own:
                 results[i] = widened
+                continue
+            results[i] = widened.clone() if widened is results[i] else widened
+            for k, stream in enumerate(own):
+                part = results[i].narrow(dim, stream * size, size)
+                part.zero_() if site.adds else part.copy_(entering[path][k])
         self.joined = max([self.joined, *(stream + 1 for stream in own)])
         return tree_unflatten(results, result_spec)
 
@@ -238,7 +251,9 @@ class _Streams:
 
     def _size(self, name: str, leaf: Tensor, dim: int, streams: int) -> int:
         if leaf.dim() <= dim or leaf.shape[dim] % (streams * self.batch):
-            raise NotAStaircase(f"{name}: a state of shape {list(leaf.shape)} is not {streams} streams of {self.batch} samples")
+            raise NotAStaircase(
+                f"{name}: a state of shape {list(leaf.shape)} is not {streams} streams of {self.batch} samples"
+            )
         return leaf.shape[dim] // streams
 
     def _widened(self, result: Tensor, dim: int, size: int) -> Tensor:

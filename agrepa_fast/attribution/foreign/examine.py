@@ -27,14 +27,14 @@ from .wiring import Site, Watcher, Zeroing, independent, unchanged
 
 @dataclass(frozen=True)
 class Block:
-    """One scored layer: its name in the model, and the sites that switch it off (several where forward takes it apart)."""
+    """One scored layer: its name in the model, and what switches it off (several sites where forward takes it apart)."""
 
     name: str
     sites: tuple[Site, ...]
 
 
-class OutOfTurn(Exception):
-    """A forward of some samples does not do what the forward of all does."""
+class NoVelocity(TypeError):
+    """What a forward returns is no velocity."""
 
 
 class Examination:
@@ -88,7 +88,7 @@ class Examination:
             try:
                 velocity, calls = record(self.model, lambda s=sample: self.forward(torch.tensor([s])))
             except Exception as error:
-                if isinstance(error, TypeError) or out_of_memory(error):
+                if isinstance(error, NoVelocity) or out_of_memory(error):
                     raise
                 failure = failure or error
                 continue
@@ -141,7 +141,7 @@ class Examination:
         velocity = self._velocity(self.model(*args, **kwargs), batch)
         if not isinstance(velocity, Tensor) or not velocity.is_floating_point():
             got = getattr(velocity, "dtype", type(velocity).__name__)
-            raise TypeError(f"velocity of {self.kind}: expected a floating tensor, got {got}")
+            raise NoVelocity(f"velocity of {self.kind}: expected a floating tensor, got {got}")
         if velocity.dim() < 2 or velocity.shape[0] != batch or velocity.numel() == 0:
             raise ValueError(
                 f"velocity of {self.kind}: expected [{batch}, ...] with at least one value for each "
@@ -157,7 +157,7 @@ class Examination:
         parts = output if isinstance(output, tuple | list) and all(isinstance(p, Tensor) for p in output) else ()
         if isinstance(output, list) and len(parts) == batch and any(p.dim() == 0 or p.shape[0] != batch for p in parts):
             if len({part.shape for part in parts}) > 1:
-                raise TypeError(
+                raise NoVelocity(
                     f"{self.kind} returns samples of several shapes ({list(parts[0].shape)}, ...): give samples of one "
                     "shape, or max_samples=1"
                 )
@@ -165,7 +165,7 @@ class Examination:
         if len(parts) == 1:
             output = parts[0]
         if not isinstance(output, Tensor):
-            raise TypeError(
+            raise NoVelocity(
                 f"{self.kind} returns {type(output).__name__}: expected a tensor or an object with "
                 ".sample; say which part is the velocity with register_adapter(..., Adapter(velocity=...))"
             )
@@ -178,7 +178,9 @@ class Examination:
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
                 got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"mask: expected a bool tensor [samples, frames], True for a frame that counts, got {got}")
+                raise TypeError(
+                    f"mask: expected a bool tensor [samples, frames], True for a frame that counts, got {got}"
+                )
             if mask.shape[0] != samples or mask.shape[1] not in shape[:2] or len(shape) != 2:
                 raise ValueError(
                     f"mask: expected [{samples}, frames] for a velocity {[samples, *shape]}, got {list(mask.shape)}"
@@ -219,6 +221,10 @@ class Examination:
 
     def _find(self) -> None:
         sites, found = self.watcher.sites, self.found
+        if not any(site.carries for site in sites.values()):
+            # No noisy state, or one so large that noise does not show: what runs is taken to carry it.
+            for site in sites.values():
+                site.carries = bool(site.dims)
         blocks = []
         candidates = dict(found.blocks)
         for members in _by_list(found.groups):
@@ -336,6 +342,9 @@ class Examination:
     def _nothing_found(self) -> str:
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and n}
         have = ", ".join(f"{name} ({len(module)})" for name, module in lists.items() if len(module)) or "none"
+        scripted = [n for n, m in self.model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        if scripted:
+            return f"{scripted[0]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
         return (
             f"no blocks found in {self.kind}: its forward calls no members of a module list that take the noisy state and "
             f"return it in the same shape; it has: {have}. Name a list, as block_list='decoder.stages'"

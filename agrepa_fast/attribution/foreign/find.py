@@ -41,12 +41,11 @@ class Found:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile, data parallelism and PEFT, which only pass calls on."""
     while True:
+        base = getattr(model, "get_base_model", None)  # of PEFT
         inner = next((model._modules[name] for name in WRAPPERS if list(model._modules) == [name]), None)
-        if inner is None and hasattr(model, "get_base_model") and not getattr(model, "active_peft_config", None):
-            inner = model.get_base_model()
-        elif inner is None and hasattr(model, "get_base_model"):
-            # Adapters by prompt add inputs of their own; all others live inside the base model.
-            inner = None if model.active_peft_config.is_prompt_learning else model.get_base_model()
+        # Adapters by prompt add inputs of their own; all others live inside the base model.
+        if callable(base) and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            inner = base()
         if inner is None or inner is model:
             return model
         model = inner
@@ -205,9 +204,7 @@ def find(model: nn.Module, calls: Sequence[Call]) -> Found:
     return found
 
 
-def named_blocks(
-    model: nn.Module, calls: Sequence[Call], block_list: str | Sequence[str]
-) -> Found:
+def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequence[str]) -> Found:
     """The members of the named lists (or the modules of these names) that the recorded forward calls.
 
     Raises:

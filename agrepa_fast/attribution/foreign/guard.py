@@ -46,9 +46,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for module in before.modules:
             module._compiled_call_impl = None
-            compiled = vars(module).get("forward")
-            if hasattr(compiled, "_torchdynamo_orig_callable"):
-                vars(module)["forward"] = compiled._torchdynamo_orig_callable
+            original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+            if original is not None:
+                vars(module)["forward"] = original
         for module, name, child in wrapped:
             module._modules[name] = child._modules["_orig_mod"]
         # Compiled functions that a forward calls. Outside of a compiled region, as a probe is.

@@ -69,7 +69,9 @@ def watchable(model: nn.Module) -> list[nn.Module]:
 Watch = Callable[[Call, dict[str, Any], Callable[[], Any]], Any]
 
 
-def record(model: nn.Module, run: Callable[[], Any], watch: dict[nn.Module, Watch] | None = None) -> tuple[Any, list[Call]]:
+def record(
+    model: nn.Module, run: Callable[[], Any], watch: dict[nn.Module, Watch] | None = None
+) -> tuple[Any, list[Call]]:
     """What `run` returns, and all calls of modules that it makes, in their order.
 
     watch: {module: function(call, its argument leaves by path, what makes the call) -> the call's result}."""
@@ -94,7 +96,9 @@ def record(model: nn.Module, run: Callable[[], Any], watch: dict[nn.Module, Watc
         result_paths, result_leaves, _ = flat(result)
         call.results = shapes(result_paths, result_leaves)
         call.floating = frozenset(
-            path for path, leaf in zip(result_paths, result_leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            path
+            for path, leaf in zip(result_paths, result_leaves)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
         )
         call.opaque = any(leaf is not None and not isinstance(leaf, PLAIN) for leaf in result_leaves)
         return result

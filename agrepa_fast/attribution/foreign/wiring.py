@@ -96,7 +96,9 @@ class Watcher:
         self.calls: list[Call] = []
         self.moved: dict[tuple[int, int], list[str]] = {}  # of each call, the arguments that depend on the noise
         self.argument_dims: dict[tuple[int, int], dict[str, int]] = {}
-        self.joining: set[str] = set()  # names of sites without the noise whose results are in a later block's arguments
+        self.joining: set[str] = (
+            set()
+        )  # names of sites without the noise whose results are in a later block's arguments
         self._aside: dict[str, Tensor] = {}
         self._before: dict[type[nn.Module], tuple[Call, dict[str, Any]]] = {}
         self._links: dict[tuple[int, int], dict[str, str]] = {}
@@ -149,9 +151,9 @@ class Watcher:
         if moved:
             for name, vector in self._aside.items():
                 for leaf in tokens:
-                    if leaf.shape[-1] == vector.numel() and leaf.dtype == vector.dtype:
-                        if (leaf.flatten(0, -2) == vector).all(-1).any():
-                            self.joining.add(name)
+                    fits = leaf.shape[-1] == vector.numel() and leaf.dtype == vector.dtype
+                    if fits and (leaf.flatten(0, -2) == vector).all(-1).any():
+                        self.joining.add(name)
             return
         for path, leaf in results.items():
             if path in site.dims and leaf.dim() > 2 and leaf.is_floating_point():
