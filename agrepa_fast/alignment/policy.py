@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..errors import UserError
 
@@ -35,11 +35,14 @@ def _numbers(name: str, given: object, kind: type, convert: Callable[[Any], N]) 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Aligned layers (0-based, ascending) and their weights lambda_k, which sum to 1."""
+    """Aligned layers (0-based, ascending) and their weights lambda_k, which sum to 1.
+
+    names: the layers' names in another model ("single_transformer_blocks.7"); None for a `DiT`."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
     method: str = "fixed"
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         layers = _numbers("layers", self.layers, Integral, int)
@@ -51,25 +54,53 @@ class LayerSelection:
         # So that nan, for which every comparison is false, is refused as well.
         if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
             raise ValueError(f"weights: expected numbers >= 0 that sum to 1, got {weights}")
+        if self.names is not None:
+            names = tuple(self.names) if isinstance(self.names, list | tuple) else ()
+            if len(names) != len(layers) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"names: expected one name for each of {len(layers)} layers, got {self.names!r:.60}")
+            object.__setattr__(self, "names", names)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "weights", weights)
 
     @classmethod
-    def uniform(cls, layers: Sequence[int], method: str = "fixed") -> LayerSelection:
-        """The given layers with equal weights."""
+    def uniform(
+        cls, layers: Sequence[int], method: str = "fixed", names: Mapping[int, str] | None = None
+    ) -> LayerSelection:
+        """The given layers with equal weights; `names` of them, if any."""
         ordered = tuple(sorted(_numbers("layers", layers, Integral, int)))
-        return cls(ordered, (1 / len(ordered),) * len(ordered) if ordered else (), method)
+        weights = (1 / len(ordered),) * len(ordered) if ordered else ()
+        return cls(ordered, weights, method, None if names is None else tuple(names[layer] for layer in ordered))
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The selected blocks of `model` by their names.
+
+        Raises:
+            ValueError: the selection has no names, or the model no module of such a name.
+        """
+        if self.names is None:
+            raise ValueError("selection: it has no names; selections made from scores of another model have them")
+        found = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise ValueError(f"selection: {type(model).__name__} has no module {missing[0]!r}")
+        return {name: found[name] for name in self.names}
 
     def to_json(self, path: str | Path) -> None:
-        """Write `{"layers": [...], "weights": [...], "method": ...}`."""
+        """Write `{"layers": [...], "weights": [...], "method": ...}`, and `"names"` where there are any."""
         Path(path).write_text(json.dumps(self.state(), indent=1) + "\n", encoding="utf-8")
 
     def state(self) -> dict[str, object]:
-        return {"layers": list(self.layers), "weights": list(self.weights), "method": self.method}
+        state: dict[str, object] = {
+            "layers": list(self.layers),
+            "weights": list(self.weights),
+            "method": self.method,
+        }
+        return state if self.names is None else {**state, "names": list(self.names)}
 
     @classmethod
     def from_state(cls, state: dict) -> LayerSelection:
-        return cls(tuple(state["layers"]), tuple(state["weights"]), state.get("method", "fixed"))
+        layers, weights = tuple(state["layers"]), tuple(state["weights"])
+        return cls(layers, weights, state.get("method", "fixed"), state.get("names"))
 
     def synchronised(self, device: torch.device | None = None) -> LayerSelection:
         """Rank 0's selection on every rank of the default process group; itself where there is none.
@@ -138,10 +169,25 @@ def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
             "no layer's score is above the floor: falling back to equal weights on all layers; train before probing",
             stacklevel=2,
         )
-        return LayerSelection.uniform(list(by_layer), "uniform")
+        return LayerSelection.uniform(list(by_layer), "uniform", _block_names(scores))
     chosen = sorted(sorted(by_layer, key=lambda layer: (-by_layer[layer], layer))[:k])
     total = sum(by_layer[layer] for layer in chosen)
-    return LayerSelection(tuple(chosen), tuple(by_layer[layer] / total for layer in chosen), "foga")
+    names = _block_names(scores)
+    return LayerSelection(
+        tuple(chosen),
+        tuple(by_layer[layer] / total for layer in chosen),
+        "foga",
+        None if names is None else tuple(names[layer] for layer in chosen),
+    )
+
+
+def _block_names(scores: LayerScores) -> dict[int, str] | None:
+    """{layer: its name in another model}; None where the scores carry numbers only, as those of a `DiT`."""
+    names: dict[int, str] = {}
+    branches = getattr(scores, "branches", None) or ("",) * len(scores.layers)
+    for layer, name, branch in zip(scores.layers, getattr(scores, "names", ()), branches):
+        names[layer] = name.removesuffix(f".{branch}") if branch else name
+    return None if all(name == str(layer) for layer, name in names.items()) else names
 
 
 # What a policy needs beside the depth and k.
@@ -194,7 +240,7 @@ def choose_layers(
         return select_layers(scores, k)
     if scores is not None and policy == "foga-soft":
         soft = select_layers(scores, len(set(scores.layers)))
-        return soft if soft.method == "uniform" else LayerSelection(soft.layers, soft.weights, policy)
+        return soft if soft.method == "uniform" else LayerSelection(soft.layers, soft.weights, policy, soft.names)
     if policy == "fixed":
         outside = [layer for layer in layers if not 0 <= layer < depth]
         if outside or len(set(layers)) != len(layers):
