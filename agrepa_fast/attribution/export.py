@@ -1,9 +1,11 @@
 """What people do with scores: skip lists, diffusers' LayerSkipConfig, LoRA on some blocks, block ids, JSON.
 
-Everything here takes and gives the names of blocks, as `LayerScores.names` has them: "single_transformer_blocks.7" is
-block 7, counted from 0, of the module list `single_transformer_blocks`. A low score says that a block changes the
-velocity little when it alone is switched off. It is no promise about quality once blocks are removed without
-fine-tuning: measure that.
+Everything here takes blocks: their names as `LayerScores.names` has them, or a `LayerSelection`.
+"single_transformer_blocks.7" is block 7, counted from 0, of the module list `single_transformer_blocks`; layer l of a
+`DiT` is its `branches.{2l}` (attention) and `branches.{2l + 1}` (feed-forward).
+
+A low score says that a block changes the velocity little when it alone is switched off. It is no promise about quality
+once blocks are removed without fine-tuning: measure that.
 """
 
 from __future__ import annotations
@@ -11,32 +13,19 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import UserError, writing
+from ..errors import writing
 from .scores import LayerScores, whole_number
 
 if TYPE_CHECKING:
-    from diffusers import LayerSkipConfig
+    from diffusers.hooks import LayerSkipConfig
 
-
-def names(selection: Any, scores: LayerScores) -> tuple[str, ...]:
-    """The blocks' names of a `LayerSelection` made from these scores (its layers are positions among them).
-
-    A `DiT`'s layer l is its `branches.{2l}` (attention) and `branches.{2l + 1}` (feed-forward).
-
-    Raises:
-        ValueError: the selection holds a layer without a score.
-    """
-    known = _by_layer(scores)
-    missing = [layer for layer in selection.layers if layer not in known]
-    if missing:
-        raise ValueError(f"selection: layer {missing[0]} has no score; scored were {', '.join(map(str, known))}")
-    return tuple(name for layer in selection.layers for name in known[layer])
+Blocks = Iterable[str] | Any  # names, or a LayerSelection
 
 
 def lowest(scores: LayerScores, k: int) -> tuple[str, ...]:
@@ -75,7 +64,7 @@ def skip_lists(scores: LayerScores, k: int, times: Iterable[float] | None = None
     return {float(time): probed[min(probed, key=lambda t: abs(t - float(time)))] for time in times}
 
 
-def block_ids(blocks: Iterable[str]) -> dict[str, list[int]]:
+def block_ids(blocks: Blocks) -> dict[str, list[int]]:
     """{name of the module list: 0-based ids, ascending}, lists in the order in which they occur.
 
     That is the form of cache-dit, `DBPruneConfig(non_prune_block_ids=...)` for one list, and of most trainers.
@@ -95,7 +84,7 @@ def block_ids(blocks: Iterable[str]) -> dict[str, list[int]]:
     return {list_name: sorted(numbers) for list_name, numbers in ids.items()}
 
 
-def layer_skip(blocks: Iterable[str], model: nn.Module, **options: Any) -> list[LayerSkipConfig]:
+def layer_skip(blocks: Blocks, model: nn.Module, **options: Any) -> list[LayerSkipConfig]:
     """diffusers' `LayerSkipConfig` of these blocks, one for each module list; for `apply_layer_skip` and skip guidance.
 
     Args:
@@ -143,7 +132,7 @@ def _cannot_skip(block: nn.Module) -> str:
 
 
 def lora_layers(
-    blocks: Iterable[str], modules: Sequence[str], model: nn.Module | None = None, by_index: bool = False
+    blocks: Blocks, modules: Sequence[str], model: nn.Module | None = None, by_index: bool = False
 ) -> dict[str, Any]:
     """Keyword arguments of `peft.LoraConfig` that put adapters on `modules` of exactly these blocks.
 
@@ -179,56 +168,33 @@ def lora_layers(
     }
 
 
-def to_json(path: str | Path, blocks: Iterable[str], scores: LayerScores, method: str = "export") -> None:
-    """Write the blocks as plain JSON: names, ids by list, and the positions that `LayerSelection.from_json` reads.
+def to_json(path: str | Path, blocks: Blocks, scores: LayerScores, method: str = "export") -> None:
+    """Write blocks as plain JSON: their ids by module list, and what `LayerSelection.from_json` reads.
 
     Raises:
         ValueError: a block without a score. UserError: the file cannot be written.
     """
-    chosen = tuple(blocks)
-    layers = positions(chosen, scores)
-    state = {
-        "names": list(chosen),
-        "blocks": block_ids(chosen),
-        "layers": layers,
-        "weights": [1 / len(layers)] * len(layers),
-        "method": method,
-    }
+    layers = positions(blocks, scores)
+    state: dict[str, Any] = {"layers": layers, "weights": [1 / len(layers)] * len(layers), "method": method}
+    known = _by_layer(scores)
+    if all(len(known[layer]) == 1 for layer in layers):  # a DiT's layers have numbers alone
+        state["names"] = [known[layer][0] for layer in layers]
     with writing(path):
-        Path(path).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps({**state, "blocks": block_ids(blocks)}, indent=1) + "\n", encoding="utf-8")
 
 
-def from_json(path: str | Path) -> tuple[str, ...]:
-    """The names that `to_json` wrote.
-
-    Raises:
-        UserError: the file cannot be read or holds no names.
-    """
-    try:
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(state, Mapping) or "names" not in state:
-        raise UserError(f"{path}: expected the names of blocks, as export.to_json writes them")
-    try:
-        return _names(state["names"], "names")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def positions(blocks: Iterable[str], scores: LayerScores) -> list[int]:
+def positions(blocks: Blocks, scores: LayerScores) -> list[int]:
     """Positions of named blocks among the layers of `scores`, ascending: the layers of a `LayerSelection`.
 
     Raises:
-        ValueError: no such block was scored; names the nearest name.
+        ValueError: a block without a score.
     """
     where = {name: layer for layer, known in _by_layer(scores).items() for name in known}
-    missing = [name for name in _names(blocks) if name not in where]
+    chosen = _names(blocks)
+    missing = [name for name in chosen if name not in where]
     if missing:
         raise ValueError(f"blocks: {missing[0]!r} has no score; scored were {', '.join(where):.300}")
-    return sorted({where[name] for name in blocks})
+    return sorted({where[name] for name in chosen})
 
 
 def _by_layer(scores: LayerScores) -> dict[int, tuple[str, ...]]:
@@ -237,17 +203,23 @@ def _by_layer(scores: LayerScores) -> dict[int, tuple[str, ...]]:
         raise TypeError(f"scores: expected LayerScores, as attribute_layers returns them, got {type(scores).__name__}")
     known: dict[int, tuple[str, ...]] = {}
     for layer, name in zip(scores.layers, scores.names):
-        if name.partition(".")[0].isdigit():  # a DiT's
-            known[layer] = (f"branches.{2 * layer}", f"branches.{2 * layer + 1}")
-        else:
-            known[layer] = (name,)
+        known[layer] = _of_dit(layer) if name.partition(".")[0].isdigit() else (name,)
     return known
 
 
-def _names(blocks: Iterable[str], what: str = "blocks") -> tuple[str, ...]:
-    """Checked: a sequence of texts, at least one."""
+def _of_dit(layer: int) -> tuple[str, ...]:
+    """The attention and the feed-forward of a layer of our `DiT`."""
+    return (f"branches.{2 * layer}", f"branches.{2 * layer + 1}")
+
+
+def _names(blocks: Blocks, what: str = "blocks") -> tuple[str, ...]:
+    """The names of blocks, at least one; those of a `LayerSelection` too."""
+    layers = getattr(blocks, "layers", None)
+    if layers is not None:
+        named = getattr(blocks, "names", None)
+        return tuple(name for layer in layers for name in _of_dit(layer)) if named is None else tuple(named)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
-        raise TypeError(f"{what}: expected a sequence of names, got {blocks!r:.60}")
+        raise TypeError(f"{what}: expected a sequence of names, or a LayerSelection, got {blocks!r:.60}")
     found = tuple(blocks)
     if not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{what}: expected at least one name, all of them text, got {found!r:.60}")

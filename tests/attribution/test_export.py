@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from diffusers.hooks import apply_layer_skip
 
-from agrepa_fast import LayerScores, LayerSelection, attribute_layers, export
-from agrepa_fast.errors import UserError
+from agrepa_fast import LayerScores, LayerSelection, attribute_layers, export, select_layers
 
 from .catalogue.entry import call, plain, switched_off, velocity
 from .catalogue.page import ENTRIES
@@ -178,24 +177,29 @@ def test_skip_lists_by_time():
         export.skip_lists(scores([0.1, 0.2]), 1)
 
 
-def test_json_is_read_back_as_names_and_as_a_selection(tmp_path):
-    measured = scores([0.5, 0.1, 0.3])
-    selection = LayerSelection.uniform([0, 2])
-    blocks = export.names(selection, measured)
-    assert blocks == ("branches.0", "branches.1", "branches.4", "branches.5")
-    export.to_json(tmp_path / "blocks.json", blocks, measured)
-    assert export.from_json(tmp_path / "blocks.json") == blocks
-    assert LayerSelection.from_json(tmp_path / "blocks.json").layers == selection.layers
-    assert json.loads((tmp_path / "blocks.json").read_text())["blocks"] == {"branches": [0, 1, 4, 5]}
-    with pytest.raises(ValueError, match=r"'branches\.9' has no score"):
-        export.positions(["branches.9"], measured)
-    with pytest.raises(ValueError, match="layer 7 has no score"):
-        export.names(LayerSelection.uniform([7]), measured)
+def named(mean, names):
+    by_sample = torch.tensor(mean, dtype=torch.float64)[:, None]
+    return LayerScores(tuple(range(len(mean))), by_sample, names=tuple(names))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"names": "blocks.1"}', '{"names": [1]}'])
-def test_files_that_hold_no_names(tmp_path: Path, text):
-    path = tmp_path / "blocks.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"blocks\.json: "):
-        export.from_json(path)
+@pytest.mark.parametrize(
+    "measured, selection, blocks",
+    [
+        (scores([0.5, 0.1, 0.3]), LayerSelection.uniform([0, 2]), {"branches": [0, 1, 4, 5]}),
+        (
+            named([0.5, 0.1, 0.3], ["a.0", "a.1", "b.0"]),
+            LayerSelection.uniform([0, 2], names={0: "a.0", 2: "b.0"}),
+            {"a": [0], "b": [0]},
+        ),
+    ],
+    ids=["DiT", "another model"],
+)
+def test_json_is_read_back_as_a_selection(tmp_path, measured, selection, blocks):
+    assert export.block_ids(selection) == blocks
+    assert export.positions(selection, measured) == [0, 2]
+    export.to_json(tmp_path / "blocks.json", selection, measured)
+    assert dataclasses.replace(LayerSelection.from_json(tmp_path / "blocks.json"), method="fixed") == selection
+    assert json.loads((tmp_path / "blocks.json").read_text())["blocks"] == blocks
+    assert export.block_ids(select_layers(measured, 2)) == blocks
+    with pytest.raises(ValueError, match=r"'c\.9' has no score"):
+        export.positions(["c.9"], measured)

@@ -21,7 +21,7 @@ def test_a_table_for_each_model_and_rule(example, capsys):
     assert [set(result) for result in results] == [{(rule, k) for rule in example["RULES"] for k in (1, 2)}] * 2
     assert all(0.001 < change < 2 for result in results for change in result.values())
     printed = capsys.readouterr().out
-    assert "WanTransformer3DModel" in printed and f"{results[1]['foga', 2]:.4f}" in printed
+    assert f"{results[1]['foga', 2]:.4f}" in printed
 
 
 @pytest.mark.parametrize("name", ["tiny_dit", "tiny_wan"])
@@ -33,5 +33,6 @@ def test_models_are_left_as_they_were_and_skip_what_they_are_told(example, name)
     assert not torch.allclose(model.sample([1, 3]), one)
     assert torch.equal(model.sample(()), whole)
     influence = model.influence()
-    assert influence.shape == (6,) and (influence > 0).all() and (influence < 2).all()
+    assert influence.shape == (6,)
+    assert ((influence > 0) & (influence < 2)).all()
     assert model.scores().layers == tuple(range(6))

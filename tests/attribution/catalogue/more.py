@@ -140,7 +140,6 @@ IMAGES = [
         bria_fibo,
         BOTH,
         TWO_LISTS,
-        engine="dense",
         beside={"caption_projection": "projections"},
     ),
     Entry("ErnieImageTransformer2DModel", ernie_image, "layers.0-2"),
@@ -149,16 +148,14 @@ IMAGES = [
         flux3,
         "txt_mode_blocks.0-1 mode_blocks.image.0-1 single_transformer_blocks.0-1",
         {"txt_mode_blocks": "", "mode_blocks.image": "", "single_transformer_blocks": JOINT},
-        engine="dense",
     ),
     Entry(
         "HiDreamImageTransformer2DModel",
         hidream,
         "double_stream_blocks.0-1 single_stream_blocks.0-1",
         {"double_stream_blocks": IMAGE_FIRST, "single_stream_blocks": "hidden_states"},
-        engine="dense",
     ),
-    Entry("HunyuanDiT2DModel", hunyuan_dit, "blocks.0-3", engine="dense"),
+    Entry("HunyuanDiT2DModel", hunyuan_dit, "blocks.0-3"),
     Entry("HunyuanImageTransformer2DModel", hunyuan_image, BOTH, IMAGE_FIRST, beside=REFINED),
     Entry("Krea2Transformer2DModel", krea2, "transformer_blocks.0-2", beside={"text_fusion": "blocks over the text"}),
     Entry(
@@ -196,7 +193,6 @@ VIDEOS = [
             vace_in_channels=4,
         ),
         "blocks.0-2",
-        engine="dense",
         beside={"vace_blocks": "they make the control signals that the blocks add"},
     ),
 ]

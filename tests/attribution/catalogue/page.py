@@ -20,7 +20,6 @@ from agrepa_fast.attribution.foreign import register
 from . import audio, encoders, images, more, videos
 from .entry import Entry, scores_by_loop
 
-NAMED = "names" in LayerScores.__dataclass_fields__  # until scores carry the model's own names
 ROOMS = {
     "Images": [*images.ENTRIES, *more.IMAGES],
     "Videos": [*videos.ENTRIES, *more.VIDEOS],
@@ -28,40 +27,17 @@ ROOMS = {
     "Encoders": encoders.ENTRIES,
 }
 ENTRIES = [entry for entries in ROOMS.values() for entry in entries]
-# What is wrong today; the entry's test must fail until it is repaired.
-PARTIAL = "only one of the lists that run is scored"
-COINCIDENCE = "a size that happens to be the number of samples is taken for the samples"
-INNER = "a layer that is a list of modules is refused"
-MASK = "the wiring is learned from a clip without padding"
-FAULTS = {
-    "FluxTransformer2DModel": PARTIAL,
-    "FluxTransformer2DModel, as many text tokens as samples": COINCIDENCE,
-    "Flux2Transformer2DModel": PARTIAL,
-    "ChromaTransformer2DModel": PARTIAL,
-    "AuraFlowTransformer2DModel": "no list has a usual name",
-    "Lumina2Transformer2DModel": PARTIAL,
-    "ZImageTransformer2DModel": "inputs in lists are not sliced",
-    "HunyuanVideoTransformer3DModel": PARTIAL,
-    "LatteTransformer3DModel": PARTIAL,
-    "StableAudioDiTModel, as many rotary rows as samples": COINCIDENCE,
-    "BriaTransformer2DModel": PARTIAL,
-    "BriaFiboTransformer2DModel": PARTIAL,
-    "Flux3Transformer2DModel": PARTIAL,
-    "HiDreamImageTransformer2DModel": "no list has a usual name",
-    "HunyuanImageTransformer2DModel": PARTIAL,
-    "LongCatImageTransformer2DModel": PARTIAL,
-    "OvisImageTransformer2DModel": PARTIAL,
-    "Kandinsky5Transformer3DModel": "no list has a usual name",
-    "MotifVideoTransformer3DModel": PARTIAL,
-    "f5_tts UNetT": INNER,
-    "f5_tts UNetT, added skips": INNER,
-    "x_transformers ContinuousTransformerWrapper": INNER,
-    "voicebox_pytorch VoiceBox": INNER,
-    "Matcha-TTS decoder": "no list has a usual name",
-    "MMAudio-like network": PARTIAL,
-    "HubertModel, padded": MASK,
-    "Wav2Vec2Model, padded": MASK,
-    "Wav2Vec2Model, stable layer norm": MASK,
+CONDITION = "a list over the condition alone is scored"
+FAULTS: dict[str, str] = {
+    "Lumina2Transformer2DModel": CONDITION,
+    "HiDreamImageTransformer2DModel": "the samples of one input are not its first dimension",
+    "HunyuanImageTransformer2DModel": CONDITION,
+    "Krea2Transformer2DModel": CONDITION,
+    "HunyuanVideoTransformer3DModel": CONDITION,
+    "HunyuanVideo15Transformer3DModel": CONDITION,
+    "Kandinsky5Transformer3DModel": CONDITION,
+    "WanVACETransformer3DModel": CONDITION,
+    "LongCatAudioDiTTransformer": CONDITION,
 }
 
 PAGE = """\

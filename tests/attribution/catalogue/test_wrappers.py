@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from agrepa_fast import attribute_layers
 
 from .entry import Entry, call, plain, scores_by_loop, velocity
-from .page import ENTRIES, NAMED, probe
+from .page import ENTRIES, probe
 
 Wrap = Callable[[nn.Module], nn.Module]
 SD3 = next(entry for entry in ENTRIES if entry.name == "SD3Transformer2DModel")
@@ -132,7 +132,7 @@ OTHER: dict[str, tuple[Wrap, str]] = {
     "diffusers' add_adapter": (adapter_of_diffusers, ""),
     "torchao int8": (int8, ""),
 }
-FAULTS = {"compiled forward": "the compiled forward is traced again at every ablation"}
+FAULTS: dict[str, str] = {}
 
 
 def cases(wrappers: Iterable[str], entries: Sequence[Entry] = (SD3, WAN)) -> Iterator[Any]:
@@ -146,7 +146,7 @@ def check(entry: Entry, model: nn.Module, inputs: Any, expected: np.ndarray, rto
     with plain():
         before = velocity(entry, call(model, inputs))
     scores, _ = probe(entry, model, inputs)
-    assert not NAMED or all(name.endswith(unit) for name, unit in zip(scores.names, entry.units, strict=True))
+    assert all(name.endswith(unit) for name, unit in zip(scores.names, entry.units, strict=True))
     np.testing.assert_allclose(scores.by_sample.numpy(), expected, rtol=rtol)
     with plain():
         assert torch.equal(velocity(entry, call(model, inputs)), before)
@@ -175,7 +175,7 @@ def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None
     if single:
         inputs = {k: v.float() if torch.is_tensor(v) and v.dtype == torch.float64 else v for k, v in inputs.items()}
     named = dataclasses.replace(entry, blocks=" ".join(f"{prefix}{unit}" for unit in entry.units))
-    check(named, model, inputs, scores_by_loop(named, model, inputs), rtol=1e-4 if single else 1e-8)
+    check(entry, model, inputs, scores_by_loop(named, model, inputs), rtol=1e-4 if single else 1e-8)
 
 
 @pytest.mark.xfail(strict=True, reason="the error blames something that reaches past the blocks")
@@ -187,7 +187,6 @@ def test_dynamic_quantisation_couples_samples_and_is_named() -> None:
         attribute_layers(quantised, inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="the cache's hooks answer with an earlier call's states")
 def test_an_active_cache_is_refused_and_left_alone() -> None:
     from diffusers import FirstBlockCacheConfig
 
