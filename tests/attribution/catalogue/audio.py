@@ -202,7 +202,7 @@ ENTRIES = [
     Entry("StableAudioDiTModel", stable_audio, "transformer_blocks.0-2"),
     Entry("StableAudioDiTModel, as many rotary rows as samples", lambda: stable_audio(N), "transformer_blocks.0-2"),
     Entry("StableAudio3DiTModel", stable_audio3, "transformer_blocks.0-2"),
-    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2", engine="dense"),
+    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2"),
     Entry("MiniMaxMusic3Transformer1DModel", minimax_music3, "transformer_blocks.0-2"),
     Entry(
         "LongCatAudioDiTTransformer", longcat, "blocks.0-2", beside={"text_conv_layer": "convolutions over the text"}
@@ -211,7 +211,7 @@ ENTRIES = [
     Entry("f5_tts DiT, no mask", lambda: f5_dit(False), F5_BLOCKS, beside=TEXT),
     Entry("f5_tts DiT, long skip", lambda: f5_dit(long_skip_connection=True), F5_BLOCKS, mask="mask", beside=TEXT),
     Entry("f5_tts MMDiT", f5_mmdit, F5_BLOCKS, F5_STATES, mask="mask"),
-    Entry("f5_tts UNetT", f5_unett, "layers.0-3", zeroed=("2", "4"), mask="mask", engine="dense"),
+    Entry("f5_tts UNetT", f5_unett, "layers.0-3", zeroed=("2", "4"), mask="mask"),
     Entry(
         "f5_tts UNetT, added skips",
         lambda: f5_unett(skip_connect_type="add"),

@@ -158,7 +158,7 @@ IMAGES = [
         {"double_stream_blocks": IMAGE_FIRST, "single_stream_blocks": "hidden_states"},
         engine="dense",
     ),
-    Entry("HunyuanDiT2DModel", hunyuan_dit, "blocks.0-3", engine="dense"),
+    Entry("HunyuanDiT2DModel", hunyuan_dit, "blocks.0-3"),
     Entry("HunyuanImageTransformer2DModel", hunyuan_image, BOTH, IMAGE_FIRST, beside=REFINED),
     Entry("Krea2Transformer2DModel", krea2, "transformer_blocks.0-2", beside={"text_fusion": "blocks over the text"}),
     Entry(
