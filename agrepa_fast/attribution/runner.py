@@ -94,7 +94,7 @@ def attribute_layers(
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     if max_samples is not None:
         whole_number("max_samples", max_samples, 1)
-    model = unwrapped(model)
+    model = unwrapped(model, DiT)
     if not isinstance(model, DiT):
         refuse_caches(model)
     with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else quiet(model):

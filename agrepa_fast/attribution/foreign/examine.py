@@ -1,6 +1,6 @@
 """Examine another model on a few of its samples: inputs, velocity, blocks in the order of the forward, wiring, noise.
 
-It costs a forward of one sample that records all calls, one of three samples, one of one sample for the noise floor,
+It costs a forward of one sample that records all calls, one of four samples, one of one sample for the noise floor,
 and one or two of two samples only where a block's results do not go into the next block as they are.
 """
 
@@ -22,7 +22,7 @@ from .find import Group, find, has_matrix, is_substantial, keeps_shape, named_bl
 from .inputs import TRIALS, Inputs
 from .record import Call, flat, overridden, record
 from .register import Adapter
-from .wiring import Site, Watcher, Zeroing, independent, unchanged
+from .wiring import DISTURBED, Site, Watcher, Zeroing, independent, unchanged
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class Examination:
                 continue
             self._watch(calls)
             try:
-                three = self._run_three(sample, other, velocity)
+                four = self._run_four(sample, other, velocity)
             except Exception as error:
                 if out_of_memory(error):
                     raise
                 failure = failure or error
                 continue
-            if self.same(velocity, three[1:2]) or (coupled and self.inputs.samples == 1):
-                self.references = {other: three[0], sample: three[1]}
+            if self.same(velocity, four[1:2]) or (coupled and self.inputs.samples == 1):
+                self.references = {other: four[0], sample: four[1]}
                 return sample, calls, velocity
             if first_guess is None:
                 first_guess = sample, calls, velocity
@@ -189,6 +189,8 @@ class Examination:
         path = self.inputs.state_path(shape)
         if path is not None and isinstance(self.inputs.nodes[path].value, Tensor):
             frames |= set(self.inputs.nodes[path].value.shape[1:])
+        if len(shape) != 2:
+            frames = set()  # an image or a vector
         used = self.inputs.frame_mask()
         if used is not None and (len(shape) != 2 or used.shape[1] not in shape):
             used = None
@@ -213,10 +215,10 @@ class Examination:
             watched.update({names[call.module]: call.module for call in group.calls})
         self.watcher = Watcher(calls, {module: name for name, module in watched.items()})
 
-    def _run_three(self, sample: int, other: int, velocity: Tensor) -> Tensor:
-        rows = torch.tensor([other, sample, sample])
+    def _run_four(self, sample: int, other: int, velocity: Tensor) -> Tensor:
+        rows = torch.tensor([other, sample, sample, sample])
         path = self.inputs.state_path(velocity.shape[1:])
-        replace = None if path is None else {path: self.inputs.disturbed(path, rows, 2)}
+        replace = None if path is None else {path: self.inputs.disturbed(path, rows, DISTURBED)}
         return self.watcher.run(self.model, lambda: self.forward(rows, replace=replace))
 
     def _find(self) -> None:
@@ -239,6 +241,8 @@ class Examination:
                 others = {sites[c.module].name: c.module for c in group.calls if is_substantial(c.module)}
                 self.automatic.left_out.update({n: m for n, m in others.items() if n not in candidates})
         singles = [sites[module] for module in candidates.values() if sites[module].carries and sites[module].state]
+        if not all(site.aside for site in singles):
+            singles = [site for site in singles if not site.aside]
         self._who_adds(singles)
         blocks += [Block(site.name, (site,)) for site in singles]
         order = {call.module: call.order for call in reversed(self.calls)}

@@ -18,7 +18,7 @@ from torch import nn
 from .record import Call
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # of DistributedDataParallel, torch.compile and old FSDP
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,20 @@ class Found:
     left_out: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, data parallelism and PEFT, which only pass calls on."""
+def unwrapped(model: nn.Module, wanted: type[nn.Module]) -> nn.Module:
+    """The model inside wrappers that only pass calls on: torch.compile, data parallelism, weight averaging.
+
+    A PEFT model keeps its own names, unless a `wanted` model is in it."""
     while True:
-        base = getattr(model, "get_base_model", None)  # of PEFT
-        inner = next((model._modules[name] for name in WRAPPERS if list(model._modules) == [name]), None)
-        # Adapters by prompt add inputs of their own; all others live inside the base model.
-        if callable(base) and not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        inner = model
+        if isinstance(model, WRAPPERS):
+            inner = model.module
+        elif "_orig_mod" in model._modules:  # what torch.compile returns
+            inner = model.get_submodule("_orig_mod")
+        base = getattr(model, "get_base_model", None)
+        if callable(base) and isinstance(base(), wanted):
             inner = base()
-        if inner is None or inner is model:
+        if inner is model:
             return model
         model = inner
 

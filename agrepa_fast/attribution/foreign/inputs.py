@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TIME_NAMES = ("t", "time", "timestep", "timesteps", "sigma")
+CONDITIONS = ("encoder", "text", "context", "caption", "cross", "memory")  # in names of masks that are not the frames'
 TRIALS = 48  # hypotheses tried before the user is asked
 
 
@@ -173,6 +174,8 @@ class Inputs:
         found = {}
         for path in self.batched:
             value = self.nodes[path].value
+            if any(word in path for word in CONDITIONS):
+                continue
             if not isinstance(value, Tensor) or value.is_complex() or value.dim() < 2:
                 continue
             flat = value.flatten(1)

@@ -1,7 +1,8 @@
 """Find out how blocks are wired: what is their state, along which dimension it grows with the batch, who adds it.
 
-Three samples run together, in an order of their own: another one, the first, and the first with other noise. Against a
-run of the first alone they show what grows with the batch; against each other, what depends on the noisy state. A
+Four samples run together, in an order of their own: another one, the first, the first with other noise, and the first
+again. Against a run of the first alone they show what grows with the batch; against each other, what depends on the
+noisy state, by more than rounding. A
 forward that zeroes what a block returns shows whether the model's forward adds it to the state (`adds`).
 """
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from .record import Call, Shapes, flat, record
 
-OTHER, FIRST, DISTURBED = 0, 1, 2  # of the three samples
+OTHER, FIRST, DISTURBED, AGAIN = range(4)  # of the four samples
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Site:
         dims: {result path: the dimension that grows with the batch}.
         carries: whether the noisy state passes through; None where it cannot be told.
         chained: whether a later module of its class takes its results as they are.
+        aside: whether it reads the noisy state and returns another one, as a branch for control signals does.
         adds: whether the forward adds the results to the state: then zeros, not the arguments, switch it off.
         whole: template of the result (spec and leaves without tensors) where every tensor of it is state.
     """
@@ -41,6 +43,7 @@ class Site:
     chained: bool = False
     adds: bool = False
     merges: bool = False
+    aside: bool = False
     whole: tuple[TreeSpec, list[Any]] | None = None
 
     def off(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -66,13 +69,13 @@ def _paths(spec: TreeSpec) -> list[str]:
     return flat(tree_unflatten(list(range(spec.num_leaves)), spec))[0]
 
 
-def grown(ones: Shapes, threes: Shapes, times: int = 3, alike: bool = False) -> dict[str, int]:
+def grown(ones: Shapes, others: Shapes, times: int = 4, alike: bool = False) -> dict[str, int]:
     """{path: dimension} of what has `times` the size with `times` the samples.
 
     alike: whether the samples of both are the same; others may bring another length to the other dimensions."""
     dims = {}
     for path, shape in ones.items():
-        other = threes.get(path)
+        other = others.get(path)
         if other is None or len(other) != len(shape):
             continue
         changed = [d for d, (a, b) in enumerate(zip(shape, other)) if a != b]
@@ -83,7 +86,7 @@ def grown(ones: Shapes, threes: Shapes, times: int = 3, alike: bool = False) -> 
 
 
 class Watcher:
-    """Runs the three samples and keeps, of each module to watch, how it is wired.
+    """Runs the four samples and keeps, of each module to watch, how it is wired.
 
     Args:
         ones: the calls of a recorded forward of the first sample alone.
@@ -100,8 +103,9 @@ class Watcher:
             set()
         )  # names of sites without the noise whose results are in a later block's arguments
         self._aside: dict[str, Tensor] = {}
-        self._before: dict[type[nn.Module], tuple[Call, dict[str, Any]]] = {}
+        self._before: dict[type[nn.Module], tuple[Call, dict[str, Any], dict[str, Any]]] = {}
         self._links: dict[tuple[int, int], dict[str, str]] = {}
+        self._constant: dict[type[nn.Module], set[str]] = {}  # arguments that all calls of a class share
 
     def run(self, model: nn.Module, run: Callable[[], Any]) -> Any:
         result, self.calls = record(model, run, dict.fromkeys(self.sites, self._watch))
@@ -121,6 +125,8 @@ class Watcher:
                     if leaf is result and p not in links.values():
                         links.setdefault(j, p)
             self._links[before[0].key] = links
+            same = {p for p, leaf in arguments.items() if isinstance(leaf, Tensor) and before[2].get(p) is leaf}
+            self._constant[kind] = self._constant.get(kind, same) & same
         if one is None:
             return make()
         dims = grown(one.arguments, call.arguments)
@@ -137,7 +143,7 @@ class Watcher:
         merged = {id(leaf) for leaf in entering.values() if leaf.shape in result_shapes}
         site.merges |= len(merged) > len(result_shapes)
         site.whole = spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._before[kind] = call, {p: leaf for p, leaf in zip(paths, leaves) if isinstance(leaf, Tensor)}
+        self._before[kind] = call, {p: leaf for p, leaf in zip(paths, leaves) if isinstance(leaf, Tensor)}, arguments
         self.moved[call.key], self.argument_dims[call.key] = moved, dims
         self._note_aside(site, call, arguments, dict(zip(paths, leaves)), bool(moved))
         return result
@@ -166,6 +172,7 @@ class Watcher:
         growing = grown(one.arguments, call.arguments)
         links = self._links.get(call.key, {})
         usual = links or next((v for k, v in self._links.items() if v and self._kind(k) is type(call.module)), {})
+        constant = self._constant.get(type(call.module), set())
         state = {
             j: p
             for j, p in usual.items()
@@ -176,7 +183,11 @@ class Watcher:
         for j in tensors:
             if j in state:
                 continue
-            places = [p for p in growing if call.arguments[p] == call.results[j] and p not in state.values()]
+            places = [
+                p
+                for p in growing
+                if call.arguments[p] == call.results[j] and p not in state.values() and p not in constant
+            ]
             places = [p for p in places if p in moved] or places
             if len(places) > 1 and len(tensors) > 1:
                 raise ValueError(
@@ -186,6 +197,7 @@ class Watcher:
             if places:
                 state[j] = places[0]
         site.state = site.state or state
+        site.aside |= bool(moved) and moved[0] in constant and moved[0] not in state.values()
         if site.whole is not None:
             template = site.whole[1]
             opaque = any(leaf is not None and not isinstance(leaf, int | float | bool | str) for leaf in template)
@@ -197,10 +209,13 @@ class Watcher:
 
 
 def _moved(leaf: Tensor, dim: int) -> bool:
-    """Whether the first sample's part differs from the part of the first sample with other noise."""
-    size = leaf.shape[dim] // 3
-    parts = (leaf.narrow(dim, sample * size, size) for sample in (FIRST, DISTURBED))
-    return leaf.is_floating_point() and not torch.equal(*parts)
+    """Whether the part of the first sample differs with other noise, by more than with its place in the batch."""
+    if not leaf.is_floating_point():
+        return False
+    parts = leaf.unflatten(dim, (4, -1)).movedim(dim, 0)
+    first, disturbed, again = (parts[i].double() for i in (FIRST, DISTURBED, AGAIN))
+    rounding = (again - first).square().sum().sqrt()
+    return bool((disturbed - first).square().sum().sqrt() > 8 * rounding + 4 * torch.finfo(leaf.dtype).eps * first.norm())
 
 
 class Zeroing:

@@ -202,7 +202,7 @@ ENTRIES = [
     Entry("StableAudioDiTModel", stable_audio, "transformer_blocks.0-2"),
     Entry("StableAudioDiTModel, as many rotary rows as samples", lambda: stable_audio(N), "transformer_blocks.0-2"),
     Entry("StableAudio3DiTModel", stable_audio3, "transformer_blocks.0-2"),
-    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2", engine="dense"),
+    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2"),
     Entry("MiniMaxMusic3Transformer1DModel", minimax_music3, "transformer_blocks.0-2"),
     Entry(
         "LongCatAudioDiTTransformer", longcat, "blocks.0-2", beside={"text_conv_layer": "convolutions over the text"}

@@ -27,17 +27,10 @@ ROOMS = {
     "Encoders": encoders.ENTRIES,
 }
 ENTRIES = [entry for entries in ROOMS.values() for entry in entries]
-CONDITION = "a list over the condition alone is scored"
+# What is wrong today; the entry's test must fail until it is repaired.
 FAULTS: dict[str, str] = {
-    "Lumina2Transformer2DModel": CONDITION,
-    "HiDreamImageTransformer2DModel": "the samples of one input are not its first dimension",
-    "HunyuanImageTransformer2DModel": CONDITION,
-    "Krea2Transformer2DModel": CONDITION,
-    "HunyuanVideoTransformer3DModel": CONDITION,
-    "HunyuanVideo15Transformer3DModel": CONDITION,
-    "Kandinsky5Transformer3DModel": CONDITION,
-    "WanVACETransformer3DModel": CONDITION,
-    "LongCatAudioDiTTransformer": CONDITION,
+    "MochiTransformer3DModel": "it runs dense",
+    "AceStepTransformer1DModel": "it runs dense",
 }
 
 PAGE = """\

@@ -178,7 +178,6 @@ def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None
     check(entry, model, inputs, scores_by_loop(named, model, inputs), rtol=1e-4 if single else 1e-8)
 
 
-@pytest.mark.xfail(strict=True, reason="the error blames something that reaches past the blocks")
 def test_dynamic_quantisation_couples_samples_and_is_named() -> None:
     """Its scale of the activations comes from the whole batch, so that ablations change one another."""
     model, inputs = dataclasses.replace(WAN, single=True).made()
