@@ -158,6 +158,8 @@ def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
         raise TypeError(
             f"scores: expected LayerScores, as attribute_layers returns them, got a {type(scores).__name__}"
         )
+    if getattr(scores, "sets", None) is not None:
+        raise ValueError("scores: of sets of layers; choose from scores of single blocks (without sets= and spans=)")
     check_k(k)
     by_layer: dict[int, float] = {}
     for layer, mean in zip(scores.layers, scores.mean.tolist()):

@@ -34,12 +34,11 @@ def lowest(scores: LayerScores, k: int) -> tuple[str, ...]:
     Raises:
         ValueError, TypeError: k is not a number from 1 to the number of scored blocks.
     """
-    mean: dict[int, float] = {}
+    known, mean = _by_layer(scores), dict[int, float]()
     for layer, score in zip(scores.layers, scores.mean.tolist()):
         mean[layer] = mean.get(layer, 0.0) + score
     whole_number("k", k, 1, len(mean), "blocks")
     chosen = sorted(sorted(mean, key=lambda layer: (mean[layer], -layer))[:k])
-    known = _by_layer(scores)
     return tuple(name for layer in chosen for name in known[layer])
 
 
@@ -201,6 +200,8 @@ def _by_layer(scores: LayerScores) -> dict[int, tuple[str, ...]]:
     """The names of the modules of each scored layer."""
     if not isinstance(scores, LayerScores):
         raise TypeError(f"scores: expected LayerScores, as attribute_layers returns them, got {type(scores).__name__}")
+    if scores.sets is not None:
+        raise ValueError("scores: of sets of layers; export scores of single blocks (without sets= and spans=)")
     known: dict[int, tuple[str, ...]] = {}
     for layer, name in zip(scores.layers, scores.names):
         known[layer] = _of_dit(layer) if name.partition(".")[0].isdigit() else (name,)

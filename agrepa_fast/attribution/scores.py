@@ -79,9 +79,10 @@ class LayerScores:
             leaves the residual stream a last bit away; None where it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
-        names: of the units: the model's own ("single_transformer_blocks.7") for another model, whose layers are numbered
-            in the order of its forward; "0", "1", ... or "0.attn", "0.ff", ... for a `DiT`.
+        names: of the units: the model's own ("single_transformer_blocks.7") for another model, whose layers are
+            numbered in the order of its forward; "0", "1", ... or "0.attn", "0.ff", ... for a `DiT`.
         engine: what ran: see `attribute_layers`.
+        sets: the layers of each unit where sets or spans were switched off (`layers` has the first of each), or None.
     """
 
     layers: tuple[int, ...]
@@ -96,6 +97,7 @@ class LayerScores:
     noise_by_sample: Tensor | None = None
     names: tuple[str, ...] = ()
     engine: str | None = field(default=None, compare=False)
+    sets: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
@@ -109,6 +111,8 @@ class LayerScores:
             unit, sample = (~self.by_sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"by_sample: the score of unit {unit} and sample {sample} is not finite")
         units, samples = self.by_sample.shape
+        if self.sets is not None and tuple(members[:1] for members in self.sets) != tuple((n,) for n in self.layers):
+            raise ValueError(f"sets: expected {units} sets that begin with {self.layers}, got {self.sets}")
         if len(self.layers) != units:
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
         if self.branches is not None and len(self.branches) != units:
@@ -129,7 +133,9 @@ class LayerScores:
             raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
     def _numbers(self) -> tuple[str, ...]:
-        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches."""
+        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches; "0+1", "4+5", ... for sets."""
+        if self.sets is not None:
+            return tuple("+".join(map(str, members)) for members in self.sets)
         if self.branches is None:
             return tuple(map(str, self.layers))
         return tuple(f"{layer}.{branch}" for layer, branch in zip(self.layers, self.branches))
@@ -208,6 +214,7 @@ class LayerScores:
             noise_by_sample=None if self.noise_by_sample is None else self.noise_by_sample[index],
             names=self.names,
             engine=self.engine,
+            sets=self.sets,
         )
 
     def table(self) -> str:
@@ -222,16 +229,16 @@ class LayerScores:
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample),
-        name (of the unit)."""
+        """One row per unit and sample: layer ("0+3" for a set), branch, sample, t, domain, score, clip, noise (of the
+        sample), name (of the unit)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
-            for u, layer in enumerate(self.layers):
+            for u, layers in enumerate(self.sets or ((layer,) for layer in self.layers)):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
                         (
-                            layer,
+                            "+".join(map(str, layers)),
                             "" if self.branches is None else self.branches[u],
                             n,
                             "" if self.t is None else repr(self.t[n].item()),
@@ -269,6 +276,8 @@ class LayerScores:
             state["names"] = list(self.names)
         if self.engine is not None:
             state["engine"] = self.engine
+        if self.sets is not None:
+            state["sets"] = [list(members) for members in self.sets]
         return state
 
     @classmethod
@@ -282,7 +291,7 @@ class LayerScores:
             raise ValueError(f"scores: expected a mapping of their fields, got {type(state).__name__}")
 
         def entry(name: str, convert: Callable[[Any], Any], required: bool = False) -> Any:
-            if name not in state and name not in ("noise_by_sample", "names", "engine"):  # of older versions
+            if name not in state and name not in ("noise_by_sample", "names", "engine", "sets"):  # of older versions
                 raise ValueError(f"scores: {name} is missing")
             value = state.get(name)
             if value is None and not required:
@@ -305,6 +314,7 @@ class LayerScores:
             noise_by_sample=entry("noise_by_sample", _numbers),
             names=entry("names", _tuple_of(str)) or (),
             engine=entry("engine", _text),
+            sets=entry("sets", lambda sets: tuple(map(_tuple_of(int), sets))),
         )
 
     def plot(self) -> Figure:
@@ -320,12 +330,12 @@ def read_scores(path: str | Path) -> LayerScores:
     Raises:
         UserError: names the file and line that does not fit.
     """
-    units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+    units: dict[tuple[tuple[int, ...], str], dict[int, float]] = defaultdict(dict)
     times: dict[int, Any] = {}
     domains: dict[int, Any] = {}
     clips: dict[int, Any] = {}
     noises: dict[int, Any] = {}
-    names: dict[tuple[int, str], str] = {}
+    names: dict[tuple[tuple[int, ...], str], str] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -361,7 +371,7 @@ def read_scores(path: str | Path) -> LayerScores:
         raise UserError(f"{path}: expected a branch in every row or in none")
     known_times = [t for t in (times[n] for n in samples) if t is not None]
     return LayerScores(
-        tuple(layer for layer, _ in units),
+        tuple(layers[0] for layers, _ in units),
         torch.tensor([[s[n] for n in samples] for s in units.values()], dtype=torch.float64),
         branches=branches if any(branches) else None,
         t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
@@ -371,6 +381,7 @@ def read_scores(path: str | Path) -> LayerScores:
             torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
         ),
         names=tuple(names.values()) if all(names.values()) else (),
+        sets=tuple(layers for layers, _ in units) if any(len(layers) > 1 for layers, _ in units) else None,
     )
 
 
@@ -393,13 +404,15 @@ def _tuple_of(kind: type) -> Callable[[Any], Any]:
     return convert
 
 
-def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:
-    """One line of the CSV -> (layer, branch), sample, score, t; ValueError says what does not fit."""
+def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[tuple[int, ...], str], int, float, float | None]:
+    """One line of the CSV -> (layers, branch), sample, score, t; ValueError says what does not fit."""
     if None in row or None in row.values():  # a line longer or shorter than the header
         raise ValueError(f"expected {len(COLUMNS)} fields")
-    layer, score = int(row["layer"]), float(row["score"])
-    if layer < 0:
-        raise ValueError(f"expected a 0-based layer, got {layer}")
+    layers, score = tuple(map(int, row["layer"].split("+"))), float(row["score"])
+    if min(layers) < 0:
+        raise ValueError(f"expected a 0-based layer, got {row['layer']}")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"expected a set of ascending layers, as 0+3, got {row['layer']}")
     if not math.isfinite(score):
         raise ValueError(f"the score is not finite: {row['score']}")
-    return (layer, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None
+    return (layers, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None
