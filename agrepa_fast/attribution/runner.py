@@ -158,9 +158,7 @@ def attribute_layers(
         t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=(
-            sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None
-        ),
+        block_evaluations=(sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None),
     )
     if network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2

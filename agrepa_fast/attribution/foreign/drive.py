@@ -272,7 +272,7 @@ def _shell(known: Examination, sites: Mapping[nn.Module, Site]) -> dict[nn.Modul
     shell: dict[nn.Module, dict[int, dict[str, int]]] = {}
     for call in known.calls:
         outermost = call.parent is None or call.parent.module in around
-        if not outermost or call.module in around | inside or not any(True for _ in call.module.parameters()):
+        if not outermost or call.module in around | inside:
             continue
         dims = grown(call.results, threes[call.key].results) if call.key in threes else {}
         if dims and not call.opaque:

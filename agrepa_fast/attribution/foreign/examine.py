@@ -228,6 +228,7 @@ class Examination:
             for site in sites.values():
                 site.carries = bool(site.dims)
         blocks = []
+        self.beside = dict(self.automatic.left_out)
         candidates = dict(found.blocks)
         for members in _by_list(found.groups):
             if not any(sites[call.module].carries for group in members for call in group.calls):
@@ -235,13 +236,21 @@ class Examination:
             if self._forward_adds(members):
                 blocks += [Block(group.name, self._added(group)) for group in members]
                 continue
-            for group in members:
-                inner = {sites[c.module].name: c.module for c in group.calls if keeps_shape(c)}
-                candidates.update({name: module for name, module in inner.items() if is_substantial(module)})
-                others = {sites[c.module].name: c.module for c in group.calls if is_substantial(c.module)}
-                self.automatic.left_out.update({n: m for n, m in others.items() if n not in candidates})
-        singles = [sites[module] for module in candidates.values() if sites[module].carries and sites[module].state]
-        if not all(site.aside for site in singles):
+            inner = {sites[call.module].name: call for group in members for call in group.calls}
+            inner = {name: call for name, call in inner.items() if is_substantial(call.module)}
+            # Where a stage holds lists of blocks, they are its blocks: what stands beside them shapes the state.
+            listed = {name for name in inner if name.rpartition(".")[0] not in {group.name for group in members}}
+            fitting = {name for name, call in inner.items() if keeps_shape(call)}
+            fitting = fitting & listed or fitting
+            candidates.update({name: inner[name].module for name in fitting})
+            self.beside.update({name: call.module for name, call in inner.items() if name not in fitting})
+        named = found.blocks if self.block_list is not None else {}
+        singles = [
+            sites[module]
+            for name, module in candidates.items()
+            if sites[module].state and (sites[module].carries or name in named)
+        ]
+        if self.block_list is None and not all(site.aside for site in singles):
             singles = [site for site in singles if not site.aside]
         self._who_adds(singles)
         blocks += [Block(site.name, (site,)) for site in singles]
@@ -369,14 +378,13 @@ class Examination:
             ]
 
         sites = self.watcher.sites
-        first, last = (order[self.blocks[i].sites[0].module] for i in (0, -1))
         # What cannot be told to carry the state is named, too.
         carrying = [n for n in others(self.automatic.blocks) if sites[self.automatic.blocks[n]].carries is not False]
         carrying += [
             group.name
             for group in self.automatic.groups
             if group.name not in names
-            and group.name in others({group.name: group.calls[0].module})
+            and all(others({"": call.module}) for call in group.calls)
             and any(sites[call.module].carries for call in group.calls)
         ]
         if carrying:
@@ -385,15 +393,12 @@ class Examination:
                 "block_list",
                 stacklevel=6,
             )
-        shaping = [
-            name
-            for name in others(self.automatic.left_out)
-            if sites[self.automatic.left_out[name]].carries and first < order[self.automatic.left_out[name]] < last
-        ]
+        first = order[self.blocks[0].sites[0].module]
+        shaping = [n for n in others(self.beside) if sites[self.beside[n]].carries and first < order[self.beside[n]]]
         if shaping and self.block_list is None:
             warnings.warn(
-                f"{self.kind}: {', '.join(shaping)} change the shape of the state, so they cannot be switched off and are "
-                "not scored",
+                f"{self.kind}: {', '.join(shaping)} are not scored: the state passes through them, but they change its shape "
+                "or stand beside the blocks of a stage",
                 stacklevel=6,
             )
         joining = {name.rpartition(".")[0] for name in self.watcher.joining}
@@ -484,4 +489,4 @@ def tolerance(model: nn.Module, velocity: Tensor) -> float:
     eps = eps_of(model, velocity)
     if torch.is_autocast_enabled(velocity.device.type) or eps > 1e-4:
         return 0.1
-    return 1e-3 if eps > 1e-10 else 1e-10
+    return 1e-3 if eps > 1e-10 else 1e-6  # some models compute parts of a float64 forward in float32

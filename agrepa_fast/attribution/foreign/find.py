@@ -91,8 +91,7 @@ def keeps_shape(call: Call, leading: bool = True) -> bool:
         return False
     if leading:
         most = max(map(len, call.arguments.values()))
-        entering = next(s for s in call.arguments.values() if len(s) >= min(3, most))
-        if entering not in states:
+        if next(s for s in call.arguments.values() if len(s) >= min(3, most)) not in states:
             return False
     return all(free[shape] >= count for shape, count in Counter(states).items() if free[shape])
 

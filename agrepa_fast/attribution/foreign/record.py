@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
 
 PLAIN = (Tensor, bool, int, float, str)
 
@@ -37,7 +37,11 @@ class Call:
 
 def flat(value: Any) -> tuple[list[str], list[Any], TreeSpec]:
     """Leaves of nested tuples, lists and dicts with the path of each."""
-    pairs, spec = tree_flatten_with_path(value)
+    try:
+        pairs, spec = tree_flatten_with_path(value)
+    except ValueError:  # a class of results that is registered without names of its parts
+        leaves, spec = tree_flatten(value)
+        return [str(i) for i in range(len(leaves))], leaves, spec
     return [keystr(path) for path, _ in pairs], [leaf for _, leaf in pairs], spec
 
 

@@ -180,7 +180,7 @@ def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None
 
 def test_dynamic_quantisation_couples_samples_and_is_named() -> None:
     """Its scale of the activations comes from the whole batch, so that ablations change one another."""
-    model, inputs = dataclasses.replace(WAN, single=True).made()
+    model, inputs = dataclasses.replace(PRX, single=True).made()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(ValueError, match="quantis"):
         attribute_layers(quantised, inputs)
