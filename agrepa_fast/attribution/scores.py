@@ -79,8 +79,8 @@ class LayerScores:
             leaves the residual stream a last bit away; None where it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
-        names: of the units: the model's own ("single_transformer_blocks.7") for another model, whose layers are numbered
-            in the order of its forward; "0", "1", ... or "0.attn", "0.ff", ... for a `DiT`.
+        names: of the units: for another model its own ("single_transformer_blocks.7"), whose layers are numbered in
+            the order of its forward; for a `DiT` "0", "1", ... or "0.attn", "0.ff", ....
         engine: what ran: see `attribute_layers`.
     """
 

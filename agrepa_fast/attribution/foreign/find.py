@@ -141,7 +141,8 @@ class _Search:
         scripted = [m for m in container.children() if isinstance(m, torch.jit.ScriptModule)]
         if blocks_among and scripted:
             raise ValueError(
-                f"{self.names[scripted[0]]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
+                f"{self.names[scripted[0]]} is a compiled ScriptModule, which cannot be driven: load the model "
+                "unscripted"
             )
         for member in members:
             if member in self.seen:
@@ -228,7 +229,8 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
         for member in members:
             if isinstance(member, torch.jit.ScriptModule):
                 raise ValueError(
-                    f"{search.names[member]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
+                    f"{search.names[member]} is a compiled ScriptModule, which cannot be driven: load the model "
+                    "unscripted"
                 )
             if member in taken:
                 raise ValueError(f"block_list: {search.names[member]} is named twice")
@@ -244,8 +246,8 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
             for call in search.calls[member]:
                 if not keeps_shape(call, leading=False):
                     raise ValueError(
-                        f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block that "
-                        "changes the shape of its input cannot be switched off"
+                        f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block "
+                        "that changes the shape of its input cannot be switched off"
                     )
             found.blocks[search.names[member]] = member
     first = {call.module: call.order for call in reversed(calls)}

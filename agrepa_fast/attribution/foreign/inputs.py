@@ -94,7 +94,7 @@ class Inputs:
                         yield samples, {path: dim for path, dim in guess.items() if dim is not None}
 
     def _options(self, samples: int) -> dict[str, list[int | None]]:
-        """{path: dimensions that may carry the samples, None for none}, the likeliest first, where there is a choice."""
+        """{path: dimensions that may carry the samples, None for none}, the likeliest first."""
         options: dict[str, list[int | None]] = {}
         for path, node in self.nodes.items():
             if path in self._fixed:

@@ -29,6 +29,7 @@ class Call:
     results: Shapes = field(default_factory=dict)
     floating: frozenset[str] = frozenset()  # paths of results that are floating tensors
     opaque: bool = False  # whether a part of the result is neither a tensor nor a plain value
+    plain: dict[str, Any] = field(default_factory=dict)  # parts of the result that are no tensors
 
     @property
     def key(self) -> tuple[int, int]:
@@ -104,6 +105,7 @@ def record(
             for path, leaf in zip(result_paths, result_leaves)
             if isinstance(leaf, Tensor) and leaf.is_floating_point()
         )
+        call.plain = {p: leaf for p, leaf in zip(result_paths, result_leaves) if not isinstance(leaf, Tensor)}
         call.opaque = any(leaf is not None and not isinstance(leaf, PLAIN) for leaf in result_leaves)
         return result
 
