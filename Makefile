@@ -63,7 +63,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(bin)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(bin)/python
 	$(bin)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(bin)/python -m pip install -c constraints.txt --no-deps f5-tts
+	$(bin)/python -m pip install -c constraints.txt --no-deps f5-tts voicebox-pytorch
 	@touch $@
 
 # Checked first: an environment made with an old interpreter would be found, and used, by the next call.
