@@ -13,9 +13,10 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "pyproject
 from . import ops  # noqa: E402
 from .alignment.interface import InterfaceLoss  # noqa: E402
 from .alignment.loss import AlignmentLoss  # noqa: E402
-from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
+from .alignment.policy import choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
+from .alignment.selection import LayerSelection, read_selection  # noqa: E402
 from .attribution.plan import AblationPlan  # noqa: E402
 from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scores import LayerScores  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "choose_layers",
     "layer_sensitivity",
     "ops",
+    "read_selection",
     "select_layers",
     "timestep_weight",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -45,12 +45,24 @@ STEPS_PER_PROMPT = 4
 
 
 @dataclass(frozen=True)
-class Selection:
-    """selection.json: layers with their weights, and what else the file says about how they were chosen."""
+class Aligned:
+    """The layers of one selection, their weights and, where these go by flow time, {t: weights}."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
+    by_time: dict[float, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json: one selection for all teachers (under an empty name) or one for each, and the other facts."""
+
+    teachers: dict[str, Aligned]
     facts: dict[str, Any]
+
+    def drawn(self) -> Aligned | dict[str, Aligned]:
+        """As `plot_scores` takes it."""
+        return self.teachers.get("", self.teachers)
 
 
 def read_log(path: Path) -> Log:
@@ -157,9 +169,10 @@ def _summary(log: Log, selection: Selection | None, skipped: int) -> str:
     name = similarity_name(similarity_keys(log)).capitalize()
     tiles.append(html.tile(name, f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
 
-    layers = ", ".join(str(layer) for layer in selection.layers) if selection else ""
-    weights = ", ".join(f"{weight:.2f}" for weight in selection.weights) if selection else ""
-    tiles.append(html.tile("Selected layers", escape(layers), f"weights {weights}" if weights else ""))
+    chosen = selection.teachers if selection else {}
+    layers = _by_teacher({name: ", ".join(map(str, own.layers)) for name, own in chosen.items()})
+    weights = _by_teacher({name: ", ".join(f"{w:.2f}" for w in own.weights) for name, own in chosen.items()})
+    tiles.append(html.tile("Selected layers", escape(layers), f"weights {escape(weights)}" if weights else ""))
 
     train, valid = number(clips.get("train")), number(clips.get("valid"))
     counts = [f"{html.count(valid)} valid"] if valid is not None else []
@@ -239,7 +252,11 @@ def _foga_section(run_dir: Path, scores: LayerScores | None, selection: Selectio
         '<p class="note">Change of the predicted velocity when one layer is switched off, relative to the '
         f"velocity; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
         f"counted from 0. Whiskers and &plusmn; are one standard error.{_noise_note(scores)}</p>",
-        html.picture(run_dir / "foga.png", plot_scores(scores, selection), "FoG-A score of every layer"),
+        html.picture(
+            run_dir / "foga.png",
+            plot_scores(scores, selection.drawn() if selection else None),
+            "FoG-A score of every layer",
+        ),
     ]
     if scores.t is None:
         parts.append('<p class="missing">score by layer and t: not recorded in this run</p>')
@@ -262,9 +279,10 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
     domains = scores.by_domain() if len(scores.by_domain()) > 1 else {}
     columns = [(part.mean, part.stderr) for part in (scores, *domains.values())]
     means = scores.mean.nan_to_num(float("-inf"))
+    selected = selection.teachers if selection else {"": None}
     rows, chosen = [], []
     for unit, name in enumerate(scores.names):
-        weight = unit_weight(name, selection)
+        weights = [unit_weight(name, own) for own in selected.values()]
         cells = [escape(name), html.count(1 + int((means > means[unit]).sum()))]
         for mean, stderr in columns:
             spread = float(stderr[unit])
@@ -272,10 +290,11 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
                 f" <span class='quiet'>&plusmn; {html.significant(spread, 2)}</span>" if math.isfinite(spread) else ""
             )
             cells.append(html.significant(float(mean[unit])) + error)
-        rows.append([*cells, "" if weight is None else f"{weight:.3f}"])
-        chosen.append(weight is not None)
+        rows.append([*cells, *("" if weight is None else f"{weight:.3f}" for weight in weights)])
+        chosen.append(any(weight is not None for weight in weights))
     unit_title = "branch" if any("." in name for name in scores.names) else "layer"
-    header = [unit_title, "rank", "score", *map(escape, domains), "weight"]
+    header = [unit_title, "rank", "score", *map(escape, domains)]
+    header += [escape(f"weight {name}".strip()) for name in selected]
     return html.table(header, rows, chosen)
 
 
@@ -327,20 +346,23 @@ def _scd_section(run_dir: Path) -> str:
 def _selection_section(log: Log, selection: Selection | None, problem: str) -> str:
     parts = [problem]
     if selection is not None:
-        rows = [[str(layer), f"{weight:.4f}"] for layer, weight in zip(selection.layers, selection.weights)]
-        parts.append(html.table(["layer", "weight"], rows))
+        for name, own in selection.teachers.items():
+            columns = [own.weights, *own.by_time.values()]
+            rows = [[str(layer), *(f"{w:.4f}" for w in row)] for layer, *row in zip(own.layers, *columns)]
+            title = f"<h3>{escape(name)}</h3>" if name else ""
+            parts.append(title + html.table(["layer", "weight", *(f"at t {t:g}" for t in own.by_time)], rows))
         parts.append(html.facts(selection.facts.items()))
     probes = [entry for entry in log if entry.get("event") == "probe"]
     if probes:
         rows = []
         for probe in probes[-PROBES_SHOWN:]:
             choice = _group(probe, "selection")
-            layers, weights = choice.get("layers"), choice.get("weights")
+            teachers = _group(choice, "teachers") or {"": choice}
             rows.append(
                 [
                     html.shown(probe.get("step")),
-                    escape(", ".join(map(str, layers))) if isinstance(layers, list) else "",
-                    escape(", ".join(html.shown(weight) for weight in weights)) if isinstance(weights, list) else "",
+                    escape(_by_teacher({name: _listed(own, "layers", str) for name, own in teachers.items()})),
+                    escape(_by_teacher({name: _listed(own, "weights", html.shown) for name, own in teachers.items()})),
                     html.shown(probe.get("seconds")),
                     html.shown(probe.get("block_evaluations")),
                 ]
@@ -352,6 +374,17 @@ def _selection_section(log: Log, selection: Selection | None, problem: str) -> s
         if older:
             parts.append(f'<p class="note">{html.count(older)} earlier probes are in log.jsonl.</p>')
     return "".join(parts) or MISSING
+
+
+def _by_teacher(texts: dict[str, str]) -> str:
+    """ "speech: 0, 4; audio: 0, 20"; the text alone for all teachers together."""
+    return "; ".join(f"{name}: {text}" if name else text for name, text in texts.items())
+
+
+def _listed(entry: Any, key: str, shown: Callable[[Any], str]) -> str:
+    """The list under `key` with commas; empty where there is none."""
+    values = entry.get(key) if isinstance(entry, dict) else None
+    return ", ".join(map(shown, values)) if isinstance(values, list) else ""
 
 
 def _samples_section(run_dir: Path, log: Log) -> str:
@@ -472,13 +505,26 @@ def _read_selection(path: Path) -> tuple[Selection | None, str]:
         return None, ""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        layers, weights = tuple(facts.pop("layers")), tuple(float(weight) for weight in facts.pop("weights"))
-        if len(layers) != len(weights):
-            raise ValueError(f"{len(layers)} layers but {len(weights)} weights")
+        if "teachers" in facts:
+            teachers = {str(name): _aligned(own) for name, own in facts.pop("teachers").items()}
+        else:
+            teachers = {"": _aligned(facts)}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         return None, f'<p class="missing">{escape(f"{path.name} cannot be shown: {reason}")}</p>'
-    return Selection(layers, weights, facts), ""
+    return Selection(teachers, facts), ""
+
+
+def _aligned(entry: dict[str, Any]) -> Aligned:
+    """One selection, taken out of the file's facts."""
+    layers, weights = tuple(entry.pop("layers")), tuple(float(weight) for weight in entry.pop("weights"))
+    if len(layers) != len(weights):
+        raise ValueError(f"{len(layers)} layers but {len(weights)} weights")
+    by_time = {}
+    for t, scores in zip(entry.pop("t_grid", ()), zip(*entry.pop("scores", ()))):
+        total = sum(scores) or 1.0
+        by_time[float(t)] = tuple(score / total for score in scores)
+    return Aligned(layers, weights, by_time)
 
 
 def _skipped(log: Log) -> list[dict[str, Any]]:

@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..alignment.policy import LayerSelection, choose_layers
+from ..alignment.policy import choose_layers
+from ..alignment.selection import Selection, by_teacher, read_selection, synchronised
+from ..alignment.weights import upgrade
 from ..attribution.scores import LayerScores
 from ..data.batches import Batch
 from ..data.buckets import BucketBatches
@@ -42,7 +44,7 @@ from .checkpoint import (
     save_checkpoint,
     write_whole,
 )
-from .choice import alignment_schedule, choose
+from .choice import alignment_schedule, check_probed_domains, choose, layer_chooser
 from .clips import load_data
 from .config import RunConfig, TeacherConfig, dump_config, load_config, override_config
 from .distributed import gather, join, rank, ranks
@@ -97,6 +99,7 @@ class Trainer:
         self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
+        check_probed_domains(config, self.data.valid)
         torch.manual_seed(config.train.seed)
         widths = {name: teacher.width for name, teacher in teachers.items()}
         generator = torch.Generator(self.device).manual_seed(config.train.seed)
@@ -114,9 +117,9 @@ class Trainer:
         self.ema = Ema(self.objective.backbone, config.optimizer.ema_decay)
         self.train_step = TrainStep(self.objective, self.optimizer, self.ema, config, self.device, self.bf16, engine)
         self.step = 0
-        self.selection: LayerSelection | None = None
+        self.selection: Selection | None = None
         self.scores: LayerScores | None = None
-        self.average: list[float] | None = None  # of the scores over probes
+        self.chooser = layer_chooser(config)
         self.probed = -1  # the step of the last probe
         self.applied_weight = 0.0  # what alignment's loss was multiplied by at the last step
         self.unreadable: set[Path] = set()
@@ -127,7 +130,7 @@ class Trainer:
         self.began = time.perf_counter()
         self.reported = 0.0
         if config.alignment.selection:
-            self.select(LayerSelection.from_json(config.alignment.selection).synchronised())
+            self.select(synchronised(read_selection(config.alignment.selection)))
         if config.alignment.layers:
             self.select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
         self.given = self.selection is not None
@@ -316,14 +319,24 @@ class Trainer:
             cosines = self.objective.gradient_cosines(inputs, draws)
         self.log.write("gradients", step=self.step, **average([self._selected(cosines)]))
 
-    def select(self, selection: LayerSelection) -> None:
-        deep = [layer for layer in selection.layers if layer >= self.config.model.depth]
-        if deep:
-            raise UserError(
-                f"selection: layer {deep[0]} does not exist, the model has layers 0 to {self.config.model.depth - 1}"
-            )
+    def select(self, selection: Selection) -> None:
+        """Align these layers from now on.
+
+        Raises:
+            UserError: a selection of other layers, teachers or times than the run has."""
+        alignment, last = self.objective.alignment, self.config.model.depth - 1
+        try:
+            for own in by_teacher(selection, self.teachers).values():
+                if own.layers[-1] > last:
+                    raise UserError(
+                        f"selection: layer {own.layers[-1]} does not exist, the model has layers 0 to {last}"
+                    )
+            alignment.select(selection)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{error} (alignment.teachers, alignment.weights, probe.t_grid)") from error
         self.selection = selection
-        self.objective.alignment.select(selection)
 
     def _validate(self) -> None:
         """By rank 0 alone."""
@@ -337,13 +350,16 @@ class Trainer:
             self.reported = time.monotonic()
 
     def _selected(self, metrics: dict[str, T]) -> dict[str, T]:
-        """Metrics without those of layers that are not aligned (their names end in the layer)."""
-        layers = {str(layer) for layer in self.selection.layers} if self.selection else set()
-        return {
-            name: value
-            for name, value in metrics.items()
-            if not (last := name.rsplit("/", 1)[-1]).isdigit() or last in layers
-        }
+        """Metrics without those of layers that are not aligned; names end in "<teacher>/<layer>" or in the layer."""
+        chosen = by_teacher(self.selection, self.teachers) if self.selection else {}
+        aligned = {f"{name}/{layer}" for name, own in chosen.items() for layer in own.layers}
+        aligned |= {pair.rpartition("/")[2] for pair in aligned}
+        kept = {}
+        for name, value in metrics.items():
+            _, _, of = name.partition("/")  # "cosine/speech/3" and "gradient_cosine/3"
+            if not of.rpartition("/")[2].isdigit() or of in aligned:
+                kept[name] = value
+        return kept
 
     def _samples(self) -> None:
         if rank() == 0:
@@ -428,7 +444,8 @@ class Trainer:
         path = checkpoint.path
         restore(self.objective.backbone, checkpoint.weights["model"], path / "model.safetensors")
         restore(self.ema.module, checkpoint.weights["ema"], path / "ema.safetensors")
-        restore(self.objective.heads(), checkpoint.weights["heads"], path / "heads.safetensors")
+        heads = upgrade(checkpoint.weights["heads"], self.teachers, "alignment.")
+        restore(self.objective.heads(), heads, path / "heads.safetensors")
         state.apply(self, checkpoint.state, path / "state.pt")
 
     @contextmanager

@@ -9,6 +9,7 @@ from ...alignment.heads import HEADS
 from ...alignment.loss import OBJECTIVES
 from ...alignment.policy import POLICIES
 from ...alignment.schedule import TIMESTEP_WEIGHTS
+from ...alignment.selection import WEIGHTINGS
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, DISTINCT, NOT_EMPTY, Allowed, Section, between, from_below, one_of
 from .names import MODULE_NAME
@@ -76,6 +77,12 @@ class AlignmentConfig(Section, name="alignment"):
     policy: Annotated[str, one_of(POLICIES), "who chooses probe.k layers at the probe: FoG-A's score, or a control"] = (
         "foga"
     )
+    selection_per: Annotated[
+        str, one_of(("run", "teacher")), "one selection for all teachers, or one for each, by its domains' scores"
+    ] = "run"
+    weights: Annotated[
+        str, one_of(WEIGHTINGS), "of the layers: shares of the scores, the scores, or shares at each sample's t"
+    ] = "share"
     layers: Annotated[tuple[LAYER, ...], LAYERS, "these layers, weighted alike, in place of the probe's choice"] = ()
     selection: Annotated[str, "or a selection.json"] = ""
     ramp: Annotated[int, STEPS, "steps from nothing to full weight, after the probe"] = 100
@@ -108,6 +115,14 @@ class AlignmentConfig(Section, name="alignment"):
             raise UserError(
                 f"alignment.timestep_weight: expected uniform with pooled {self.objective}, which compares samples "
                 f"with each other (alignment.objective, alignment.pool), got {self.timestep_weight!r}"
+            )
+        if self.weights != "share" and (self.layers or POLICIES[self.policy] != "scores"):
+            by = "alignment.layers" if self.layers else f"alignment.policy {self.policy}"
+            raise UserError(f"alignment.weights: expected share with {by}, without scores, got {self.weights}")
+        if self.weights == "by-time" and self.objective != "cosine" and self.pool is not None:
+            raise UserError(
+                f"alignment.weights: expected share or score with pooled {self.objective}, which compares samples with "
+                "each other (alignment.objective, alignment.pool), got by-time"
             )
         if self.layers and self.selection:
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")
