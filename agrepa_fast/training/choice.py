@@ -6,11 +6,12 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..alignment.loss import AlignmentLoss
 from ..alignment.policy import POLICIES
 from ..alignment.reselect import LayerChooser
 from ..alignment.schedule import AlignmentSchedule
@@ -27,6 +28,8 @@ from .inference import layer_values, score_layers
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+T = TypeVar("T")
 
 
 def alignment_schedule(config: RunConfig) -> AlignmentSchedule:
@@ -80,6 +83,38 @@ def check_probed_domains(config: RunConfig, valid: ClipDataset) -> None:
             )
 
 
+def apply_selection(alignment: AlignmentLoss, selection: Selection, depth: int) -> None:
+    """Give the loss a selection.
+
+    Raises:
+        UserError: it is of other layers, teachers or times than the run has.
+    """
+    try:
+        for own in by_teacher(selection, alignment.teachers).values():
+            if own.layers[-1] >= depth:
+                raise UserError(
+                    f"selection: layer {own.layers[-1]} does not exist, the model has layers 0 to {depth - 1}"
+                )
+        alignment.select(selection)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{error} (alignment.teachers, alignment.weights, probe.t_grid)") from error
+
+
+def aligned_metrics(metrics: Mapping[str, T], selection: Selection | None, teachers: Iterable[str]) -> dict[str, T]:
+    """The metrics without those of layers that are not aligned; such names end in "<teacher>/<layer>" or "<layer>"."""
+    chosen = _layers(selection, teachers) if selection else {}
+    aligned = {f"{name}/{layer}" for name, layers in chosen.items() for layer in layers}
+    aligned |= {pair.rpartition("/")[2] for pair in aligned}
+    kept = {}
+    for name, value in metrics.items():
+        _, _, of = name.partition("/")  # "cosine/speech/3" and "gradient_cosine/3"
+        if not of.rpartition("/")[2].isdigit() or of in aligned:
+            kept[name] = value
+    return kept
+
+
 def _layers(selection: Selection, teachers: Iterable[str]) -> dict[str, tuple[int, ...]]:
     return {name: own.layers for name, own in by_teacher(selection, teachers).items()}
 
@@ -99,14 +134,14 @@ def choose(trainer: Trainer) -> None:
         if POLICIES[a.policy] == "values":
             values = layer_values(a.policy, backbone, trainer.teachers, valid, *where)
         before = trainer.selection
-        chosen = trainer.chooser.choose(None if trainer.given else before, trainer.scores, values)
+        chosen = trainer.chooser.choose(None if trainer.selection_fixed else before, trainer.scores, values)
         chosen = synchronised(chosen, trainer.device)
         stored = stored_by_layer(backbone, trainer.teachers, valid, *where)
     except UserError:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # a network that has diverged
         raise UserError(f"the probe at step {trainer.step}: {error}; lower optimizer.lr") from error
-    if not trainer.given:
+    if not trainer.selection_fixed:
         trainer.select(chosen)
     trainer.probed = trainer.step
     seconds = time.perf_counter() - began
@@ -125,7 +160,7 @@ def choose(trainer: Trainer) -> None:
     if rank() == 0:
         with writing(trainer.run_dir / "foga.csv"):
             trainer.scores.to_csv(trainer.run_dir / "foga.csv")
-        epoch = trainer.step * config.train.accumulate / trainer.plan.steps_per_epoch
+        epoch = trainer.step * config.train.accumulate / trainer.feed.plan.steps_per_epoch
         write_scd(trainer.run_dir, trainer.scores, stored, probe.k, trainer.step, epoch)
         facts = {**selection_state(chosen), "metric": probe.metric, "step": trainer.step}
         write_whole(trainer.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")
