@@ -19,7 +19,7 @@ from .alignment.loss import AlignmentLoss  # noqa: E402
 from .alignment.policy import choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
-from .alignment.selection import LayerSelection, read_selection  # noqa: E402
+from .alignment.selection import LayerSelection, read_selection, write_selection  # noqa: E402
 from .attribution.adaptive import adaptive_scores  # noqa: E402
 from .attribution.foreign.register import Adapter, register_adapter  # noqa: E402
 from .attribution.gradients import first_order_scores, gradient_norm_scores  # noqa: E402
@@ -75,6 +75,7 @@ __all__ = [
     "teachers",
     "timestep_weight",
     "write_scd",
+    "write_selection",
 ]
 
 
