@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 N = TypeVar("N", int, float)
 
@@ -144,11 +147,9 @@ class LayerSelection:
             tuple(map(tuple, state.get("scores", ()))),
         )
 
-    def synchronised(self, device: torch.device | None = None) -> LayerSelection:
-        """Rank 0's selection on every rank of the default process group; itself where there is none.
-
-        Every rank must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
-        return synchronised(self, device)
+    def synchronised(self, device: torch.device | None = None, group: ProcessGroup | None = None) -> LayerSelection:
+        """The first rank's selection on every rank; see the function `synchronised`."""
+        return synchronised(self, device, group)
 
     @classmethod
     def from_json(cls, path: str | Path) -> LayerSelection:
@@ -239,12 +240,13 @@ def read_selection(path: str | Path) -> Selection:
         raise UserError(f"{path}: not a layer selection ({error})") from None
 
 
-def synchronised(selection: S, device: torch.device | None = None) -> S:
-    """Rank 0's selection on every rank of the default process group; itself where there is none.
+def synchronised(selection: S, device: torch.device | None = None, group: ProcessGroup | None = None) -> S:
+    """The first rank's selection on every rank of the process group (None: of all); itself where there is none.
 
-    Every rank must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
+    Every rank of the group must call it. `device`: where its backend wants tensors (NCCL: this rank's GPU)."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return selection
     box = [selection_state(selection)]
-    distributed.broadcast_object_list(box, src=0, device=device)
-    return selection_from_state(box[0])  # type: ignore[return-value]  # rank 0 made its own as the others did
+    source = 0 if group is None else distributed.get_global_rank(group, 0)
+    distributed.broadcast_object_list(box, src=source, group=group, device=device)
+    return selection_from_state(box[0])  # type: ignore[return-value]  # of the same kind on all ranks
