@@ -120,9 +120,12 @@ class AblationPlan:
         return cls(depth, tuple(units))
 
     @classmethod
-    def of_sets(cls, depth: int, sets: Iterable[Sequence[int]]) -> AblationPlan:
-        """Plan the ablation of whole sets of layers, each an ascending sequence without duplicates (`layer_sets`)."""
-        return cls(depth, tuple(sorted(map(Unit.of_layers, sets), key=lambda unit: (unit.stop, unit.start, unit.more))))
+    def of_sets(cls, depth: int, sets: Iterable[Sequence[int]], early: bool = False) -> AblationPlan:
+        """Plan the ablation of whole sets of layers, each an ascending sequence without duplicates (`layer_sets`).
+
+        early: order the units by their first layer, for other models, whose streams join there."""
+        units = sorted(map(Unit.of_layers, sets), key=lambda unit: (unit.stop, unit.start, unit.more))
+        return cls(depth, tuple(sorted(units, key=lambda unit: unit.start) if early else units))
 
     def active(self, branch: int) -> int:
         """Streams that run the given branch: the baseline and every unit that has joined by then."""

@@ -126,7 +126,7 @@ def attribute_layers(
         if grouped:
             known = {name: layer for layer, name in enumerate(network.names or ())}
             groups = layer_sets(network.depth, sets, spans, known)
-            plan = AblationPlan.of_sets(network.depth, groups)
+            plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, _Foreign))
         else:
             plan = AblationPlan.build(network.depth, blocks, branches)
         plans: tuple[AblationPlan, ...] = (plan,)
@@ -186,9 +186,7 @@ def attribute_layers(
         t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=(
-            sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None
-        ),
+        block_evaluations=(sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None),
     )
     if own is None and network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2

@@ -188,7 +188,7 @@ def named(mean, names):
         (scores([0.5, 0.1, 0.3]), LayerSelection.uniform([0, 2]), {"branches": [0, 1, 4, 5]}),
         (
             named([0.5, 0.1, 0.3], ["a.0", "a.1", "b.0"]),
-            LayerSelection.uniform([0, 2], names={0: "a.0", 2: "b.0"}),
+            LayerSelection.uniform([0, 2]).named({0: "a.0", 2: "b.0"}),
             {"a": [0], "b": [0]},
         ),
     ],

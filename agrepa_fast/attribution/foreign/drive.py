@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from ..plan import AblationPlan
-from .examine import Examination, out_of_memory
+from ..plan import AblationPlan, Unit
+from .examine import Examination
 from .record import Call, flat, overridden, record
 from .register import adapter_of
+from .subject import out_of_memory
 from .wiring import Site, grown
 
 ENGINES = ("prefix", "stacked", "loop")
@@ -60,18 +61,19 @@ class BlockModel:
         self.dtype, self.noise = self.known.dtype, self.known.noise
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
-        self._without: tuple[int, Tensor] | None = None
+        self._without: tuple[Unit, Tensor] | None = None
 
     def evaluations(self, plan: AblationPlan) -> int:
-        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored."""
+        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored.
+
+        The stream of a set of blocks joins after the first of them, and runs the others with what it is given."""
         block_of = {block.sites[0].module: layer for layer, block in enumerate(self.blocks)}
-        scored = {unit.layer for unit in plan.units}
-        seen: set[int] = set()
-        total = 0
+        last_stream = {layer: stream for stream, unit in enumerate(plan.units, 1) for layer in unit.layers}
+        joined, total = 1, 0
         for call in self.known.calls:
             if call.module in block_of:
-                total += 1 + len(seen)
-                seen |= {block_of[call.module]} & scored
+                total += joined
+                joined = max(joined, 1 + last_stream.get(block_of[call.module], 0))
         return total
 
     def run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
@@ -98,13 +100,16 @@ class BlockModel:
                 self.engine = following
 
     def _run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
-        units = [self.blocks[unit.layer].sites for unit in plan.units]
+        units = [self._sites(unit) for unit in plan.units]
         if self.engine == "loop":
             return self._loop(units, rows)
         return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
 
+    def _sites(self, unit: Unit) -> list[Site]:
+        return [site for layer in unit.layers for site in self.blocks[layer].sites]
+
     def _loop(self, units: Sequence[Sequence[Site]], rows: Tensor) -> Tensor:
-        velocities = [self.known.forward(rows)]
+        velocities = [self.known.subject.forward(rows)]
         return torch.stack(velocities + [self._ablated(sites, rows) for sites in units])
 
     def _ablated(self, sites: Sequence[Site], rows: Tensor) -> Tensor:
@@ -115,26 +120,25 @@ class BlockModel:
             return of[module].off(forward, args, kwargs)
 
         with overridden(of, skip):
-            return self.known.forward(rows)
+            return self.known.subject.forward(rows)
 
     def _check(self, plan: AblationPlan, rows: Tensor, velocity: Tensor) -> None:
         """Compare streams with forwards of the model itself: the baselines of some samples, and one ablation."""
         for i, row in enumerate(rows.tolist()):
             expected = self.known.references.get(row)
-            if expected is not None and not self.known.same(expected, velocity[0, i]):
+            if expected is not None and not self.known.subject.same(expected, velocity[0, i]):
                 raise NotAStaircase(
                     f"{self.known.kind}: the baseline beside the ablations is not the model's own velocity "
                     f"(sample {row})"
                 )
             if row == self.known.first and self.engine != "loop":
                 unit = plan.units[0]
-                if self._without is None or self._without[0] != unit.layer:
-                    alone = self._ablated(self.blocks[unit.layer].sites, torch.tensor([row]))
-                    self._without = unit.layer, alone[0]
-                if not self.known.same(self._without[1], velocity[1, i]):
+                if self._without is None or self._without[0] != unit:
+                    self._without = unit, self._ablated(self._sites(unit), torch.tensor([row]))[0]
+                if not self.known.subject.same(self._without[1], velocity[1, i]):
                     raise NotAStaircase(
-                        f"{self.known.kind}: the velocity without {self.names[unit.layer]} is not what the model itself "
-                        f"gives without it (sample {row})"
+                        f"{self.known.kind}: the velocity without {', '.join(self.names[n] for n in unit.layers)} is "
+                        f"not what the model itself gives without it (sample {row})"
                     )
 
 
@@ -159,7 +163,7 @@ class _Streams:
     def run(self) -> Tensor:
         modules = [*self.shell, *self.sites] if self.shared else [m for m, own in self.own.items() if own]
         with overridden(modules, self._call):
-            velocity = self.known.forward(self.rows, self.streams)
+            velocity = self.known.subject.forward(self.rows, self.streams)
         return velocity.unflatten(0, (self.streams, self.batch))
 
     def _sizes(self) -> dict[tuple[int, int], Call]:
@@ -169,7 +173,7 @@ class _Streams:
             return self.sites[module].off(forward, args, kwargs)
 
         with overridden(self.sites, skip):
-            _, calls = record(self.known.model, lambda: self.known.forward(self.rows))
+            _, calls = record(self.known.model, lambda: self.known.subject.forward(self.rows))
         return {call.key: call for call in calls}
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -199,9 +203,9 @@ class _Streams:
             args, kwargs = tree_unflatten(leaves, spec)
         result_paths, results, result_spec = flat(forward(*args, **kwargs))
         for i, path in enumerate(result_paths):
-            dim = site.dims.get(path)
-            if dim is None or not isinstance(results[i], Tensor):
+            if path not in site.dims or not isinstance(results[i], Tensor):
                 continue
+            dim = site.dims[path]
             size = self._size(site.name, results[i], dim, self.joined if self.shared else self.streams)
             widened = self._widened(results[i], dim, size)
             if path not in site.state or not own:
@@ -268,13 +272,16 @@ def _shell(known: Examination, sites: Mapping[nn.Module, Site]) -> dict[nn.Modul
     """Modules outside of the blocks that a forward calls: {module: {number of the call: dimensions of its results}}."""
     inside = {part for module in sites for part in module.modules()}
     around = {module for module in known.model.modules() if not sites.keys().isdisjoint(module.modules())}
-    threes = {call.key: call for call in known.watcher.calls}
+    fours = {call.key: call for call in known.watcher.calls}
     shell: dict[nn.Module, dict[int, dict[str, int]]] = {}
     for call in known.calls:
         outermost = call.parent is None or call.parent.module in around
-        if not outermost or call.module in around | inside or not any(True for _ in call.module.parameters()):
+        if not outermost or call.module in around | inside:
             continue
-        dims = grown(call.results, threes[call.key].results) if call.key in threes else {}
-        if dims and not call.opaque:
+        other = fours.get(call.key)
+        # Results that count the samples by other means than a dimension are those of the whole batch.
+        if other is None or call.opaque or call.plain != other.plain or call.results.keys() != other.results.keys():
+            continue
+        if dims := grown(call.results, other.results):
             shell.setdefault(call.module, {})[call.number] = dims
     return shell

@@ -91,8 +91,7 @@ def keeps_shape(call: Call, leading: bool = True) -> bool:
         return False
     if leading:
         most = max(map(len, call.arguments.values()))
-        entering = next(s for s in call.arguments.values() if len(s) >= min(3, most))
-        if entering not in states:
+        if next(s for s in call.arguments.values() if len(s) >= min(3, most)) not in states:
             return False
     return all(free[shape] >= count for shape, count in Counter(states).items() if free[shape])
 
@@ -142,7 +141,8 @@ class _Search:
         scripted = [m for m in container.children() if isinstance(m, torch.jit.ScriptModule)]
         if blocks_among and scripted:
             raise ValueError(
-                f"{self.names[scripted[0]]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
+                f"{self.names[scripted[0]]} is a compiled ScriptModule, which cannot be driven: load the model "
+                "unscripted"
             )
         for member in members:
             if member in self.seen:
@@ -229,7 +229,8 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
         for member in members:
             if isinstance(member, torch.jit.ScriptModule):
                 raise ValueError(
-                    f"{search.names[member]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
+                    f"{search.names[member]} is a compiled ScriptModule, which cannot be driven: load the model "
+                    "unscripted"
                 )
             if member in taken:
                 raise ValueError(f"block_list: {search.names[member]} is named twice")
@@ -245,8 +246,8 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
             for call in search.calls[member]:
                 if not keeps_shape(call, leading=False):
                     raise ValueError(
-                        f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block that "
-                        "changes the shape of its input cannot be switched off"
+                        f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block "
+                        "that changes the shape of its input cannot be switched off"
                     )
             found.blocks[search.names[member]] = member
     first = {call.module: call.order for call in reversed(calls)}

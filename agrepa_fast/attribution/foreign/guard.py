@@ -22,8 +22,8 @@ def refuse_caches(model: nn.Module) -> None:
         for hook_name, hook in getattr(registry, "hooks", {}).items():
             if getattr(hook, "_is_stateful", False) or "cache" in type(hook).__name__.lower():
                 raise ValueError(
-                    f"{name or type(model).__name__} has an active cache ({type(hook).__name__} {hook_name!r}), so its forward "
-                    "depends on earlier calls: call disable_cache() before, enable_cache(...) after"
+                    f"{name or type(model).__name__} has an active cache ({type(hook).__name__} {hook_name!r}), so its "
+                    "forward depends on earlier calls: call disable_cache() before, enable_cache(...) after"
                 )
         if getattr(module, "_is_cached", False) is True:  # cache-dit
             raise ValueError(f"{name or type(model).__name__} has an active cache (cache-dit): disable it before")

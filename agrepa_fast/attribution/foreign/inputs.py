@@ -33,7 +33,7 @@ class Node:
 
 
 class Inputs:
-    """Positional and keyword arguments of a forward; `batched` holds the paths of what carries the `samples`.
+    """Positional and keyword arguments of a forward; `batched` holds what carries the `samples`, and where.
 
     Args:
         named: the arguments by name, for paths (`positions` maps them back to args and kwargs).
@@ -73,25 +73,40 @@ class Inputs:
         yield from zip(self._names, self.args)
         yield from self.kwargs.items()
 
-    def hypotheses(self) -> Iterator[tuple[int, frozenset[str]]]:
-        """(N, paths that carry the samples), the likeliest first: all of size N, then all but one, but two, ..."""
+    def hypotheses(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """(N, {path: dimension} of what carries the samples), the likeliest first.
+
+        The likeliest is the first dimension of all that has N there; then one input is otherwise, then two, ..."""
         wanted = [self.nodes[path].size for path, carries in self._fixed.items() if carries]
         if len(set(wanted)) > 1:
             shown = ", ".join(str(self.nodes[path]) for path, carries in self._fixed.items() if carries)
             raise ValueError(f"batched: expected one number of samples, got {shown}")
         for samples in wanted[:1] or self._sizes():
-            likely = {path for path in self._candidates(samples) if self._fixed.get(path, not self._complete)}
-            if self._complete:
-                yield samples, frozenset(self._fixed)
+            start: dict[str, int | None] = dict.fromkeys((p for p, carries in self._fixed.items() if carries), 0)
+            others = {} if self._complete else self._options(samples)
+            start.update({path: options[0] for path, options in others.items()})
+            changes = [(path, option) for path, options in others.items() for option in options[1:]]
+            changes.sort(key=lambda change: self._suspicion(*change))
+            for count in range(len(changes) + 1):
+                for changed in itertools.combinations(changes, count):
+                    if len(dict(changed)) == count:
+                        guess = start | dict(changed)
+                        yield samples, {path: dim for path, dim in guess.items() if dim is not None}
+
+    def _options(self, samples: int) -> dict[str, list[int | None]]:
+        """{path: dimensions that may carry the samples, None for none}, the likeliest first."""
+        options: dict[str, list[int | None]] = {}
+        for path, node in self.nodes.items():
+            if path in self._fixed:
                 continue
-            # A tuple is rather a pair of tables (cos, sin) than a list of samples.
-            # And a list of batched tensors is a structure.
-            tuples = {path for path in likely if _is_structure(self.nodes[path].value, samples)} - set(self._fixed)
-            open_paths = [path for path in self._candidates(samples) if path not in self._fixed]
-            start = likely - tuples
-            for count in range(len(open_paths) + 1):
-                for flipped in itertools.combinations(sorted(open_paths, key=self._suspicion), count):
-                    yield samples, frozenset(start ^ set(flipped))
+            value = node.value
+            if node.size == samples:
+                # A tuple is rather a pair of tables (cos, sin) than a list of samples; a list of tensors that carry the
+                # samples themselves is a structure.
+                options[path] = [None, 0] if _is_structure(value, samples) else [0, None]
+            if isinstance(value, Tensor) and value.dim() > 2 and value.shape[1] == samples:
+                options.setdefault(path, [None]).append(1)
+        return options
 
     def _sizes(self) -> list[int]:
         """Numbers of samples that the inputs may have: the first input's, then the most frequent sizes."""
@@ -100,14 +115,11 @@ class Inputs:
         sizes = [node.size for node in top]
         return list(dict.fromkeys([sizes[0], *sorted(sizes, key=lambda size: -sizes.count(size))]))
 
-    def _candidates(self, samples: int) -> list[str]:
-        return [path for path, node in self.nodes.items() if node.size == samples]
-
-    def _suspicion(self, path: str) -> tuple[int, int]:
+    def _suspicion(self, path: str, option: int | None) -> tuple[int, int, int]:
         """Sort key: small tables, and what comes late in the inputs, rather carry no samples."""
         value = self.nodes[path].value
         dims = value.dim() if isinstance(value, Tensor) else 0
-        return (dims if dims != 1 else 9, -list(self.nodes).index(path))
+        return (option == 1, dims if dims != 1 else 9, -list(self.nodes).index(path))
 
     def take(self, rows: Tensor, repeats: int = 1, replace: Mapping[str, Any] | None = None) -> tuple[Any, dict]:
         """args and kwargs of the samples `rows` [R], the whole of them `repeats` times.
@@ -119,7 +131,7 @@ class Inputs:
                 if replace is not None and path in replace:
                     return replace[path]
                 if isinstance(value, Tensor):
-                    return value.index_select(0, rows.to(value.device).repeat(repeats))
+                    return value.index_select(self.batched[path], rows.to(value.device).repeat(repeats))
                 return type(value)([value[row] for row in rows.tolist()] * repeats)
             if isinstance(value, Mapping):
                 return {key: walk(f"{path}.{key}", part) for key, part in value.items()}
@@ -144,7 +156,7 @@ class Inputs:
             same = sum(a == b for a, b in zip(shape, velocity)) if len(shape) == len(velocity) else 0
             return (shape == velocity, same, shape.numel() if len(shape) else 0)
 
-        floating = [path for path in self.nodes if path in self.batched and shape_of(self.nodes[path])[1]]
+        floating = [path for path in self.nodes if self.batched.get(path) == 0 and shape_of(self.nodes[path])[1]]
         return max(floating, key=likeness, default=None)
 
     def disturbed(self, path: str, rows: Tensor, which: int) -> Any:
@@ -160,7 +172,7 @@ class Inputs:
 
     def named_value(self, names: Sequence[str]) -> Any:
         """The first of the named inputs that carries the samples; None where there is none."""
-        values = [self.named[name] for name in names if name in self.batched and name in self.named]
+        values = [self.named[name] for name in names if self.batched.get(name) == 0 and name in self.named]
         return values[0] if values else None
 
     @property
@@ -172,9 +184,9 @@ class Inputs:
     def masks(self, frames: set[int]) -> dict[str, Tensor]:
         """Inputs that look like masks of the frames: of 0 and 1, both of them, [N, T] with T among `frames`."""
         found = {}
-        for path in self.batched:
+        for path, dim in self.batched.items():
             value = self.nodes[path].value
-            if any(word in path for word in CONDITIONS):
+            if dim or any(word in path for word in CONDITIONS):
                 continue
             if not isinstance(value, Tensor) or value.is_complex() or value.dim() < 2:
                 continue

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
 
 PLAIN = (Tensor, bool, int, float, str)
 
@@ -29,6 +29,7 @@ class Call:
     results: Shapes = field(default_factory=dict)
     floating: frozenset[str] = frozenset()  # paths of results that are floating tensors
     opaque: bool = False  # whether a part of the result is neither a tensor nor a plain value
+    plain: dict[str, Any] = field(default_factory=dict)  # parts of the result that are no tensors
 
     @property
     def key(self) -> tuple[int, int]:
@@ -37,7 +38,11 @@ class Call:
 
 def flat(value: Any) -> tuple[list[str], list[Any], TreeSpec]:
     """Leaves of nested tuples, lists and dicts with the path of each."""
-    pairs, spec = tree_flatten_with_path(value)
+    try:
+        pairs, spec = tree_flatten_with_path(value)
+    except ValueError:  # a class of results that is registered without names of its parts
+        leaves, spec = tree_flatten(value)
+        return [str(i) for i in range(len(leaves))], leaves, spec
     return [keystr(path) for path, _ in pairs], [leaf for _, leaf in pairs], spec
 
 
@@ -100,6 +105,7 @@ def record(
             for path, leaf in zip(result_paths, result_leaves)
             if isinstance(leaf, Tensor) and leaf.is_floating_point()
         )
+        call.plain = {p: leaf for p, leaf in zip(result_paths, result_leaves) if not isinstance(leaf, Tensor)}
         call.opaque = any(leaf is not None and not isinstance(leaf, PLAIN) for leaf in result_leaves)
         return result
 

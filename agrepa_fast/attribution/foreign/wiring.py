@@ -215,7 +215,9 @@ def _moved(leaf: Tensor, dim: int) -> bool:
     parts = leaf.unflatten(dim, (4, -1)).movedim(dim, 0)
     first, disturbed, again = (parts[i].double() for i in (FIRST, DISTURBED, AGAIN))
     rounding = (again - first).square().sum().sqrt()
-    return bool((disturbed - first).square().sum().sqrt() > 8 * rounding + 4 * torch.finfo(leaf.dtype).eps * first.norm())
+    return bool(
+        (disturbed - first).square().sum().sqrt() > 8 * rounding + 4 * torch.finfo(leaf.dtype).eps * first.norm()
+    )
 
 
 class Zeroing:

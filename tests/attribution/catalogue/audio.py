@@ -202,7 +202,7 @@ ENTRIES = [
     Entry("StableAudioDiTModel", stable_audio, "transformer_blocks.0-2"),
     Entry("StableAudioDiTModel, as many rotary rows as samples", lambda: stable_audio(N), "transformer_blocks.0-2"),
     Entry("StableAudio3DiTModel", stable_audio3, "transformer_blocks.0-2"),
-    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2"),
+    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2", single=True),
     Entry("MiniMaxMusic3Transformer1DModel", minimax_music3, "transformer_blocks.0-2"),
     Entry(
         "LongCatAudioDiTTransformer", longcat, "blocks.0-2", beside={"text_conv_layer": "convolutions over the text"}
@@ -224,7 +224,8 @@ ENTRIES = [
     Entry(
         "Matcha-TTS decoder",
         matcha,
-        "down_blocks.0.1.0-1 mid_blocks.0.0 mid_blocks.0.1.0-1 up_blocks.0.1.0-1",
+        "down_blocks.0.1.0-1 mid_blocks.0.1.0-1 up_blocks.0.1.0-1",
+        beside={"mid_blocks.0.0": "a resnet; those of the other stages change the shape"},
     ),
     Entry(
         "MMAudio-like network",

@@ -58,12 +58,12 @@ def krea2():
 
 def hidream():
     sizes = {"patch_size": 2, "in_channels": 3, "out_channels": 3, "text_emb_dim": 8, "max_resolution": (4, 4)}
-    experts = {"num_routed_experts": 2, "num_activated_experts": 1, "llama_layers": [0, 1, 2, 0]}
+    experts = {"num_routed_experts": 2, "num_activated_experts": 1, "llama_layers": [0, 1, 0, 1]}
     model = diffusers.HiDreamImageTransformer2DModel(
         **LISTS, **sizes, **experts, caption_channels=[12, 10], axes_dims_rope=(4, 2, 2)
     )
     draw = Draw()
-    texts = {"encoder_hidden_states_t5": draw(N, 3, 12), "encoder_hidden_states_llama3": draw(3, N, 3, 10)}
+    texts = {"encoder_hidden_states_t5": draw(N, 3, 12), "encoder_hidden_states_llama3": draw(2, N, 3, 10)}
     return model, {"hidden_states": draw(N, 3, 4, 4), "timesteps": STEPS, "pooled_embeds": draw(N, 8), **texts}
 
 
@@ -148,7 +148,7 @@ IMAGES = [
         flux3,
         "mode_blocks.image.0-1 single_transformer_blocks.0-1",
         {"mode_blocks.image": "", "single_transformer_blocks": JOINT},
-        beside={"txt_mode_blocks": "blocks over the text before it joins the image"},
+        beside={"txt_mode_blocks": "blocks over the text alone, before it joins the image"},
     ),
     Entry(
         "HiDreamImageTransformer2DModel",
