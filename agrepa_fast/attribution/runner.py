@@ -28,6 +28,7 @@ from .metrics import Metric, measure_with, metric_name
 from .plan import AblationPlan, Sizes, Unit, layer_sets, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
+PARTS = ("parts",)  # of other models' blocks
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
 # The widest activation of a pass on the CPU: what a server processor's last cache holds, where the same work is faster.
 CPU_PASS_BYTES = 32 * 2**20
@@ -67,7 +68,9 @@ def attribute_layers(
         metric: "rms" or "squared"; see `scores.normalised_change`. Or a function of the baseline's and the ablated
             output, both [B, ...], that returns [B] scores; see `attribution.metrics`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
-        branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
+        branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch a `DiT`'s branches off apart.
+            For another model ("parts",): the states of a joint block (image and text, say) apart, and the modules of a
+            layer that is a list (attention and feed-forward, say).
         engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
             `attribution.graph`; a `DiT` on a CUDA device), "stacked" (all streams from the start) or "loop" (one
             forward per ablation). "auto" is the graph where one fits and else the staircase; "stacked" for a model
@@ -115,8 +118,8 @@ def attribute_layers(
                     raise ValueError(f"{option}: only for other models; a DiT knows its blocks and inputs")
             network = _Native(model, inputs, engine, own)
         else:
-            if branches is not None:
-                raise ValueError("branches: only a DiT knows its branches; other models are scored by whole blocks")
+            if branches is not None and tuple(branches) != PARTS:
+                raise ValueError(f"branches: expected {PARTS} or None for other models, got {branches!r}")
             network = _Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, own)
         samples, mask, t = network.samples, network.mask, network.t
         if domains is not None and len(domains) != samples:
@@ -128,7 +131,9 @@ def attribute_layers(
             groups = layer_sets(network.depth, sets, spans, known)
             plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, _Foreign))
         else:
-            plan = AblationPlan.build(network.depth, blocks, branches)
+            plan = AblationPlan.build(network.depth, blocks, branches if isinstance(network, _Native) else None)
+            if branches is not None and isinstance(network, _Foreign):
+                plan = network.by_parts(plan)
         plans: tuple[AblationPlan, ...] = (plan,)
         at_once = min(max_samples or samples, network.at_once(plan))
         if memory_budget is not None:
@@ -177,7 +182,9 @@ def attribute_layers(
         branches=None if branches is None else tuple(str(unit.branch) for unit in units),
         sets=tuple(unit.layers for unit in units) if grouped else None,
         names=tuple(
-            unit.name if network.names is None else "+".join(network.names[layer] for layer in unit.layers)
+            unit.name
+            if network.names is None
+            else "+".join(network.names[layer] for layer in unit.layers) + (f".{unit.branch}" if unit.branch else "")
             for unit in units
         ),
         engine=network.engine,
@@ -285,6 +292,13 @@ class _Foreign:
 
     def at_once(self, plan: AblationPlan) -> int:
         return self.samples
+
+    def by_parts(self, plan: AblationPlan) -> AblationPlan:
+        """The plan with every block's parts in place of the block."""
+        units = [
+            dataclasses.replace(unit, branch=part) for unit in plan.units for part in self.blocks.parts(unit.layer)
+        ]
+        return dataclasses.replace(plan, units=tuple(units))
 
     def evaluations(self, plan: AblationPlan) -> float:
         return self.blocks.evaluations(plan)

@@ -62,6 +62,7 @@ class BlockModel:
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
         self._without: tuple[Unit, Tensor] | None = None
+        self._parts: dict[int, dict[str, Site]] = {}
 
     def evaluations(self, plan: AblationPlan) -> int:
         """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored.
@@ -105,7 +106,28 @@ class BlockModel:
             return self._loop(units, rows)
         return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
 
+    def parts(self, layer: int) -> dict[str, Site]:
+        """What of a block can be switched off apart: {name: site}.
+
+        Of a layer that is a list, its modules that add to the state, by their names in the layer; of another block its
+        states, by the names of the arguments that they come in ("encoder_hidden_states")."""
+        if layer not in self._parts:
+            block = self.blocks[layer]
+            adding = {
+                s.name.removeprefix(f"{block.name}."): s for s in block.sites if not self._feeds_another(s, block.sites)
+            }
+            self._parts[layer] = adding if len(block.sites) > 1 else block.sites[0].by_state()
+        return self._parts[layer]
+
+    def _feeds_another(self, site: Site, sites: Sequence[Site]) -> bool:
+        """Whether a module matters to one later module of its layer alone, as the norm before an attention does."""
+        row = torch.tensor([self.known.first])
+        later = sites[sites.index(site) + 1 :]
+        return any(torch.equal(self._ablated([other], row), self._ablated([site, other], row)) for other in later)
+
     def _sites(self, unit: Unit) -> list[Site]:
+        if unit.branch is not None:
+            return [self.parts(unit.layer)[unit.branch]]
         return [site for layer in unit.layers for site in self.blocks[layer].sites]
 
     def _loop(self, units: Sequence[Sequence[Site]], rows: Tensor) -> Tensor:
@@ -150,10 +172,11 @@ class _Streams:
         self.batch, self.streams = rows.numel(), 1 + len(units)
         sites = [site for block in known.blocks for site in block.sites]
         self.sites = {site.module: site for site in sites}
-        self.own: dict[nn.Module, list[int]] = {site.module: [] for site in sites}
+        # Of each module the streams that switch it off, each with the site that says which of its states.
+        self.own: dict[nn.Module, list[tuple[int, Site]]] = {site.module: [] for site in sites}
         for stream, unit in enumerate(units, 1):
             for site in unit:
-                self.own[site.module].append(stream)
+                self.own[site.module].append((stream, site))
         self.shell = _shell(known, self.sites) if shared else {}
         self.joined = 1  # streams that may differ from the baseline, which is the first
         self.inside = False
@@ -197,7 +220,7 @@ class _Streams:
             leaf, dim = leaves[paths.index(argument)], site.dims[result]
             size = self._size(site.name, leaf, dim, self.streams)
             # Copies: the block may write into its input.
-            entering[result] = [leaf.narrow(dim, s * size, size).clone() for s in own] if not site.adds else []
+            entering[result] = [leaf.narrow(dim, s * size, size).clone() for s, _ in own] if not site.adds else []
         if self.shared:
             leaves = self._narrowed(site.name, (id(module), number), paths, leaves)
             args, kwargs = tree_unflatten(leaves, spec)
@@ -212,10 +235,12 @@ class _Streams:
                 results[i] = widened
                 continue
             results[i] = widened.clone() if widened is results[i] else widened
-            for k, stream in enumerate(own):
+            for k, (stream, switched) in enumerate(own):
+                if path not in switched.state:
+                    continue
                 part = results[i].narrow(dim, stream * size, size)
                 part.zero_() if site.adds else part.copy_(entering[path][k])
-        self.joined = max([self.joined, *(stream + 1 for stream in own)])
+        self.joined = max([self.joined, *(stream + 1 for stream, _ in own)])
         return tree_unflatten(results, result_spec)
 
     def _other(self, module: nn.Module, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

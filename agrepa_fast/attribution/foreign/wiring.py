@@ -8,8 +8,10 @@ forward that zeroes what a block returns shows whether the model's forward adds 
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +65,19 @@ class Site:
             return tree_unflatten([entering.get(path, leaf) for path, leaf in zip(_paths(spec), template)], spec)
         result_paths, results, spec = flat(forward(*args, **kwargs))
         return tree_unflatten([entering.get(path, leaf) for path, leaf in zip(result_paths, results)], spec)
+
+    def by_state(self) -> dict[str, Site]:
+        """The site with each of its states alone, by the name of the argument that the state comes in."""
+        parameters = list(inspect.signature(type(self.module).forward).parameters)[1:]
+
+        def name(path: str) -> str:
+            positional, *rest = re.findall(r"\w+", path)  # "[1]['hidden_states']", or "[0][2]" for a positional one
+            if positional == "0" and int(rest[0]) < len(parameters):
+                rest[0] = parameters[int(rest[0])]
+            return ".".join(rest)
+
+        whole = self.whole if len(self.state) == 1 else None
+        return {name(p): replace(self, state={result: p}, whole=whole) for result, p in self.state.items()}
 
 
 def _paths(spec: TreeSpec) -> list[str]:
