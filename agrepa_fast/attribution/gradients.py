@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import ops
 from ..models.dit import EPS, DiT
 from .native import between
+from .networks import by_name
 from .plan import AblationPlan
-from .runner import by_name, check_finite, check_frames, probing
+from .runner import check_finite, check_frames, probing
 from .scores import METRICS, LayerScores, normalised_change, whole_number
 from .statistics import spearman
 

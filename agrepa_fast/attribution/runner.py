@@ -6,32 +6,24 @@ The device work is in `native` (a `DiT`; as a CUDA graph in `graph`) and in `for
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..models.dit import DiT
-from . import graph, native
-from .foreign.drive import BlockModel
 from .foreign.find import unwrapped
 from .foreign.guard import quiet, refuse_caches
-from .metrics import Metric, measure_with, metric_name
-from .plan import AblationPlan, Sizes, Unit, layer_sets, split
+from .metrics import Metric, metric_name
+from .networks import Foreign, Native
+from .plan import AblationPlan, Unit, layer_sets
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
-PARTS = ("parts",)  # of other models' blocks
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
-# The widest activation of a pass on the CPU: what a server processor's last cache holds, where the same work is faster.
-CPU_PASS_BYTES = 32 * 2**20
 
 
 def attribute_layers(
@@ -69,8 +61,9 @@ def attribute_layers(
             output, both [B, ...], that returns [B] scores; see `attribution.metrics`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
         branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch a `DiT`'s branches off apart.
-            For another model ("parts",): the states of a joint block (image and text, say) apart, and the modules of a
-            layer that is a list (attention and feed-forward, say).
+            For another model names of modules inside its blocks whose results a block adds to its state
+            (["attn1", "attn2", "ff"]; give all of a block's branches, see `foreign.branches`); or ("parts",): the
+            states of a joint block (image and text, say) apart, and the modules of a layer that is a list.
         engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
             `attribution.graph`; a `DiT` on a CUDA device), "stacked" (all streams from the start) or "loop" (one
             forward per ablation). "auto" is the graph where one fits and else the staircase; "stacked" for a model
@@ -111,16 +104,14 @@ def attribute_layers(
     if not isinstance(model, DiT):
         refuse_caches(model)
     with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else quiet(model):
-        network: _Native | _Foreign
+        network: Native | Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
                 if value is not None:
                     raise ValueError(f"{option}: only for other models; a DiT knows its blocks and inputs")
-            network = _Native(model, inputs, engine, own)
+            network = Native(model, inputs, engine, own)
         else:
-            if branches is not None and tuple(branches) != PARTS:
-                raise ValueError(f"branches: expected {PARTS} or None for other models, got {branches!r}")
-            network = _Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, own)
+            network = Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, own, branches)
         samples, mask, t = network.samples, network.mask, network.t
         if domains is not None and len(domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
@@ -129,11 +120,11 @@ def attribute_layers(
         if grouped:
             known = {name: layer for layer, name in enumerate(network.names or ())}
             groups = layer_sets(network.depth, sets, spans, known)
-            plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, _Foreign))
+            plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, Foreign))
         else:
-            plan = AblationPlan.build(network.depth, blocks, branches if isinstance(network, _Native) else None)
-            if branches is not None and isinstance(network, _Foreign):
-                plan = network.by_parts(plan)
+            plan = AblationPlan.build(network.depth, blocks, branches if isinstance(network, Native) else None)
+            if isinstance(network, Foreign):
+                plan = network.by_branch(plan)
         plans: tuple[AblationPlan, ...] = (plan,)
         at_once = min(max_samples or samples, network.at_once(plan))
         if memory_budget is not None:
@@ -152,7 +143,7 @@ def attribute_layers(
                 noise = rest[0][0] if rest else torch.full_like(energy[0], torch.nan)
                 noise = noise / energy[0] if own is None else noise
                 if network.engine != "graph":  # which holds the memory of every plan that it has captured
-                    plans = tuple(dataclasses.replace(part, control=False) for part in plans)
+                    plans = tuple(replace(part, control=False) for part in plans)
         frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
         facts = torch.stack([frames.double(), (frames if t is None else t.detach().float()).double()])
         facts = torch.cat([noise.double().expand(1, samples), facts.to(noise.device)])
@@ -167,7 +158,7 @@ def attribute_layers(
             "and set to 0; train before probing",
             stacklevel=2,
         )
-    units = list(plan.units)
+    units = [network.described(unit) for unit in plan.units]
     if grouped:  # in the order in which they were given
         units = [Unit.of_layers(group) for group in groups]
         change = change[[plan.units.index(unit) for unit in units]]
@@ -206,161 +197,6 @@ def attribute_layers(
                 stacklevel=2,
             )
     return scores
-
-
-class _Native:
-    """A `DiT` with its inputs by name."""
-
-    names = None  # of its blocks: their numbers
-
-    def __init__(
-        self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str, metric: Metric | None
-    ) -> None:
-        self.model, self.metric = model, metric
-        self.inputs = by_name(inputs)
-        self.depth = model.depth
-        self.samples = self.inputs["x_t"].shape[0]
-        self.t = self.inputs["t"]
-        self.mask = self.inputs.get("mask")
-        device = self.inputs["x_t"].device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.dtype = torch.get_autocast_dtype(device) if autocast else self.inputs["x_t"].dtype
-        obstacle = None
-        if engine in ("auto", "graph"):
-            own = "it holds no metric that is a function" if metric is not None else None
-            obstacle = own or graph.why_not(model, self.inputs)
-        if engine == "graph" and obstacle is not None:
-            raise ValueError(f"engine: 'graph' cannot capture this probe: {obstacle}; engine='prefix' runs it eagerly")
-        self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
-
-    def at_once(self, plan: AblationPlan) -> int:
-        """Samples of a pass: on the CPU as many as keep the feed-forward's inner activation in its cache, else all."""
-        x_t, config = self.inputs["x_t"], self.model.config
-        if x_t.device.type != "cpu" or self.engine != "prefix":
-            return self.samples
-        widest = plan.streams * x_t.shape[1] * config.ff_ratio * config.width * self.dtype.itemsize
-        passes = math.ceil(self.samples / max(1, CPU_PASS_BYTES // widest))
-        return math.ceil(self.samples / passes)
-
-    def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
-        if self.engine not in ("prefix", "graph"):
-            raise ValueError(f"memory_budget: only for the staircase, not for engine={self.engine!r}: use max_samples")
-        x_t, config = self.inputs["x_t"], self.model.config
-        sizes = Sizes(x_t.shape[1], config.width, config.ff_ratio, config.mels, config.heads, x_t.element_size())
-        sizes = dataclasses.replace(sizes, masked=self.mask is not None)
-        return split(plan, sizes, self.samples, _bytes(memory_budget, x_t.device))
-
-    def evaluations(self, plan: AblationPlan) -> float:
-        return plan.block_evaluations
-
-    def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
-        inputs = {name: value[rows] for name, value in self.inputs.items()}
-        if self.engine == "graph":
-            return graph.replayed(self.model, plan, inputs, partial(native.measure, self.model, plan))
-        if self.metric is not None:
-            control, velocity = native.ENGINES[self.engine](self.model, plan, inputs)
-            return measure_with(self.metric, velocity, inputs.get("mask"), control if plan.control else None)
-        return native.measure(self.model, plan, inputs, self.engine)
-
-
-class _Foreign:
-    """Another model behind its adapter; "auto" is settled by its wiring and by its first velocity."""
-
-    names: tuple[str, ...]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        engine: str,
-        block_list: str | Sequence[str] | None,
-        batched: Sequence[str] | Mapping[str, bool] | None,
-        mask: Tensor | None,
-        alone: bool,
-        metric: Metric | None,
-    ) -> None:
-        if engine == "graph":
-            raise ValueError("engine: 'graph' is only for a DiT; other models are asked questions between their blocks")
-        self.metric = metric
-        self.blocks = BlockModel(model, inputs, block_list, batched, mask, engine, alone)
-        self.depth, self.samples, self.names = self.blocks.depth, self.blocks.samples, tuple(self.blocks.names)
-        self.t, self.mask, self.dtype = self.blocks.t, self.blocks.mask, self.blocks.dtype
-
-    @property
-    def engine(self) -> str:
-        return self.blocks.engine
-
-    def at_once(self, plan: AblationPlan) -> int:
-        return self.samples
-
-    def by_parts(self, plan: AblationPlan) -> AblationPlan:
-        """The plan with every block's parts in place of the block."""
-        units = [
-            dataclasses.replace(unit, branch=part) for unit in plan.units for part in self.blocks.parts(unit.layer)
-        ]
-        return dataclasses.replace(plan, units=tuple(units))
-
-    def evaluations(self, plan: AblationPlan) -> float:
-        return self.blocks.evaluations(plan)
-
-    def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
-        raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")
-
-    def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
-        velocity = self.blocks.run(plan, torch.arange(self.samples)[rows])
-        mask = None if self.mask is None else self.mask[rows].to(velocity.device)
-        if mask is not None and velocity.shape[2] != mask.shape[1]:
-            velocity = velocity.mT  # channels first
-        if self.metric is not None:
-            return measure_with(self.metric, velocity, mask, None)
-        # Frames and bins; an image or a vector counts as one frame.
-        velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
-        change, energy = ops.velocity_delta(velocity.contiguous(), mask)
-        noise = (self.blocks.noise * energy).unsqueeze(0)
-        return torch.cat([change, energy.unsqueeze(0), *([noise] if plan.control else ())])
-
-
-def _bytes(memory_budget: int | float, device: torch.device) -> int:
-    """A budget in bytes; a float is a share of what is free on the device."""
-    if isinstance(memory_budget, float):
-        if not 0 < memory_budget <= 1:
-            raise ValueError(f"memory_budget: expected bytes (int) or a share in (0, 1], got {memory_budget}")
-        if device.type == "cuda":
-            return int(memory_budget * torch.cuda.mem_get_info(device)[0])
-        return int(memory_budget * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return whole_number("memory_budget", memory_budget, 1)
-
-
-def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
-    """The inputs of a `DiT` by name, with as many samples each: a probe takes slices, which would lose surplus rows.
-
-    Raises:
-        TypeError: unknown or missing names, or values that are no real tensors.
-        ValueError: no samples, no frames, or numbers of samples that differ.
-    """
-    names = ("x_t", "t", "cond", "mask")
-    if not isinstance(inputs, Mapping):
-        if not isinstance(inputs, tuple | list) or len(inputs) > len(names):
-            raise TypeError(f"inputs: expected a mapping or a tuple of {names}, got {type(inputs).__name__}")
-        inputs = dict(zip(names, inputs))
-    named = {name: value for name, value in inputs.items() if value is not None}
-    if not {"x_t", "t"} <= set(named) <= set(names):
-        raise TypeError(f"inputs: expected x_t, t and perhaps cond, mask; got {sorted(map(str, named))}")
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            got = "a scalar" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a tensor with the samples first, got {got}")
-        if value.is_complex() or (name in ("x_t", "cond") and not value.is_floating_point()):
-            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
-    samples = named["x_t"].shape[0]
-    if samples == 0:
-        raise ValueError("x_t: expected at least one sample, got a batch of 0")
-    if named["x_t"].numel() == 0:
-        raise ValueError(f"x_t: expected at least one frame and one bin, got {list(named['x_t'].shape)}")
-    for name, value in named.items():
-        if value.shape[0] != samples:
-            raise ValueError(f"{name}: expected {samples} samples as in x_t, got {list(value.shape)}")
-    return named
 
 
 # A probe changes what the whole process shares (the random state, the fused path of nn.TransformerEncoder) beside its

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class BlockModel:
         inputs: a mapping of keyword arguments or a tuple of positional ones. batched, mask, block_list: as in
             `attribute_layers`.
         engine: "auto", or one of ENGINES.
+        adds: whether the forward adds the blocks' results to the state, in place of what the adapter says.
 
     Use inside `guard.quiet`, in eval mode without gradient.
     """
@@ -50,8 +52,10 @@ class BlockModel:
         mask: Tensor | None = None,
         engine: str = "auto",
         alone: bool = False,
+        adds: bool | None = None,
     ) -> None:
         adapter = adapter_of(model)
+        adapter = adapter if adds is None else replace(adapter, adds=adds)
         self.model = model
         self.known = Examination(model, inputs, adapter, block_list, batched, mask, coupled=engine == "loop" and alone)
         self.blocks = self.known.blocks

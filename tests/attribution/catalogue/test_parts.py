@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from agrepa_fast import attribute_layers
 
@@ -86,7 +86,54 @@ def test_modules_of_a_layer_that_is_a_list(name: str) -> None:
         np.testing.assert_allclose(row, off, rtol=1e-8, err_msg=unit)
 
 
-def test_other_branches_are_refused() -> None:
-    model, inputs = BY_NAME["SD3Transformer2DModel"].made()
-    with pytest.raises(ValueError, match=r"branches: expected \('parts',\) or None for other models, got \['attn'\]"):
-        attribute_layers(model, inputs, branches=["attn"])
+BRANCHES = {
+    "PixArtTransformer2DModel": ["attn1", "attn2", "ff"],
+    "WanTransformer3DModel": ["attn1", "attn2", "ffn"],
+    "SD3Transformer2DModel": ["attn", "ff", "ff_context"],
+    "AceStepTransformer1DModel": ["self_attn", "cross_attn", "mlp"],
+    "f5_tts DiT": ["attn", "ff"],
+    "timm VisionTransformer": ["attn", "mlp"],
+}
+
+
+def zeros(module: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    return tree_map(lambda leaf: torch.zeros_like(leaf) if torch.is_tensor(leaf) else leaf, result)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_branches_of_blocks(name: str, engine: str) -> None:
+    entry = BY_NAME[name]
+    model, inputs = entry.made()
+    modules = dict(model.named_modules())
+    expected = [
+        (n, part) for n, unit in enumerate(entry.units) for part in BRANCHES[name] if f"{unit}.{part}" in modules
+    ]
+    scores = attribute_layers(model, inputs, branches=BRANCHES[name], engine=engine)
+    assert sorted(zip(scores.layers, scores.branches)) == sorted(expected)
+    for unit, layer, part, row in zip(scores.names, scores.layers, scores.branches, scores.by_sample.tolist()):
+        assert unit == f"{entry.units[layer]}.{part}"
+        off = scored(entry, model, inputs, modules[unit], zeros)
+        np.testing.assert_allclose(row, off, rtol=1e-6, err_msg=unit)
+    if engine == "auto" and name == "WanTransformer3DModel":
+        assert scores.block_evaluations == 9 * 10 / 2 / 3
+        one = attribute_layers(model, inputs, branches=BRANCHES[name], blocks=[1])
+        assert one.names == ("blocks.1.attn1", "blocks.1.attn2", "blocks.1.ffn")
+        np.testing.assert_allclose(one.by_sample, scores.by_sample[3:6], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "branches, error, message",
+    [
+        (["attention"], ValueError, "no block has a module 'attention'; blocks.0 has: norm1, attn1"),
+        (["norm1", "attn1", "attn2", "ffn"], ValueError, "norm1 changes nothing in what blocks.0 returns"),
+        (["attn1.to_q", "attn2", "ffn"], ValueError, "blocks.0 does not add the result of blocks.0.attn1.to_q"),
+        (["attn1"], ValueError, "name all of its branches"),
+        ([], TypeError, "names of modules inside the blocks"),
+        ("attn1", TypeError, "names of modules inside the blocks"),
+    ],
+)
+def test_what_is_no_branch_is_refused(branches: Any, error: type[Exception], message: str) -> None:
+    model, inputs = BY_NAME["WanTransformer3DModel"].made()
+    with pytest.raises(error, match=message):
+        attribute_layers(model, inputs, branches=branches)
