@@ -164,13 +164,13 @@ def run(
             reason = spoiled or f"the budget of {budget:.0f} s was spent"
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             continue
-        own = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
+        reasons = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
         try:
             seconds = seconds_for(case, problem.params, device.type)
-            entry = run_problem(case, problem, device, scale, result["roofline"], own, seconds)
+            entry = run_problem(case, problem, device, scale, result["roofline"], reasons, seconds)
         except CaptureFailed as error:
             print(f"\n{case} {problem.key}: {error}", flush=True)
-            if restart is not None and error.name not in own:
+            if restart is not None and error.name not in reasons:
                 _save(result, out, began, device)
                 restart(out, [*(tuple(item) for item in barred), (case, problem.key, error.name, str(error))])  # type: ignore[list-item]
             spoiled = f"after a failed capture nothing in the same process can be trusted ({error})"[:300]

@@ -336,13 +336,13 @@ Pool = tuple[int, int]
 
 def private_pools(device: torch.device) -> dict[Pool, int]:
     """{id: bytes} of the memory pools that CUDA graphs keep for themselves; empty on the CPU."""
-    found: dict[Pool, int] = {}
+    sizes: dict[Pool, int] = {}
     if device.type == "cuda":
         for segment in torch.cuda.memory_snapshot():
             pool = tuple(segment["segment_pool_id"])
             if segment["device"] == (device.index or 0) and pool != (0, 0):
-                found[pool] = found.get(pool, 0) + segment["total_size"]
-    return found
+                sizes[pool] = sizes.get(pool, 0) + segment["total_size"]
+    return sizes
 
 
 def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -> int:
@@ -357,8 +357,8 @@ def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -
         kept = call()
         torch.cuda.synchronize(device)
         del kept
-        own = sum(size for pool, size in private_pools(device).items() if pool in pools)
-        return torch.cuda.max_memory_allocated(device) - before + own
+        replayed = sum(size for pool, size in private_pools(device).items() if pool in pools)
+        return torch.cuda.max_memory_allocated(device) - before + replayed
     from torch.profiler import ProfilerActivity, profile
 
     with warnings.catch_warnings():

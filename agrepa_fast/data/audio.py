@@ -188,10 +188,10 @@ def _claimed_share(log: str) -> float:
 
     libsndfile writes it into its log, and then reads only what is there.
     """
-    found = _CLAIM.search(log)
-    if found is None:
+    match = _CLAIM.search(log)
+    if match is None:
         return 1.0
-    claimed, real = int(found[1]), int(found[2])
+    claimed, real = int(match[1]), int(match[2])
     # A program that writes to a pipe cannot know the size: 0xffffffff (ffmpeg) or 0x7ffff000 and more (SoX).
     return claimed / max(real, 1) if real < claimed < UNKNOWN_SIZE else 1.0
 
@@ -199,8 +199,8 @@ def _claimed_share(log: str) -> float:
 def _nist_frames(path: Path) -> int:
     """The number of frames that the text header of a NIST SPHERE file claims; 0 if it gives none."""
     with open(path, "rb") as file:
-        found = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
-    return int(found[1]) if found else 0
+        match = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _cut_ogg(path: Path) -> bool:

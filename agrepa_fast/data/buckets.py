@@ -116,12 +116,12 @@ class BucketBatches:
         """
         frames, indices = self.batch(step)
         rng = np.random.default_rng([self.seed, step, self.rank])
-        found: list[int] = []
+        clips: list[int] = []
         for other, groups in reversed(self._buckets):
-            if other <= frames and len(found) < count:
+            if other <= frames and len(clips) < count:
                 members = np.setdiff1d(np.concatenate([members for members, _ in groups]), indices)
-                found += rng.permutation(members)[: count - len(found)].tolist()
-        return found
+                clips += rng.permutation(members)[: count - len(clips)].tolist()
+        return clips
 
     def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The batches of all ranks together, in order; the same on every rank."""

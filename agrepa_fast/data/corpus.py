@@ -125,12 +125,12 @@ def _write_wav(path: Path, waveform: Array, rate: int) -> None:
 
 def _holds(folder: Path, record: dict[str, int]) -> bool:
     try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        recorded = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     clips = record["speech"] + record["audio"]
     complete = (folder / "metadata.csv").is_file() and len(list((folder / "wav").glob("*.wav"))) == clips
-    return found == record and complete
+    return recorded == record and complete
 
 
 def _describe(record: dict[str, int]) -> str:

@@ -26,11 +26,9 @@ def verdict_file(paths: Iterable[Path]) -> Path | None:
 
     None if the user has no such folder, or if the files have no folder in common.
     """
-    given = os.environ.get("AGREPA_CACHE")
+    chosen = os.environ.get("AGREPA_CACHE")
     try:
-        folder = (
-            Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
-        )
+        folder = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast")
         common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     except (RuntimeError, ValueError):
         return None

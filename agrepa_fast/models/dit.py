@@ -307,7 +307,7 @@ class DiT(FixedBuffers):
         )
         model = cls(config)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        own = {}
+        renamed = {}
         for name, source in released_names(config).items():
             rows, *rest = shapes[name]
             expected = [rows // len(source), *rest]
@@ -318,8 +318,8 @@ class DiT(FixedBuffers):
                     raise ValueError(
                         f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
                     )
-            own[name] = torch.cat([state_dict[key] for key in source])
-        model.load_state_dict(own)
+            renamed[name] = torch.cat([state_dict[key] for key in source])
+        model.load_state_dict(renamed)
         return model
 
 

@@ -68,14 +68,14 @@ def score_layers(
         clips = list(range(len(indices))) * len(probe.t_grid)
         # With fewer samples than ranks, every rank takes all samples.
         parts = world_size() if len(clips) >= world_size() else 1
-        mine = slice(rank() if parts > 1 else 0, None, parts)
+        rows = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
             backbone.network,
-            {name: value[mine] for name, value in inputs.items()},
+            {name: value[rows] for name, value in inputs.items()},
             metric=probe.metric,
-            domains=domains[mine],
+            domains=domains[rows],
             branches=branches,
-            clips=clips[mine],
+            clips=clips[rows],
             max_samples=len(indices),
         )
     if parts > 1:
@@ -210,9 +210,9 @@ def text_batch(
     if frames > config.dit.max_frames:
         longest = config.dit.max_frames / config.mel.frame_rate
         raise UserError(f"--seconds: reference and {seconds:g} s are more than the model's {longest:.1f} s")
-    for option, given in (("--text", text), ("--reference-text", reference_text)):
+    for option, value in (("--text", text), ("--reference-text", reference_text)):
         try:
-            encode_text(given)
+            encode_text(value)
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
     words = " ".join(part for part in (reference_text, text) if part)

@@ -137,12 +137,12 @@ class TrainStep:
     def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         last = len(inputs) - 1
-        for number, given in enumerate(inputs):
+        for number, batch in enumerate(inputs):
             local = isinstance(self._forward, DistributedDataParallel) and number < last
             with self._forward.no_sync() if local else contextlib.nullcontext():
-                draws = self.objective.draw(given)
+                draws = self.objective.draw(batch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, metrics = self._forward(given, draws, self.align_weight if aligned else None)
+                    loss, metrics = self._forward(batch, draws, self.align_weight if aligned else None)
                 (loss / len(inputs)).backward()
             if aligned:
                 self.objective.observe(metrics)
@@ -165,14 +165,14 @@ class TrainStep:
         self.skipped.copy_(torch.stack([row, torch.maximum(row, self.skipped[1]), self.skipped[2] + bad]))
         self.meter.add({**metrics, "grad_norm": norm})
 
-    def _replay(self, given: StepInputs, aligned: bool) -> None:
+    def _replay(self, inputs: StepInputs, aligned: bool) -> None:
         """Run the step on the static inputs of this shape: eagerly WARMUP times, then recorded, then replayed."""
-        key = (given.layout(), self._topology)
+        key = (inputs.layout(), self._topology)
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = _Shape(given.clone())
+            shape = self._shapes[key] = _Shape(inputs.clone())
         else:
-            shape.static.copy_(given)
+            shape.static.copy_(inputs)
         # Warm-up and recording run on the tensors of the replays. torch.compile guards the strides of a tensor and
         # which arguments are the same tensor; if these differed, it would compile during the recording.
         if shape.warm < WARMUP:

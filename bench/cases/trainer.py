@@ -52,8 +52,8 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
         if scale == "quick":
             return [_problem("demo", 4, QUICK_FRAMES, "equal", "float32")]
         return [_problem("small", 4, 256, lengths, "float32") for lengths in ("equal", "mixed")]
-    found = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
-    return found + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
+    chosen = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
+    return chosen + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
 
 
 def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, changes: tuple[str, ...] = ()) -> Problem:
