@@ -148,8 +148,8 @@ def run(
         resumed: the result of an earlier process to go on with; its problems are not run again.
         barred: (case, key, provider, reason) of captures that failed in an earlier process.
         restart: called with the file and all barred captures when a capture fails, to go on in a new process, because
-            after
-            the failure this process's allocator still believes that it is capturing. None skips the rest of the run.
+            after the failure this process's allocator still believes that it is capturing. None skips the rest of the
+            run.
     """
     began = time.perf_counter() - (0.0 if resumed is None else resumed["seconds"])
     result = _begin(chosen, device, scale) if resumed is None else {**resumed, "skipped": []}

@@ -1,8 +1,7 @@
 """Pictures of results as PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
 
 Each file holds a digest of what it shows. So an outdated picture is found without comparing pixels, which differ
-between
-versions of matplotlib.
+between versions of matplotlib.
 """
 
 from __future__ import annotations

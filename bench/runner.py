@@ -46,8 +46,7 @@ def run_problem(
 
     Args:
         barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
-            fails
-            with that reason if it consists of one.
+            fails with that reason if it consists of one.
         seconds: after so long no rival is built any more, and one that is being built is given up. Ours is always
             built.
 
@@ -142,10 +141,8 @@ def _run_alone(
     """Keep one provider in memory at a time: build, time and free each one, in order and then in reverse order.
 
     The middle of both passes is the same moment for every provider, so a steady drift favours none. Ours is the first
-    and, a
-    second time, the last; the difference of the two shows the drift within a pass. The second pass is left out if the
-    first
-    took more than half of the problem's time.
+    and, a second time, the last; the difference of the two shows the drift within a pass. The second pass is left out
+    if the first took more than half of the problem's time.
     """
     providers = sorted(with_again(gated.setup), key=lambda p: p.name != gated.setup.expression)
     effort = EFFORT[device.type][scale]
@@ -196,8 +193,7 @@ def _entry(rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> dict[
     """Speed-ups, verdicts and the noise floor from the rows of a problem.
 
     A speed-up compares times of the same timer: if ours is replayed from a graph and a row cannot be, it compares the
-    eager
-    calls of both.
+    eager calls of both.
     """
     ours = next(name for name, row in rows.items() if row["role"] == "ours")
     passed = ours in timings and AGAIN in timings

@@ -81,8 +81,7 @@ def read_header(path: str | Path) -> Header:
 
     Raises:
         UserError: as `read_audio`, as far as it shows without decoding: missing, empty, unreadable, truncated, without
-            samples,
-            at an absurd rate, longer than 100 hours.
+            samples, at an absurd rate, longer than 100 hours.
     """
     with _opened(Path(path)) as file:
         return _header(Path(path), file)
@@ -92,15 +91,12 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
     """One sound file as mono float32 [S] at `sample_rate` Hz.
 
     Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
-    average has
-    less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a ratio with
-    a
-    denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
+    average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a
+    ratio with a denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
 
     Raises:
         UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-            after
-            resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
+            after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
     """
     path = Path(path)
     with _opened(path) as file:

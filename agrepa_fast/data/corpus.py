@@ -29,12 +29,9 @@ def write_corpus(
     """Write `speech` spoken clips and `audio` sound events of 0.5 to 2 s; return the path of metadata.csv.
 
     The folder gets wav/*.wav (16-bit mono at `sample_rate` Hz), metadata.csv (`audio_file|text|domain|speaker`, the two
-    domains
-    alternating) and corpus.json. A spoken clip has one to three of 20 words in one of six voices; a sound event is of
-    one of 13
-    classes, with a caption. Clip i depends on the seed and i alone, so a larger corpus begins with the clips of a
-    smaller one.
-    A folder that holds the same corpus is reused. The folder appears complete or not at all.
+    domains alternating) and corpus.json. A spoken clip has one to three of 20 words in one of six voices; a sound event
+    is of one of 13 classes, with a caption. Clip i depends on the seed and i alone, so a larger corpus begins with the
+    clips of a smaller one. A folder that holds the same corpus is reused. The folder appears complete or not at all.
 
     Raises:
         UserError: the folder holds anything else.

@@ -90,8 +90,7 @@ def read_by_stem(
     """Match rows to the sound files in the table's folder by stem: ID, YID, ID_start or ID_start_end.
 
     A name that is the path of a file means that file. Rows without a file are left out with a warning. labels: the text
-    is a
-    list of labels, separated by commas.
+    is a list of labels, separated by commas.
 
     Raises:
         UserError: no row has a file, or several files fit one row.

@@ -1,8 +1,7 @@
 """A memory of files that were fine at an earlier start, by path, size and time of change, so that none is read twice.
 
 The file of verdicts begins with a digest of its content. A damaged one is ignored and written anew; if it cannot be
-written,
-the next start only takes longer.
+written, the next start only takes longer.
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ class TokenConditioner(FixedBuffers):
 
         Args:
             tokens: [B, S, K] int64, each below its vocabulary's size (not checked, since that would wait for the
-                device). Tokens
-                beyond a sample's length are not read.
+                device). Tokens beyond a sample's length are not read.
             token_lengths: [B]; 0 means no tokens, which gives the null embedding, zeros.
             vocabulary: [B] index into `vocabularies`.
             mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.

@@ -221,8 +221,7 @@ class DiT(FixedBuffers):
             t: [B] in [0, 1], 0 = noise, 1 = data.
             cond: [B, T, C], or None for a model without a condition.
             mask: [B, T] bool, True = real frame. No frame attends to padded frames, and what x_t and cond hold there,
-                nan
-                included, does not change the others.
+                nan included, does not change the others.
             hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is returned too.
 
         Returns:
@@ -281,10 +280,8 @@ class DiT(FixedBuffers):
         """Load the network from a checkpoint in the layout of AG-REPA's released code.
 
         Sizes are read from the shapes, except the number of heads, which the shapes do not show. Token tables, teacher
-        projections
-        and alignment heads in the state dict belong to other modules and are ignored (`TokenConditioner.from_released`
-        reads the
-        tables).
+        projections and alignment heads in the state dict belong to other modules and are ignored
+        (`TokenConditioner.from_released` reads the tables).
 
         Raises:
             ValueError: names the first missing key, or the shape that does not fit.

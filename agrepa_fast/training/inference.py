@@ -199,8 +199,7 @@ def text_batch(
 
     Raises:
         UserError: a text that is empty or not valid Unicode, a length that does not fit, a vocabulary that is not text,
-            or
-            an unreadable reference.
+            or an unreadable reference.
     """
     vocabulary = config.data.vocabulary_of.get(domain, "text")
     if vocabulary not in config.data.vocabularies or config.data.vocabularies[vocabulary] != (BYTE_VOCABULARY,):

@@ -1,8 +1,7 @@
 """The training state in state.pt: taken from a trainer, checked when it is read, and given back.
 
 A file is checked in full before anything uses it. So a checkpoint of another version, or one that was edited, is
-refused
-in one line that names the key.
+refused in one line that names the key.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One optimizer step without a host sync: forward, loss, backward, clip, AdamW, EMA, metrics.
 
 Everything that changes from step to step is in tensors. So the step can run as it is ("eager"), with forward and
-backward
-compiled ("compile"), or as one captured CUDA graph for each batch shape ("graph").
+backward compiled ("compile"), or as one captured CUDA graph for each batch shape ("graph").
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class TrainStep:
     """`step(inputs, align_weight, lr)` trains on one batch, or on several whose gradients are averaged.
 
     A step whose gradient norm is not finite is dropped on the device by AdamW's own `found_inf`. All ranks drop it
-    alike,
-    because the norm is that of the averaged gradients. `skipped` counts such steps.
+    alike, because the norm is that of the averaged gradients. `skipped` counts such steps.
 
     Args:
         objective, optimizer, ema: are updated in place.
@@ -122,8 +120,7 @@ class TrainStep:
         """Prepare for another set of active heads: freeze the other heads, and build DDP anew.
 
         The loss would give inactive heads zero gradients, and DDP would average those zeros over the ranks in every
-        step. With
-        frame-wise heads on every layer that is more traffic than the network's own gradients.
+        step. With frame-wise heads on every layer that is more traffic than the network's own gradients.
         """
         self._topology = topology
         active = self.objective.alignment.active_heads if aligned else ()

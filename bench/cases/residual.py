@@ -2,8 +2,7 @@
 
 x, branch [B, T, D]; gate, shift, scale [B, D]; rows = B T. Least bytes: every tensor of R D elements once (forward of
 gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx,
-dbranch),
-and the modulation and its gradients.
+dbranch), and the modulation and its gradients.
 """
 
 from __future__ import annotations

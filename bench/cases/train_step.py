@@ -1,12 +1,9 @@
 """One training step on cached teacher features: forward, flow-matching and alignment loss, backward, clip, AdamW.
 
 Least work: three times the forward's operations (backward has two products for each). Every provider starts from the
-same
-weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which has
-heads
-on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper size one
-provider
-is in memory at a time.
+same weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which
+has heads on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper
+size one provider is in memory at a time.
 """
 
 from __future__ import annotations

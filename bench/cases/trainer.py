@@ -1,13 +1,10 @@
 """What each change of our trainer to a straightforward step is worth, one after the other.
 
 All providers have the same model, loss, random numbers and clips; from the second one on each keeps the changes of the
-one
-before. mel [B, T, M], tokens [B, S, 1], pooled features of two teachers. Dropout is 0, so that losses can be compared.
-"equal" is one step on clips of equal length. "mixed" is four steps of B clips each: the straightforward form shuffles
-the
-clips and pads a batch to T; the trainer batches the clips of each quarter of T, as its buckets do. The learning rate is
-0,
-so that the order of the steps cannot matter; no provider gets cheaper by it.
+one before. mel [B, T, M], tokens [B, S, 1], pooled features of two teachers. Dropout is 0, so that losses can be
+compared. "equal" is one step on clips of equal length. "mixed" is four steps of B clips each: the straightforward form
+shuffles the clips and pads a batch to T; the trainer batches the clips of each quarter of T, as its buckets do. The
+learning rate is 0, so that the order of the steps cannot matter; no provider gets cheaper by it.
 """
 
 from __future__ import annotations
