@@ -179,7 +179,7 @@ class _Native:
     names = None  # of its blocks: their numbers
 
     def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
-        self.model = model
+        self.model = model = native.whole(model)
         self.inputs = by_name(inputs)
         self.depth = model.depth
         self.samples = self.inputs["x_t"].shape[0]

@@ -197,7 +197,9 @@ class Watcher:
             if places:
                 state[j] = places[0]
         site.state = site.state or state
-        site.aside |= bool(moved) and moved[0] in constant and moved[0] not in state.values()
+        # What comes first is what a block works on: a decoder's layer takes its state and then the encoder's.
+        leading = [p for p in call.arguments if p in state.values() or (p in moved and p in constant)]
+        site.aside |= bool(leading) and leading[0] not in state.values()
         if site.whole is not None:
             template = site.whole[1]
             opaque = any(leaf is not None and not isinstance(leaf, int | float | bool | str) for leaf in template)
