@@ -85,6 +85,9 @@ class Choice:
         ]
         if not self.named and not all(site.aside for site in singles):
             singles = [site for site in singles if not site.aside]
+        for site in singles:
+            if site.unclear:
+                raise ValueError(site.unclear)
         self._who_adds(singles)
         blocks += [Block(site.name, (site,)) for site in singles]
         order = {call.module: call.order for call in reversed(self.calls)}
