@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..attribution.scores import LayerScores, read_scores
+from ..attribution.files import read_scores
+from ..attribution.scores import LayerScores
 from ..errors import UserError
 from . import html
 from .log import Log, current_timeline, read_log
