@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agrepa_fast.attribution import adapters
+from agrepa_fast.attribution.foreign import register
 from agrepa_fast.teachers import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # docs/teachers.md registers one, docs/attribution/register.md an adapter
     monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+    monkeypatch.setattr(register, "_ADAPTERS", dict(register._ADAPTERS))
     if page.name == "f5-tts.md":
         f5_tts_without_its_trainer(monkeypatch)
     namespace: dict = {"__name__": "example"}
