@@ -16,6 +16,7 @@ from .alignment.loss import AlignmentLoss  # noqa: E402
 from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
+from .attribution.foreign.hidden import HiddenStates  # noqa: E402
 from .attribution.plan import AblationPlan  # noqa: E402
 from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scores import LayerScores  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "AlignmentSchedule",
     "DiT",
     "DiTConfig",
+    "HiddenStates",
     "InterfaceLoss",
     "LayerScores",
     "LayerSelection",

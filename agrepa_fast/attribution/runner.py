@@ -22,6 +22,8 @@ from .. import ops
 from ..models.dit import DiT
 from . import graph, native
 from .foreign.drive import BlockModel, NotAStaircase, eager
+from .foreign.hidden import paused
+from .foreign.wrapped import unsharded, unwrap
 from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
@@ -90,8 +92,8 @@ def attribute_layers(
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     if max_samples is not None:
         whole_number("max_samples", max_samples, 1)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
+    model = unwrap(model)
+    with probing(model), unsharded(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
         network: _Native | _Foreign
         if isinstance(model, DiT):
             if block_list is not None:
@@ -302,7 +304,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; training flags and random state are put back on every exit.
 
     Probes of several threads run one after the other. A thread that trains the same model must not run meanwhile."""
-    with _ONE_PROBE, _evaluated(model):
+    with _ONE_PROBE, paused(model), _evaluated(model):
         yield
 
 

@@ -1,0 +1,377 @@
+"""Hidden states of any model without hooks: `HiddenStates` takes what chosen blocks return on the way through forward.
+
+A block's `forward` is replaced, on the instance, by an object that calls it and keeps its result. Unlike a forward
+hook, this is also seen by code that was compiled before, and by models that call `block.forward` themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.dit import DiT
+from .find import find_blocks
+from .register import adapter_of
+from .wrapped import unwrap
+
+_INSTALLED: weakref.WeakSet[Intercept] = weakref.WeakSet()
+# Without it torch.compile(fullgraph=True) refuses activation checkpointing around a block whose result is kept.
+_CHECKPOINT_FLAG = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+_flag_before = False
+
+
+class Intercept:
+    """Called in place of a module's `forward`. Copies and pickles of the module get the module's own forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.on = True
+
+    def install(self) -> None:
+        global _flag_before
+        config = torch._dynamo.config
+        if not _INSTALLED and hasattr(config, _CHECKPOINT_FLAG):
+            _flag_before = getattr(config, _CHECKPOINT_FLAG)
+            setattr(config, _CHECKPOINT_FLAG, True)
+        _INSTALLED.add(self)
+        self.on_instance = "forward" in vars(self.module)
+        self.own: Callable[..., Any] = self.module.forward
+        vars(self.module)["forward"] = self
+
+    def remove(self) -> None:
+        _INSTALLED.discard(self)
+        if not _INSTALLED and hasattr(torch._dynamo.config, _CHECKPOINT_FLAG):
+            setattr(torch._dynamo.config, _CHECKPOINT_FLAG, _flag_before)
+        outer, current = None, vars(self.module).get("forward")
+        while isinstance(current, Intercept) and current is not self:
+            outer, current = current, current.own
+        if current is not self:  # another library has wrapped this forward since: it goes on calling us
+            self.on = False
+        elif outer is not None:
+            outer.own, outer.on_instance = self.own, self.on_instance
+        elif self.on_instance:
+            vars(self.module)["forward"] = self.own
+        else:
+            del vars(self.module)["forward"]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # where `inspect.signature` looks
+        return self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.own, memo)  # of a bound method: bound to the copy of its module
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.own,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@contextlib.contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Nothing that stands in for a forward inside `model` keeps anything; for probes, which run the blocks too."""
+    modules = set(model.modules())
+    running = [intercept for intercept in _INSTALLED if intercept.on and intercept.module in modules]
+    try:
+        for intercept in running:
+            intercept.on = False
+        yield
+    finally:
+        for intercept in running:
+            intercept.on = True
+
+
+def _records() -> bool:
+    """Whether this is a forward pass; activation checkpointing runs blocks again in the backward pass."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+
+class BlockTap(Intercept):
+    """Keeps what a block returns, and which of its results go on to the next block under which argument's name."""
+
+    def __init__(self, module: nn.Module, before: BlockTap | None) -> None:
+        super().__init__(module)
+        self.before = before
+        self.keep = False
+        self.copy = False
+        self.parameters: list[str] = []
+        self.clear()
+
+    def install(self) -> None:
+        self.parameters = list(inspect.signature(self.module.forward).parameters)
+        super().install()
+
+    def clear(self) -> None:
+        self.output: Any = None
+        self.copies: dict[Any, Tensor] = {}
+        self.versions: dict[Any, int] = {}
+        self.goes_on: dict[str, Any] = {}
+        self.with_grad = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recording = self.on and _records()
+        if recording and self.before is not None:
+            self.before.note({**dict(zip(self.parameters, args)), **kwargs})
+        output = self.own(*args, **kwargs)
+        if recording and self.keep:
+            self.output, self.with_grad = output, torch.is_grad_enabled()
+            if self.copy:
+                self.copies = {key: value.clone() for key, value in _results(output).items()}
+            elif not torch.compiler.is_compiling():
+                self.versions = {key: _version(value) for key, value in _results(output).items()}
+        return output
+
+    def note(self, arguments: Mapping[str, Any]) -> None:
+        """Which of the results kept are the next block's arguments."""
+        results = _results(self.output)
+        if len(results) > 1:
+            self.goes_on = {
+                name: key
+                for name, value in arguments.items()
+                for key, result in results.items()
+                if isinstance(value, Tensor) and value is result
+            }
+
+
+class NetworkTap(Intercept):
+    """Asks a `DiT`, which returns hidden states itself, for those of some layers."""
+
+    def __init__(self, module: DiT, layers: Sequence[int]) -> None:
+        super().__init__(module)
+        self.layers = tuple(layers)
+        self.clear()
+
+    def clear(self) -> None:
+        self.states: dict[int, Tensor] = {}
+        self.with_grad = False
+
+    def __call__(self, *args: Any, hidden_layers: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        if len(args) > 4:
+            *args, hidden_layers = args  # type: ignore[assignment]
+        if not self.on:
+            return self.own(*args, hidden_layers=hidden_layers, **kwargs)
+        velocity, states = self.own(*args, hidden_layers=(*self.layers, *(hidden_layers or ())), **kwargs)
+        self.states, self.with_grad = {layer: states[layer] for layer in self.layers}, torch.is_grad_enabled()
+        if hidden_layers is None:
+            return velocity
+        return velocity, {layer: states[layer] for layer in hidden_layers}
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+def _results(output: Any) -> dict[Any, Any]:
+    """The tensors that a block returns, by position or key."""
+    if isinstance(output, Tensor):
+        return {0: output}
+    if isinstance(output, Mapping):
+        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+    if isinstance(output, tuple | list):
+        return {key: value for key, value in enumerate(output) if isinstance(value, Tensor)}
+    return {}
+
+
+class HiddenStates:
+    """The residual stream after chosen blocks, of any model whose blocks `attribute_layers` finds.
+
+        with ag.HiddenStates(model, layers=[3, 7]) as states:
+            velocity = model(**batch)      # as before: the same bits
+            hidden = states.read()         # {3: [B, T, D], 7: [B, T, D]}, on the graph of the velocity
+
+    The model may be compiled (before or after, also with fullgraph=True and activation checkpointing), wrapped
+    (`DistributedDataParallel`, `fully_shard`, PEFT, accelerate) or get LoRA layers while this is attached. A probe
+    (`attribute_layers`) keeps nothing here. Copies of the model (an EMA) and its state dict hold no trace of it.
+
+    Args:
+        model: a `DiT`, or any module whose forward runs a list of blocks; wrappers are looked through.
+        layers: which blocks, by number (0-based, as `attribute_layers` counts them) or by the model's own name
+            ("transformer_blocks.3"); None: all.
+        state: where a block returns several tensors, which one is wanted: the name of the argument under which the next
+            block takes it ("hidden_states"), or its position in the result. None: the only one that goes on.
+        block_list: dotted name(s) of the block lists; None: those registered for the class, or found by usual names.
+        copy: keep copies, for blocks that write into their input (an error says so, except in compiled code).
+
+    Attributes:
+        layers: the numbers, ascending. names: {number: the model's own name} of all blocks.
+
+    Raises:
+        ValueError: no block list, or a layer that does not exist; names what there is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int | str] | None = None,
+        state: str | int | None = None,
+        block_list: str | Sequence[str] | None = None,
+        copy: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if state is not None and (isinstance(state, bool) or not isinstance(state, str | int)):
+            raise TypeError(f"state: expected the name of an argument or a position, got {state!r:.60}")
+        self.model = unwrap(model)
+        self.state, self.copy = state, copy
+        self.attached = False
+        self._native: NetworkTap | None = None
+        self._taps: list[BlockTap] = []
+        if isinstance(self.model, DiT):
+            self.names = {layer: str(layer) for layer in range(self.model.depth)}
+            self._native = NetworkTap(self.model, ())
+        else:
+            names, blocks = find_blocks(self.model, block_list or adapter_of(self.model).block_list)
+            self.names = dict(enumerate(names))
+            for block in map(unwrap, blocks):
+                self._taps.append(BlockTap(block, self._taps[-1] if self._taps else None))
+        self.select(list(self.names) if layers is None else layers)
+
+    def select(self, layers: Sequence[int | str]) -> None:
+        """Keep the states of these layers from now on. A compiled model is compiled once more for each set."""
+        numbers = {name: layer for layer, name in self.names.items()} | {layer: layer for layer in self.names}
+        for layer in layers:
+            if isinstance(layer, bool) or layer not in numbers:
+                raise ValueError(
+                    f"layers: {type(self.model).__name__} has no layer {layer!r}, only 0 to {len(self.names) - 1} "
+                    f"({self.names[0]!r} to {self.names[len(self.names) - 1]!r})"
+                )
+        self.layers = tuple(sorted({numbers[layer] for layer in layers}))
+        if not self.layers:
+            raise ValueError("layers: expected at least one layer")
+        if self._native is not None:
+            self._native.layers = self.layers
+        last = len(self._taps) - 1
+        for number, tap in enumerate(self._taps):
+            # Nothing follows the last block: which of its results is which, the block before it tells.
+            tap.keep = number in self.layers or (number == last - 1 and last in self.layers)
+            tap.copy = self.copy
+        self.clear()
+
+    @property
+    def on(self) -> bool:
+        """Whether states are kept; switched off, an attached model runs as it would without."""
+        return self._intercepts()[0].on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        for intercept in self._intercepts():
+            intercept.on = value
+        if not value:
+            self.clear()
+
+    def attach(self) -> HiddenStates:
+        """Take part in the model's forward from now on; also entered by `with`."""
+        if not self.attached:
+            for intercept in self._intercepts():
+                intercept.install()
+            self.attached = True
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        if self.attached:
+            for intercept in self._intercepts():
+                intercept.remove()
+            self.attached = False
+        self.clear()
+
+    def __enter__(self) -> HiddenStates:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def clear(self) -> None:
+        """Forget the states of the last forward."""
+        for intercept in self._intercepts():
+            intercept.clear()
+
+    def read(self) -> dict[int, Tensor]:
+        """{layer: state} of the last forward, once: the next read needs another forward.
+
+        Raises:
+            ValueError: no forward since the last read; states recorded without gradient where gradients are recorded
+                now; several results of a block without `state`, or none that it names.
+        """
+        if self._native is not None:
+            states, with_grad = dict(self._native.states), self._native.with_grad
+            if not states:
+                self._refuse_missing(self.layers[0])
+        else:
+            states = {layer: self._pick(layer) for layer in self.layers}
+            with_grad = all(self._taps[layer].with_grad for layer in self.layers)
+        if torch.is_grad_enabled() and not with_grad:
+            raise ValueError(
+                "the hidden states were recorded without gradient: run the forward outside torch.no_grad(), and "
+                "activation checkpointing with use_reentrant=False"
+            )
+        self.clear()
+        return states
+
+    def _intercepts(self) -> list[Any]:
+        return self._taps if self._native is None else [self._native]
+
+    def _refuse_missing(self, layer: int) -> None:
+        if not self.attached:
+            raise ValueError("hidden states: not attached; use `with states:` around the forward, or states.attach()")
+        raise ValueError(
+            f"hidden states: none of {self.names[layer]} (layer {layer}) since the last read: run the model's forward "
+            "before each read"
+        )
+
+    def _pick(self, layer: int) -> Tensor:
+        tap = self._taps[layer]
+        if tap.output is None:
+            self._refuse_missing(layer)
+        results = _results(tap.output)
+        if len(results) == 1 and (self.state is None or isinstance(tap.output, Tensor)):
+            return self._unchanged(tap, *results)
+        names = tap.goes_on
+        if not names and tap.before is not None and layer == len(self._taps) - 1:
+            names = tap.before.goes_on
+        key = self.state
+        if isinstance(key, str):
+            key = names.get(key, key)  # of a mapping, its own keys are names as well
+        elif key is None and len(set(names.values()) & set(results)) == 1:
+            [key] = set(names.values()) & set(results)
+        if key is None or key not in results:
+            raise ValueError(self._options(layer, results, names))
+        return self._unchanged(tap, key)
+
+    def _unchanged(self, tap: BlockTap, key: Any) -> Tensor:
+        """A result as the block returned it."""
+        if self.copy:
+            return tap.copies[key]
+        state = _results(tap.output)[key]
+        if tap.versions and tap.versions[key] != _version(state):
+            raise ValueError(
+                f"{self.names[self._taps.index(tap)]}: what follows it writes into its result: use "
+                "HiddenStates(..., copy=True)"
+            )
+        return state
+
+    def _options(self, layer: int, results: Mapping[Any, Tensor], names: Mapping[str, Any]) -> str:
+        by_key = {key: name for name, key in names.items()}
+        options = ", ".join(
+            f"{by_key[key]!r} (result {key!r}, {list(value.shape)})"
+            if key in by_key
+            else f"{key!r} {list(value.shape)}"
+            for key, value in results.items()
+        )
+        wanted = "" if self.state is None else f", none of which is {self.state!r}"
+        return (
+            f"state: {self.names[layer]} (layer {layer}) returns {options or 'no tensor'}{wanted}: "
+            "choose one by name or position, as HiddenStates(..., state=...)"
+        )
