@@ -11,6 +11,8 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "pyproject
     __path__.append(str(_checkout))
 
 from . import ops  # noqa: E402
+from .alignment.aligner import Aligner  # noqa: E402
+from .alignment.choice import ProbePlan  # noqa: E402
 from .alignment.interface import InterfaceLoss  # noqa: E402
 from .alignment.loss import AlignmentLoss  # noqa: E402
 from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
@@ -22,9 +24,11 @@ from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scores import LayerScores  # noqa: E402
 from .models.conditioning import TokenConditioner  # noqa: E402
 from .models.dit import DiT, DiTConfig  # noqa: E402
+from .models.flow import probe_inputs  # noqa: E402
 
 __all__ = [
     "AblationPlan",
+    "Aligner",
     "AlignmentLoss",
     "AlignmentSchedule",
     "DiT",
@@ -33,6 +37,7 @@ __all__ = [
     "InterfaceLoss",
     "LayerScores",
     "LayerSelection",
+    "ProbePlan",
     "SimilarityStop",
     "TokenConditioner",
     "align_time",
@@ -40,6 +45,7 @@ __all__ = [
     "choose_layers",
     "layer_sensitivity",
     "ops",
+    "probe_inputs",
     "select_layers",
     "timestep_weight",
 ]

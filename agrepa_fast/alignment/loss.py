@@ -72,6 +72,8 @@ class AlignmentLoss(FixedBuffers):
             "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
         standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
             (iREPA); frame by frame only.
+        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
+            backward pass; in return `select` changes nothing that torch.compile has traced.
         process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
             a group of this rank alone (`new_group([rank])`) each rank takes its own means.
     """
@@ -89,6 +91,7 @@ class AlignmentLoss(FixedBuffers):
         objective: str = "cosine",
         standardise_targets: bool = False,
         process_group: ProcessGroup | None = None,
+        every_head: bool = False,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -108,6 +111,7 @@ class AlignmentLoss(FixedBuffers):
         self.layers = selection.layers
         self.pool = pool
         self.process_group = process_group
+        self.every_head = every_head or pool is not None
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
@@ -152,7 +156,7 @@ class AlignmentLoss(FixedBuffers):
     def _remember(self, chosen: dict[int, float]) -> None:
         """Keep {selected layer: weight} on the host, where it decides which heads run."""
         self._chosen = chosen
-        self.active = self.layers if self.pool is not None else tuple(chosen)
+        self.active = self.layers if self.every_head else tuple(chosen)
 
     def constants(self) -> dict[str, Tensor]:
         """The buffers: every layer's weight, and whether it is selected."""

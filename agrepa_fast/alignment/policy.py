@@ -17,6 +17,8 @@ from torch import Tensor, distributed
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..attribution.scores import LayerScores
 
 N = TypeVar("N", int, float)
@@ -71,14 +73,15 @@ class LayerSelection:
     def from_state(cls, state: dict) -> LayerSelection:
         return cls(tuple(state["layers"]), tuple(state["weights"]), state.get("method", "fixed"))
 
-    def synchronised(self, device: torch.device | None = None) -> LayerSelection:
-        """Rank 0's selection on every rank of the default process group; itself where there is none.
+    def synchronised(self, device: torch.device | None = None, group: ProcessGroup | None = None) -> LayerSelection:
+        """The first rank's selection on every rank of the process group (None: of all); itself where there is none.
 
-        Every rank must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
+        Every rank of it must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
         box = [self.state()]
-        distributed.broadcast_object_list(box, src=0, device=device)
+        source = 0 if group is None else distributed.get_global_rank(group, 0)
+        distributed.broadcast_object_list(box, src=source, group=group, device=device)
         return LayerSelection.from_state(box[0])
 
     @classmethod

@@ -22,7 +22,7 @@ from .. import ops
 from ..models.dit import DiT
 from . import graph, native
 from .foreign.drive import BlockModel, NotAStaircase, eager
-from .foreign.hidden import paused
+from .foreign.intercept import paused
 from .foreign.wrapped import unsharded, unwrap
 from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number

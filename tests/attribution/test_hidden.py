@@ -160,7 +160,7 @@ def test_an_ambiguous_state_names_the_options():
 
 def test_a_result_that_goes_nowhere_is_no_state():
     class WithWeights(Plain):
-        class block(Block):  # noqa: N801
+        class block(Block):
             def forward(self, hidden, te):
                 return super().forward(hidden, te), hidden.softmax(1)
 
@@ -388,8 +388,9 @@ def test_diffusers_sd3():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
+        pos_embed_max_size=8,
     )  # fmt: skip
     batch = {
         "hidden_states": torch.randn(2, 4, 8, 8),

@@ -1,4 +1,4 @@
-"""Who may import whom: kernels <- ops <- models, attribution, alignment <- training <- cli, and nobody upward."""
+"""Who may import whom: kernels <- ops <- models <- attribution <- alignment <- training <- cli, and nobody upward."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": OPS,
     "models": NETWORK,
     "attribution": NETWORK | {"models", "graphs"},
-    "alignment": NETWORK,
+    "alignment": NETWORK | {"models", "attribution"},
+    "integrations": {"errors", "alignment", "attribution"},
     ROOT_PACKAGE: NETWORK | {"models", "attribution", "alignment"},
     "data": SIDE,
     "teachers": SIDE,
@@ -54,8 +55,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": TRAINING | {"training", "bench"},
     "__main__": {"cli"},
 }
-# These, only for annotations: under `if TYPE_CHECKING:`.
-MAY_ANNOTATE = {"alignment": {"attribution"}}
 # Rooms that must run, or be read, without the rest of the world. Elsewhere any package is allowed.
 OTHER_PACKAGES = {
     "kernels": {"torch", "triton"},
@@ -73,30 +72,19 @@ class Import:
 
     name: str
     line: int
-    annotation: bool
 
 
 def imports(source: str, package: str) -> Iterator[Import]:
     """Every import of a module of `package`, wherever in the file it stands."""
 
-    def visit(node: ast.AST, annotation: bool) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, annotation)
+                yield Import(alias.name, node.lineno)
         elif isinstance(node, ast.ImportFrom):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
-                yield Import(f"{origin}.{alias.name}", node.lineno, annotation)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for child in node.body:
-                yield from visit(child, True)
-            for child in node.orelse:
-                yield from visit(child, annotation)
-        else:
-            for child in ast.iter_child_nodes(node):
-                yield from visit(child, annotation)
-
-    yield from visit(ast.parse(source), False)
+                yield Import(f"{origin}.{alias.name}", node.lineno)
 
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
@@ -108,8 +96,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
         top = item.name.split(".")[0]
         if top == ROOT_PACKAGE:
             target = room_of(item.name)
-            allowed = MAY_IMPORT[room] | {room} | (MAY_ANNOTATE.get(room, set()) if item.annotation else set())
-            if target not in allowed:
+            if target not in MAY_IMPORT[room] | {room}:
                 found.append(f"{module}, line {item.line}: {room} must not import {target} ({item.name})")
         elif top not in sys.stdlib_module_names and top not in OTHER_PACKAGES.get(room, {top}):
             found.append(f"{module}, line {item.line}: {room} must not import the package {top}")
@@ -150,10 +137,9 @@ def test_every_room_has_a_rule(root: Path, pyproject: dict[str, Any]) -> None:
     [
         ("agrepa_fast.attribution.x", "from ..training import trainer"),
         ("agrepa_fast.attribution.x", "def f():\n    from agrepa_fast.training.trainer import Trainer"),
-        ("agrepa_fast.alignment.x", "from ..attribution.scores import LayerScores"),
-        ("agrepa_fast.alignment.x", "from __future__ import annotations\nimport agrepa_fast.attribution.scores"),
-        ("agrepa_fast.alignment.x", "if not TYPE_CHECKING:\n    from ..attribution import scores"),
-        ("agrepa_fast.alignment.x", "if TYPE_CHECKING:\n    pass\nelse:\n    from ..attribution import scores"),
+        ("agrepa_fast.attribution.x", "from ..alignment.policy import LayerSelection"),
+        ("agrepa_fast.attribution.x", "from __future__ import annotations\nimport agrepa_fast.alignment.policy"),
+        ("agrepa_fast.alignment.x", "from ..integrations import hf"),
         ("agrepa_fast.models.x", "if TYPE_CHECKING:\n    from ..attribution.scores import LayerScores"),
         ("agrepa_fast.models.x", "from .. import kernels"),
         ("agrepa_fast.ops.x", "from agrepa_fast import DiT"),
@@ -174,7 +160,7 @@ def test_a_wrong_arrow_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("agrepa_fast.alignment.x", "if TYPE_CHECKING:\n    from ..attribution.scores import LayerScores"),
+        ("agrepa_fast.alignment.x", "from ..attribution.scores import LayerScores"),
         ("agrepa_fast.ops.x", "from ..kernels import residual\nfrom ..reference import residual as plain"),
         ("agrepa_fast.kernels.x", "import math\nimport triton.language as tl\nfrom .residual import kernel"),
         ("agrepa_fast.training.x", "from .. import __version__\nimport yaml"),

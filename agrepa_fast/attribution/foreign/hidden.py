@@ -1,16 +1,13 @@
 """Hidden states of any model without hooks: `HiddenStates` takes what chosen blocks return on the way through forward.
 
-A block's `forward` is replaced, on the instance, by an object that calls it and keeps its result. Unlike a forward
-hook, this is also seen by code that was compiled before, and by models that call `block.forward` themselves.
+What a block returns is kept by an `Intercept` of its forward. Models that return hidden states themselves (`DiT`) are
+asked for them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,84 +15,9 @@ from torch import Tensor, nn
 
 from ...models.dit import DiT
 from .find import find_blocks
+from .intercept import Intercept, records
 from .register import adapter_of
 from .wrapped import unwrap
-
-_INSTALLED: weakref.WeakSet[Intercept] = weakref.WeakSet()
-# Without it torch.compile(fullgraph=True) refuses activation checkpointing around a block whose result is kept.
-_CHECKPOINT_FLAG = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-_flag_before = False
-
-
-class Intercept:
-    """Called in place of a module's `forward`. Copies and pickles of the module get the module's own forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.on = True
-
-    def install(self) -> None:
-        global _flag_before
-        config = torch._dynamo.config
-        if not _INSTALLED and hasattr(config, _CHECKPOINT_FLAG):
-            _flag_before = getattr(config, _CHECKPOINT_FLAG)
-            setattr(config, _CHECKPOINT_FLAG, True)
-        _INSTALLED.add(self)
-        self.on_instance = "forward" in vars(self.module)
-        self.own: Callable[..., Any] = self.module.forward
-        vars(self.module)["forward"] = self
-
-    def remove(self) -> None:
-        _INSTALLED.discard(self)
-        if not _INSTALLED and hasattr(torch._dynamo.config, _CHECKPOINT_FLAG):
-            setattr(torch._dynamo.config, _CHECKPOINT_FLAG, _flag_before)
-        outer, current = None, vars(self.module).get("forward")
-        while isinstance(current, Intercept) and current is not self:
-            outer, current = current, current.own
-        if current is not self:  # another library has wrapped this forward since: it goes on calling us
-            self.on = False
-        elif outer is not None:
-            outer.own, outer.on_instance = self.own, self.on_instance
-        elif self.on_instance:
-            vars(self.module)["forward"] = self.own
-        else:
-            del vars(self.module)["forward"]
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:  # where `inspect.signature` looks
-        return self.own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.own, memo)  # of a bound method: bound to the copy of its module
-
-    def __reduce__(self) -> Any:
-        return _itself, (self.own,)
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-@contextlib.contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Nothing that stands in for a forward inside `model` keeps anything; for probes, which run the blocks too."""
-    modules = set(model.modules())
-    running = [intercept for intercept in _INSTALLED if intercept.on and intercept.module in modules]
-    try:
-        for intercept in running:
-            intercept.on = False
-        yield
-    finally:
-        for intercept in running:
-            intercept.on = True
-
-
-def _records() -> bool:
-    """Whether this is a forward pass; activation checkpointing runs blocks again in the backward pass."""
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 class BlockTap(Intercept):
@@ -121,7 +43,7 @@ class BlockTap(Intercept):
         self.with_grad = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recording = self.on and _records()
+        recording = self.on and records()
         if recording and self.before is not None:
             self.before.note({**dict(zip(self.parameters, args)), **kwargs})
         output = self.own(*args, **kwargs)
@@ -282,7 +204,7 @@ class HiddenStates:
     def detach(self) -> None:
         """Leave the model as it was."""
         if self.attached:
-            for intercept in self._intercepts():
+            for intercept in reversed(self._intercepts()):
                 intercept.remove()
             self.attached = False
         self.clear()
