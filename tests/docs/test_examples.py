@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import agrepa_fast
 from agrepa_fast.attribution.foreign import register
 from agrepa_fast.teachers import registry
 
@@ -36,6 +37,19 @@ def test_examples_run(page, tmp_path, monkeypatch):
     namespace: dict = {"__name__": "example"}
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, f"{name(page)} example", "exec"), namespace)
+
+
+def test_examples_use_public_names():
+    """What a page imports is in `ag`, or in its rooms `ag.data`, `ag.teachers` and `ag.ops`."""
+    deep = {
+        f"{name(page)}: {line.strip()}"
+        for page in PAGES
+        for line in "\n".join(BLOCK.findall(page.read_text())).splitlines()
+        if re.match(r"\s*(from|import) agrepa_fast\.", line)
+    }
+    # A plan's sizes are for who plans by hand; everybody else gives `memory_budget`.
+    assert deep == {"docs/attribution/on-paper.md: from agrepa_fast.attribution.plan import Sizes, split"}
+    assert all(hasattr(agrepa_fast, public) for public in agrepa_fast.__all__)
 
 
 def f5_tts_without_its_trainer(monkeypatch):
