@@ -37,7 +37,7 @@ from .models.dit import DiT, DiTConfig  # noqa: E402
 from .models.flow import probe_inputs  # noqa: E402
 
 if TYPE_CHECKING:
-    from . import data, teachers
+    from . import data, integrations, teachers
 
 __all__ = [
     "AblationPlan",
@@ -64,6 +64,7 @@ __all__ = [
     "dissociation",
     "first_order_scores",
     "gradient_norm_scores",
+    "integrations",
     "lasp",
     "layer_sensitivity",
     "linear_cka",
@@ -83,8 +84,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`ag.data` and `ag.teachers`, imported when they are first used."""
-    if name in ("data", "teachers"):
+    """`ag.data`, `ag.integrations` and `ag.teachers`, imported when they are first used."""
+    if name in ("data", "integrations", "teachers"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
