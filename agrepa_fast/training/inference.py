@@ -1,4 +1,4 @@
-"""What a trained backbone is used for: scoring its layers on clips, and generating mels [B, T, M]."""
+"""Use of a trained backbone: score its layers on clips, and generate mels [B, T, M]."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
 def load_backbone(path: str | Path, device: torch.device, weights: str = "ema") -> tuple[Backbone, Checkpoint]:
-    """The model of a checkpoint (or of a run's newest one), with its "ema" or its live ("model") weights.
+    """The model of a checkpoint, or of a run's newest one, with its EMA weights ("ema") or its live ones ("model").
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another shape.
@@ -52,9 +52,10 @@ def score_layers(
     bf16: bool = False,
     branches: Sequence[str] | None = None,
 ) -> LayerScores:
-    """FoG-A on clips of a data set, at every t of `probe.t_grid`: what `probe` in the configuration says.
+    """FoG-A on clips of a data set at every t of `probe.t_grid`, with the settings of the section `probe`.
 
-    Several ranks share the samples, and each has the scores of all: every rank must call it."""
+    The ranks share the samples, and each gets the scores of all. Every rank must call it.
+    """
     probe = config.probe
     indices = spread(dataset, probe.samples)
     [batch] = fixed_batches(dataset, indices, config, one_shape=True)
@@ -65,7 +66,7 @@ def score_layers(
         inputs = probe_inputs(batch.mel, cond, batch.mask, probe.t_grid, generator)
         domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
         clips = list(range(len(indices))) * len(probe.t_grid)
-        # Of fewer samples than ranks every rank takes all.
+        # With fewer samples than ranks, every rank takes all samples.
         parts = world_size() if len(clips) >= world_size() else 1
         mine = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
@@ -79,13 +80,13 @@ def score_layers(
         )
     if parts > 1:
         scores = _interleaved([LayerScores.from_state(state) for state in gather(scores.state())])
-    # Training needs the memory that a captured probe holds more than the next probe does.
+    # Free the memory of the captured probe: training needs it more than the next probe does.
     release_graphs(backbone.network)
     return scores
 
 
 def _interleaved(parts: Sequence[LayerScores]) -> LayerScores:
-    """Scores of samples r, r + R, r + 2 R, ... of each rank r, as one."""
+    """Join scores whose rank r of R has the samples r, r + R, r + 2 R, ..."""
     samples = [list(range(r, sum(p.by_sample.shape[1] for p in parts), len(parts))) for r in range(len(parts))]
     order = sorted(range(sum(map(len, samples))), key=[n for part in samples for n in part].__getitem__)
 
@@ -108,13 +109,13 @@ def layer_values(
     device: torch.device,
     bf16: bool = False,
 ) -> Tensor:
-    """What a policy that needs values chooses by, [L] float64 on the CPU, on the clips and times of `score_layers`.
+    """The values by which a policy chooses layers: [L] float64 on the CPU, on the clips and times of `score_layers`.
 
-    "stored": LASP, the mean over teachers; the head is fitted on every other clip of a teacher's domains.
-    "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, the mean over the grid of t.
+    "stored": LASP, averaged over the teachers; the head is fitted on every other clip of a teacher's domains.
+    "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, averaged over the grid of t.
 
     Raises:
-        UserError: too few clips of a teacher's domains for LASP.
+        UserError: a teacher's domains have too few clips for LASP.
     """
     [batch] = fixed_batches(dataset, spread(dataset, config.probe.samples), config, one_shape=True)
     batch = batch.to(device)
@@ -184,11 +185,12 @@ def text_batch(
     reference: str | Path | None = None,
     reference_text: str = "",
 ) -> Batch:
-    """A batch of one to generate from: text over `seconds`, after a reference clip (its mel is the prompt).
+    """A batch of one to generate from: `text` for `seconds`, after a reference clip whose mel is the prompt.
 
     Raises:
-        UserError: no text or one that is not valid Unicode, a length that does not fit, a vocabulary without text, an
-            unreadable reference.
+        UserError: a text that is empty or not valid Unicode, a length that does not fit, a vocabulary that is not text,
+            or
+            an unreadable reference.
     """
     vocabulary = config.data.vocabulary_of.get(domain, "text")
     if vocabulary not in config.data.vocabularies or config.data.vocabularies[vocabulary] != (BYTE_VOCABULARY,):

@@ -1,7 +1,8 @@
-"""What state.pt holds beside the weights: taken from a trainer, checked when it is read, and given back.
+"""The training state in state.pt: taken from a trainer, checked when it is read, and given back.
 
-The file is checked in full before anything uses it: a checkpoint of another version, or one that was edited, is refused
-in one line rather than by the first line of code that stumbles over it.
+A file is checked in full before anything uses it. So a checkpoint of another version, or one that was edited, is
+refused
+in one line that names the key.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from .distributed import gather, rank, world_size
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT = 1  # of a checkpoint's files and of the state; a change that an older reader cannot read counts it up
+FORMAT = 1  # number of the checkpoint format; raise it for a change that an older version cannot read
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_format(found: Mapping[str, Any], file: Path) -> None:
-    """Refuse what another version wrote in another format.
+    """Refuse a checkpoint of another format.
 
     Raises:
-        UserError: names both formats and versions."""
+        UserError: names both formats and versions.
+    """
     if type(found.get("format")) is not int or found["format"] != FORMAT:
         by = f"agrepa-fast {found['version'][:20]}" if isinstance(found.get("version"), str) else "an older agrepa-fast"
         number = f"format {found['format']!r}"[:30] if "format" in found else "a format without a number"
@@ -43,7 +45,7 @@ def check_format(found: Mapping[str, Any], file: Path) -> None:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """The state of a run after a step, of all ranks. Every rank must call it."""
+    """The state of a run after a step, with the random state of all ranks. Every rank must call it."""
     device = trainer.device
     rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
     return {
@@ -68,10 +70,11 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 
 def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
-    """Give a trainer the state that `check_state` has passed.
+    """Give a trainer a state that has passed `check_state`.
 
     Raises:
-        UserError: it does not fit the trainer's configuration; names the key."""
+        UserError: it does not fit the trainer's configuration; names the key.
+    """
     if state["steps"] != trainer.config.train.steps:
         raise UserError(
             f"train.steps: {file} belongs to a run of {state['steps']} steps, "
@@ -93,7 +96,7 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
     if state["selection"] is not None:
         trainer.select(LayerSelection.from_state(state["selection"]))
     if state["device"] != trainer.device.type:
-        # Generators of different devices draw different numbers: the run goes on, if not exactly.
+        # Generators of different devices draw different numbers, so the run goes on, but not exactly.
         trainer.objective.generator.manual_seed(trainer.config.train.seed + trainer.step)
         return
     try:
@@ -124,7 +127,7 @@ def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> 
                     f"{file}: optimizer.state.{number}.{name} is {entry[name].dtype} {list(entry[name].shape)}, "
                     f"its parameter {expected.dtype} {list(expected.shape)}"
                 )
-    # The groups are this run's: what they say depends on the device and on the configuration.
+    # Keep this run's groups: their settings depend on the device and on the configuration.
     optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": own})
 
 
@@ -132,10 +135,11 @@ def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> 
 
 
 def check_state(state: Any, file: Path) -> None:
-    """Hold a state that was read against what `capture` writes.
+    """Check a state that was read against what `capture` writes.
 
     Raises:
-        UserError: another format; a key that is missing, unknown or of another kind, by name."""
+        UserError: another format; or a key that is missing, unknown or of another kind, by name.
+    """
     if not isinstance(state, dict):
         raise UserError(f"{file}: not a training state but {type(state).__name__}")
     check_format(state, file)
@@ -228,7 +232,7 @@ def _scores(value: Any) -> bool:
 
 
 def _same(value: Any, again: Callable[[], Any]) -> bool:
-    """Whether what was read from `value` says the same when it is written: nothing in it was left out or bent."""
+    """Whether `value`, read and written again, is the same, so that nothing in it was ignored or changed."""
     try:
         return json.dumps(value, sort_keys=True) == json.dumps(again(), sort_keys=True)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError):

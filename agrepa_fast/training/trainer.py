@@ -1,7 +1,8 @@
-"""The training loop: warm-up, probe, freeze the selection, align, decay. Leaves a run's folder behind.
+"""The training loop: warm up, probe, choose layers, align, let the alignment decay. It fills a run's folder.
 
-Everything random comes from the step number or from torch's global generators, whose state is in the
-checkpoint: on the CPU an interrupted and resumed run ends with the bits of an unbroken one.
+Random numbers depend on the step number or on torch's global generators, whose state is in the checkpoint. So on the
+CPU
+a run that was interrupted and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Trainer:
             if why_not := packed.check(self.device):
                 raise UserError(f"model.attention: {why_not}; use sdpa")
             self.objective.backbone.network.packed = True
-        # From here on the global generators are for dropout alone, on each rank its own.
+        # From here on only dropout uses the global generators, which differ from rank to rank.
         torch.manual_seed(config.train.seed + distributed.rank())
         engine = pick_engine(config, self.device, distributed.world_size())
         self.optimizer = build_optimizer(self.objective, config, capturable=engine == "graph")
@@ -103,7 +104,7 @@ class Trainer:
         self.step = 0
         self.selection: LayerSelection | None = None
         self.scores: LayerScores | None = None
-        self.average: list[float] | None = None  # of the scores over probes
+        self.average: list[float] | None = None  # moving average of the scores over probes
         self.probed = -1  # the step of the last probe
         self.applied_weight = 0.0  # the factor of the alignment loss at the last step
         self.signals = StopSignals()  # those that this rank's process gets
@@ -133,11 +134,11 @@ class Trainer:
             print(f"data: {note}", file=sys.stderr)
 
     def run(self) -> Path:
-        """Train; every exit but a crash leaves a checkpoint, the log with the reason, and report.html.
+        """Train. Every exit but a crash leaves a checkpoint, the log with the reason, and report.html.
 
         Raises:
-            UserError: training cannot go on, or something cannot be written (a full disk, say); earlier checkpoints
-                are untouched.
+            UserError: training cannot go on, or something cannot be written (a full disk, say). Earlier checkpoints are
+                untouched.
         """
         try:
             self._run()
@@ -156,7 +157,7 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         """Write into the log and the report why the run ends early, or what went wrong after its last step."""
-        # A disk that is full again must not hide the first reason.
+        # If the disk is full again, keep the first reason.
         with suppress(UserError, OSError):
             self._log_end("end" if self.step == self.config.train.steps else "stopped", reason=reason)
         if distributed.rank() == 0:
@@ -236,7 +237,7 @@ class Trainer:
         self.rates.go_on()
 
     def seconds(self) -> float:
-        """Wall time of the run so far, over all its sessions."""
+        """Wall time of the run so far, all sessions together."""
         return self.seconds_before + time.perf_counter() - self.began
 
     def _probe_due(self) -> bool:
@@ -282,7 +283,7 @@ class Trainer:
             self.reported = time.monotonic()
 
     def _selected(self, metrics: dict[str, T]) -> dict[str, T]:
-        """Metrics without those of layers that are not aligned (their names end in the layer)."""
+        """The metrics without those of layers that are not aligned. A metric of a layer ends in its number."""
         layers = {str(layer) for layer in self.selection.layers} if self.selection else set()
         return {
             name: value
@@ -353,7 +354,7 @@ class Trainer:
         progress.show(bar, metrics, rates)
 
     def save(self) -> None:
-        """Write a checkpoint of the step just done; keep the newest few. Every rank must call it."""
+        """Write a checkpoint of this step, and delete all but the newest `train.keep`. Every rank must call it."""
         captured = state.capture(self)
         if distributed.rank():
             return

@@ -1,4 +1,4 @@
-"""Sections `probe` and `alignment`: when layers are scored, which are aligned, toward what and how strongly."""
+"""Sections `probe` and `alignment`: when layers are scored, which are aligned, with which teachers, how strongly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ProbeConfig(Section, name="probe"):
 
 @dataclass(frozen=True)
 class TeacherConfig(Section, name="teacher"):
-    """One teacher: its source, and the domains it speaks for."""
+    """One teacher, and the domains whose clips it is used for."""
 
     source: Annotated[str, NOT_EMPTY, "a registered name, or a transformers model by folder or name"] = "spectral"
     domains: Annotated[
