@@ -125,6 +125,8 @@ def test_layers_by_name_are_those_of_the_scores():
     assert states.names == {i: f"blocks.{i}" for i in range(DEPTH)}
     with pytest.raises(ValueError, match=r"no layer 'blocks.4', only 0 to 3 \('blocks.0' to 'blocks.3'\)"):
         ag.HiddenStates(model, ["blocks.4"])
+    with pytest.raises(ValueError, match="DataParallel copies the network"):
+        ag.HiddenStates(nn.DataParallel(model))
     with pytest.raises(ValueError, match="no layer -1"):
         ag.HiddenStates(model, [-1])
 

@@ -145,6 +145,8 @@ class HiddenStates:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if state is not None and (isinstance(state, bool) or not isinstance(state, str | int)):
             raise TypeError(f"state: expected the name of an argument or a position, got {state!r:.60}")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("model: nn.DataParallel copies the network in every forward: use DistributedDataParallel")
         self.model = unwrap(model)
         self.state, self.copy = state, copy
         self.attached = False

@@ -9,20 +9,14 @@ from typing import Any
 from torch import nn
 
 # By name: importing them would load packages that most programs do not use.
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"}
+WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside `DistributedDataParallel`, `torch.compile`, PEFT's and others' wrappers; or the model itself.
 
-    LoRA layers stay: PEFT puts them into the network.
-
-    Raises:
-        ValueError: `nn.DataParallel`, which copies the network in every forward.
-    """
+    LoRA layers stay: PEFT puts them into the network."""
     while True:
-        if "DataParallel" in _kinds(model):
-            raise ValueError("nn.DataParallel copies the network in every forward: use DistributedDataParallel")
         inner: Any = None
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
