@@ -18,9 +18,10 @@ from .alignment.aligner import Aligner  # noqa: E402
 from .alignment.choice import ProbePlan  # noqa: E402
 from .alignment.interface import InterfaceLoss  # noqa: E402
 from .alignment.loss import AlignmentLoss  # noqa: E402
-from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
+from .alignment.policy import choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
+from .alignment.selection import LayerSelection, read_selection, write_selection  # noqa: E402
 from .attribution.adaptive import adaptive_scores  # noqa: E402
 from .attribution.foreign.hidden import HiddenStates  # noqa: E402
 from .attribution.foreign.register import Adapter, register_adapter  # noqa: E402
@@ -74,12 +75,14 @@ __all__ = [
     "probe_inputs",
     "rank_stability",
     "read_scores",
+    "read_selection",
     "register_adapter",
     "release_graphs",
     "select_layers",
     "teachers",
     "timestep_weight",
     "write_scd",
+    "write_selection",
 ]
 
 

@@ -21,9 +21,11 @@ from ..models.dit import DiT
 from .averaging import GradientAverage, copy_from_first_rank
 from .choice import LayerChoice, ProbePlan
 from .loss import AlignmentLoss
-from .policy import POLICIES, LayerSelection, check_k, choose_layers
+from .policy import POLICIES, check_k, choose_layers
+from .reselect import ALL, LayerChooser
 from .rows import Domains, described, grouped_ranks
 from .schedule import AlignmentSchedule, SimilarityStop
+from .selection import LayerSelection, Selection, by_teacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,8 +54,12 @@ class Aligner:
     Args:
         model: a `DiT`, or any module whose forward runs a list of blocks and returns the velocity.
         teachers: {name: width of its features}, or anything with a `width`.
-        k, policy, seed: see `choose_layers`. Without `probe`, a policy that needs no scores chooses at once.
-        selection: these layers, in place of a policy's choice: a `LayerSelection`, or layers to weigh alike.
+        k, policy, seed, weighting: see `choose_layers`. Without `probe`, a policy that needs no scores chooses at once.
+            With weighting "by-time" the probes are of inputs on the plan's t_grid, and `loss` takes t.
+        domains: {teacher: the domains it speaks for}, for a selection of its own for each teacher, from the samples of
+            these domains (`step(domains=...)` names those of the probe's samples); None: one selection.
+        selection: these layers, in place of a policy's choice: a `LayerSelection`, one for each teacher, or layers to
+            weigh alike.
         layers: the layers that get heads, among which the selection moves; None: all, or those of `selection`.
         width: D of the hidden states; None: read from an attribute of the model or its config.
         pool, head, objective, standardise_targets, process_group: see `AlignmentLoss`.
@@ -77,7 +83,9 @@ class Aligner:
         k: int = 3,
         policy: str = "foga",
         seed: int = 0,
-        selection: LayerSelection | Sequence[int] | None = None,
+        weighting: str = "share",
+        domains: Mapping[str, Sequence[str]] | None = None,
+        selection: Selection | Sequence[int] | None = None,
         layers: Sequence[int | str] | None = None,
         width: int | None = None,
         pool: str | None = "mean",
@@ -108,20 +116,33 @@ class Aligner:
         depth = len(self.states.names)
         if selection is None and probe is None:
             selection = choose_layers(policy, depth, k, seed=seed)
-        if selection is not None and not isinstance(selection, LayerSelection):
+        if selection is not None and not isinstance(selection, LayerSelection | Mapping):
             selection = choose_layers("fixed", depth, layers=selection)
-        if selection is not None and layers is None:
-            self.states.select(selection.layers)
+        given = [] if selection is None else list(by_teacher(selection, teachers).values())
+        if given and layers is None:
+            self.states.select(sorted({layer for own in given for layer in own.layers}))
         candidates = self.states.layers
         if selection is None and not 1 <= k <= len(candidates):
             raise ValueError(f"k: expected 1 to {len(candidates)} layers, got {k}")
-        self.choice = LayerChoice(depth, k, policy, probe, selection, seed)
+        plan = probe or ProbePlan(0)
+        chooser = LayerChooser(
+            policy,
+            depth,
+            k,
+            weighting=weighting,
+            domains=domains,
+            momentum=plan.momentum,
+            margin=plan.margin,
+            seed=seed,
+        )
+        self.choice = LayerChoice(chooser, probe, selection)
+        t_grid = plan.t_grid if weighting == "by-time" else ()
         self.capture = CallCapture(self.model)
         device = next(self.model.parameters()).device
         self.loss_fn = AlignmentLoss(
             width or self._width(),
             {name: getattr(teacher, "width", teacher) for name, teacher in teachers.items()},
-            LayerSelection.uniform(candidates),
+            LayerSelection.uniform(candidates, t_grid=given[0].t_grid if given else t_grid),
             pool,
             head,
             objective,
@@ -144,8 +165,8 @@ class Aligner:
         self._refresh()
 
     @property
-    def selection(self) -> LayerSelection | None:
-        """The layers and their weights; None before the first probe."""
+    def selection(self) -> Selection | None:
+        """The layers and their weights, for all teachers or for each; None before the first probe."""
         return self.choice.selection
 
     def _width(self) -> int:
@@ -208,6 +229,7 @@ class Aligner:
         mask: Tensor | None = None,
         domains: Domains = None,
         sample_weight: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> Tensor:
         """What to add to the loss, a scalar: weight x schedule x alignment of the last forward's hidden states.
 
@@ -216,7 +238,7 @@ class Aligner:
         Args:
             targets: {teacher: features [B, W] or [B, T, W]}, or functions without arguments that return them (a live
                 teacher, features read from a file). A function is called without gradient, and only where it is needed.
-            mask, domains, sample_weight: see `AlignmentLoss.forward`.
+            mask, domains, sample_weight, t: see `AlignmentLoss.forward`.
 
         Raises:
             ValueError: no forward since the last call; shapes that do not fit.
@@ -225,7 +247,7 @@ class Aligner:
             return self.strength.new_zeros(())
         with torch.no_grad():
             features = {name: target() if callable(target) else target for name, target in targets.items()}
-        loss, metrics = self.loss_fn(self.states.read(), features, mask, domains, sample_weight)
+        loss, metrics = self.loss_fn(self.states.read(), features, mask, domains, sample_weight, t)
         self._metrics = {"align_loss": loss.detach(), **metrics}
         self._observed = not torch.is_grad_enabled()
         if self.stop is not None:
@@ -240,7 +262,7 @@ class Aligner:
         *,
         domains: Sequence[str] | None = None,
         clips: Sequence[int] | None = None,
-        values: Sequence[float] | Tensor | None = None,
+        values: Sequence[float] | Tensor | Mapping[str, Sequence[float] | Tensor] | None = None,
     ) -> LayerScores | None:
         """After an optimizer step: probe if it is due, choose layers, and set the strength of the next step.
 
@@ -250,8 +272,8 @@ class Aligner:
             step: how many steps are done. (With a counter from 0 everything comes one step later.)
             inputs: what to score on, as `attribute_layers` takes it; or a function of the plan's `t_grid` that returns
                 it, called only when a probe is due (`probe_inputs`). None: the first samples of the last training step.
-            domains, clips: of those inputs' samples; see `attribute_layers`.
-            values: [layers], for a policy that needs them.
+            domains, clips: of those inputs' samples (None: of the last training step's); see `attribute_layers`.
+            values: [layers], or {teacher: [layers]}, for a policy that needs them.
 
         Returns:
             The scores, where there was a probe.
@@ -263,7 +285,8 @@ class Aligner:
         scores = None
         if self.choice.due(step, self.schedule.stop):
             scores = self.probe(inputs, domains, clips)
-            self.choice.choose(step, scores, values, self.strength.device, self.process_group)
+            by_name = values if values is None or isinstance(values, Mapping) else {ALL: values}
+            self.choice.update(step, scores, by_name, self.strength.device, self.process_group)
             if self.selection is not None:
                 self.select(self.selection)
         self._refresh()
@@ -276,8 +299,9 @@ class Aligner:
         each teacher and selected layer, "cosine/<teacher>/<layer>"; "align_weight" alone where nothing is aligned."""
         shown = {"align_weight": self.strength}
         if self.on and self.selection is not None:
-            selected = {str(layer) for layer in self.selection.layers}
-            names = [n for n in self._metrics if n == "align_loss" or n.rpartition("/")[2] in selected]
+            selections = by_teacher(self.selection, self.loss_fn.teachers)
+            selected = {f"/{name}/{layer}" for name, own in selections.items() for layer in own.layers}
+            names = [n for n in self._metrics if n == "align_loss" or n[n.index("/") :] in selected]
             shown |= {name: self._metrics[name] for name in names}
             if self.stop is not None:
                 shown["align_factor"] = self.stop.factor
@@ -295,6 +319,7 @@ class Aligner:
             inputs = inputs(plan.t_grid)
         elif inputs is None:
             inputs, autocast = self.capture.inputs(plan.samples)
+            domains, clips = domains and domains[: plan.samples], clips and clips[: plan.samples]
         context: Any = contextlib.nullcontext()
         if autocast is not None:
             context = torch.autocast(self.strength.device.type, autocast)
@@ -314,7 +339,7 @@ class Aligner:
         distributed.all_gather_object(parts, scores.state(), group=self.process_group)
         return join_scores([LayerScores.from_state(part) for part in parts])
 
-    def select(self, selection: LayerSelection) -> None:
+    def select(self, selection: Selection) -> None:
         """Align these layers from now on, with these weights."""
         self.loss_fn.select(selection)
         self.choice.selection = selection
@@ -322,9 +347,9 @@ class Aligner:
             self.states.select(self.loss_fn.active)
         if not self.loss_fn.every_head:
             # Heads that do not run get no gradient, in one process and in several.
-            for heads in self.loss_fn.heads.children():
+            for name, heads in self.loss_fn.heads.named_children():
                 for layer, head in heads.named_children():
-                    head.requires_grad_(int(layer) in self.loss_fn.active)
+                    head.requires_grad_((name, int(layer)) in self.loss_fn.active_heads)
         self._refresh()
 
     def _refresh(self) -> None:

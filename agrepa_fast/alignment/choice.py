@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..attribution.scores import METRICS, LayerScores
-from .policy import POLICIES, LayerSelection, choose_layers
-from .reselect import average_scores, reselect
+from .policy import POLICIES
+from .reselect import LayerChooser
+from .selection import Selection, selection_from_state, selection_state, synchronised
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,32 +59,23 @@ class ProbePlan:
 
 
 class LayerChoice:
-    """The selection of a run, and what it was made from.
+    """The selection of a run under way: when a probe is due, and what it changes.
 
     Args:
-        depth: layers of the network. k, policy, seed: see `choose_layers`.
-        plan: when to probe; None: never.
+        chooser: what chooses. plan: when to probe; None: never.
         selection: the layers from the start on; probes then change nothing.
 
     Attributes:
         selection: None before the first probe. given: it does not come from a probe.
-        scores: of the last probe. average: of the scores over probes. probed: the step of the last probe, or -1.
+        scores: of the last probe. probed: the step of the last probe, or -1.
     """
 
     def __init__(
-        self,
-        depth: int,
-        k: int = 3,
-        policy: str = "foga",
-        plan: ProbePlan | None = None,
-        selection: LayerSelection | None = None,
-        seed: int = 0,
+        self, chooser: LayerChooser, plan: ProbePlan | None = None, selection: Selection | None = None
     ) -> None:
-        self.depth, self.k, self.policy, self.plan, self.seed = depth, k, policy, plan, seed
-        self.selection = selection
+        self.chooser, self.plan, self.selection = chooser, plan, selection
         self.given = selection is not None
         self.scores: LayerScores | None = None
-        self.average: list[float] | None = None
         self.probed = -1
 
     def due(self, step: int, stop: float = math.inf) -> bool:
@@ -93,67 +85,53 @@ class LayerChoice:
         if self.probed < 0:
             return True
         again = self.plan.every > 0 and step - self.probed >= self.plan.every and step < stop
-        return again and not self.given and bool(POLICIES[self.policy])
+        return again and not self.given and bool(POLICIES[self.chooser.policy])
 
-    def choose(
+    def update(
         self,
         step: int,
         scores: LayerScores,
-        values: Sequence[float] | Tensor | None = None,
+        values: Mapping[str, Sequence[float] | Tensor] | None = None,
         device: torch.device | None = None,
         group: ProcessGroup | None = None,
-    ) -> LayerSelection:
-        """The policy's layers by a probe's scores; from the second probe on, the present ones after what is worth it.
+    ) -> Selection:
+        """Take the scores of a probe after `step` steps, and return the layers that the chooser takes.
 
-        Where the selection is given, what the policy would take. With several ranks, the choice of the group's first
-        one: every rank must call it.
+        They are the new selection, unless one was given. With several ranks it is the choice of the group's first one:
+        every rank must call it.
 
         Args:
-            values: [layers], what a policy goes by that does not go by the scores. device: of this rank.
+            values: what a policy goes by that does not go by the scores; see `LayerChooser.choose`.
+            device: of this rank.
 
         Raises:
-            ValueError: a number that is not finite; a policy that needs values.
+            ValueError, UserError: see `LayerChooser.choose`.
         """
-        numbers = [0.0] * self.depth  # 0 where a layer was not scored
-        for layer, mean in zip(scores.layers, scores.mean.tolist()):
-            numbers[layer] += mean
-        if POLICIES[self.policy] == "values":
-            if values is None:
-                raise ValueError(f"policy {self.policy!r} goes by values: give step(..., values=[one for each layer])")
-            numbers = [float(value) for value in values]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"scores that are not finite: {numbers}")
-        momentum, margin = (self.plan.momentum, self.plan.margin) if self.plan else (0.0, 0.0)
-        average = average_scores(self.average, numbers, momentum)
-        # "uniform" is what is left where no score said anything: no choice yet.
-        if self.selection is None or self.given or self.selection.method == "uniform":
-            chosen = choose_layers(
-                self.policy,
-                self.depth,
-                self.k,
-                layers=() if self.selection is None else self.selection.layers,
-                values=numbers if POLICIES[self.policy] == "values" else (),
-                scores=scores,
-                seed=self.seed,
-            )
-        else:
-            chosen = reselect(self.selection, average, margin, weighted=POLICIES[self.policy] == "scores")
-        chosen = chosen.synchronised(device, group)
-        self.scores, self.average, self.probed = scores, average, step
+        if POLICIES[self.chooser.policy] == "values" and values is None:
+            raise ValueError(f"policy {self.chooser.policy!r} goes by values: give values=, one for each layer")
+        chosen = self.chooser.choose(None if self.given else self.selection, scores, values)
+        chosen = synchronised(chosen, device, group)
+        self.scores, self.probed = scores, step
         if not self.given:
             self.selection = chosen
         return chosen
 
     def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and mappings."""
         return {
-            "selection": None if self.selection is None else self.selection.state(),
+            "selection": None if self.selection is None else selection_state(self.selection),
             "scores": None if self.scores is None else self.scores.state(),
-            "average": self.average,
+            "averages": self.chooser.state_dict(),
             "probed": self.probed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`.
+
+        Raises:
+            ValueError: it is of other teachers or of another depth."""
         selection, scores = state["selection"], state["scores"]
-        self.selection = None if selection is None else LayerSelection.from_state(selection)
+        self.chooser.load_state_dict(state["averages"])
+        self.selection = None if selection is None else selection_from_state(selection)
         self.scores = None if scores is None else LayerScores.from_state(scores)
-        self.average, self.probed = state["average"], state["probed"]
+        self.probed = state["probed"]

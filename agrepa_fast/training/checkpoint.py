@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError, writing
 from .config import RunConfig, dump_config, load_config
-from .state import FORMAT, check_format, check_state
+from .state import FORMAT, READABLE, check_format, check_state
 
 WEIGHTS = ("model", "ema", "heads")
 FILES = (*(f"{name}.safetensors" for name in WEIGHTS), "state.pt", "config.yaml")
@@ -196,7 +196,7 @@ def _flaw(path: Path) -> str | None:
     """
     try:
         manifest = _read_manifest(path)
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in READABLE:
             return None if _files(manifest) or "format" in manifest else f"{path / MANIFEST}: damaged"
         files = _files(manifest)
         if not set(FILES) <= set(files):

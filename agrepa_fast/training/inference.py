@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..alignment.policy import layer_sensitivity
+from ..alignment.reselect import ALL
 from ..attribution.graph import release_graphs
 from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
@@ -108,11 +109,14 @@ def layer_values(
     config: RunConfig,
     device: torch.device,
     bf16: bool = False,
-) -> Tensor:
+) -> dict[str, Tensor]:
     """The values by which a policy chooses layers: [L] float64 on the CPU, on the clips and times of `score_layers`.
 
-    "stored": LASP, averaged over the teachers; the head is fitted on every other clip of a teacher's domains.
+    "stored": LASP; the head is fitted on every other clip of a teacher's domains.
     "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, averaged over the grid of t.
+
+    Returns {ALL: of all clips, or the mean over teachers}; with `alignment.selection_per` "teacher"
+    {teacher: of the clips of its domains}.
 
     Raises:
         UserError: a teacher's domains have too few clips for LASP.
@@ -122,7 +126,11 @@ def layer_values(
     noise = SIGMA * torch.randn(
         batch.mel.shape, generator=torch.Generator(device).manual_seed(config.train.seed), device=device
     )
+    tables = {name: table.to(device)[batch.domain] for name, table in domain_tables(config, batch.domains).items()}
+    per_teacher = config.alignment.selection_per == "teacher"
+    samples = tables if per_teacher else {ALL: slice(None)}
     by_time = []
+    sensitivities: dict[str, list[Tensor]] = {name: [] for name in samples}
     with probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         for time in config.probe.t_grid:
@@ -136,15 +144,17 @@ def layer_values(
                 block_input, _ = backbone.network.open(x_t, t, cond, batch.mask)
                 layers = range(config.model.depth)
                 velocity, hidden = backbone.network(**inputs, hidden_layers=layers)
-                loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()
-                norms, first_order = layer_sensitivity(loss, [hidden[layer] for layer in layers], block_input)
-            by_time.append((norms if policy == "gradient-norm" else first_order).double())
+                losses = flow_matching_loss(velocity, velocity_target, batch.mask)
+                for name, kept in samples.items():
+                    states = [hidden[layer] for layer in layers]
+                    norms, first_order = layer_sensitivity(losses[kept].mean(), states, block_input)
+                    sensitivities[name].append((norms if policy == "gradient-norm" else first_order).double())
         if policy != "stored":
-            return torch.stack(by_time).mean(0).cpu()
+            return {name: torch.stack(values).mean(0).cpu() for name, values in sensitivities.items()}
         targets, mask = teacher_targets(teachers, batch, config)
-    stored = []
-    for name, table in domain_tables(config, batch.domains).items():
-        clips = table.to(device)[batch.domain].nonzero().squeeze(1)
+    stored = {}
+    for name, kept in tables.items():
+        clips = kept.nonzero().squeeze(1)
         clips = clips[batch.domain[clips].argsort(stable=True)]  # so that both halves hold every domain
         fitted = (torch.arange(clips.numel(), device=device) % 2 == 0).repeat(len(by_time))
         if clips.numel() < 2 or fitted.sum() < 2:
@@ -154,8 +164,8 @@ def layer_values(
             )
         hidden_states = torch.cat([states[:, clips] for states in by_time], dim=1)
         teacher = pool_target(targets[name], mask)[clips].repeat(len(by_time), 1)
-        stored.append(lasp(hidden_states, teacher, fitted).mean(1))
-    return torch.stack(stored).mean(0).cpu()
+        stored[name] = lasp(hidden_states, teacher, fitted).mean(1).cpu()
+    return stored if per_teacher else {ALL: torch.stack(list(stored.values())).mean(0)}
 
 
 @torch.no_grad()

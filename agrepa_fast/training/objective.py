@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..alignment.interface import InterfaceLoss
 from ..alignment.loss import AlignmentLoss
-from ..alignment.policy import LayerSelection
 from ..alignment.resample import align_time
 from ..alignment.schedule import SimilarityStop, timestep_weight
+from ..alignment.selection import LayerSelection
 from ..data.batches import Batch
 from ..errors import UserError
 from ..models.conditioning import TokenConditioner, assemble_condition
@@ -146,8 +146,10 @@ class Objective(nn.Module):
         self.generator = generator or torch.Generator()
         self.rank, self.world_size = rank, world_size
         self.backbone = Backbone(config)
-        every_layer = LayerSelection.uniform(range(config.model.depth))
         a = config.alignment
+        # The same head of every layer in every run, so that a later probe may choose any of them.
+        t_grid = sorted(set(config.probe.t_grid)) if a.weights == "by-time" else ()
+        every_layer = LayerSelection.uniform(range(config.model.depth), t_grid=t_grid)
         self.alignment = AlignmentLoss(
             config.model.width, teachers, every_layer, a.pool, a.head, a.objective, a.standardise_targets
         )
@@ -202,8 +204,10 @@ class Objective(nn.Module):
         metrics = {"flow_loss": flow_loss.detach(), **_by_time(by_sample.detach(), draws.t)}
         if align_weight is not None:
             kind = self.config.alignment.timestep_weight
-            by_time = None if kind == "uniform" else timestep_weight(draws.t, kind)
-            aligned, cosines = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time)
+            weight = None if kind == "uniform" else timestep_weight(draws.t, kind)
+            aligned, cosines = self.alignment(
+                hidden, inputs.targets, inputs.target_mask, inputs.domains, weight, draws.t
+            )
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
                 # The cosines of earlier steps decide about this one. It is a copy because backward reads it.
@@ -235,7 +239,7 @@ class Objective(nn.Module):
         layers = self.alignment.active
         velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
         flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
+        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, t=draws.t)
         states = [hidden[layer] for layer in layers]
         pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
         cosines = {}
@@ -260,7 +264,7 @@ class Objective(nn.Module):
         x_t, velocity_target = path(batch.mel, noise, t)
         cond, _ = self.backbone.condition(batch)
         velocity, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=self.alignment.active)
-        _, cosines = self.alignment(hidden, targets, target_mask, domains)
+        _, cosines = self.alignment(hidden, targets, target_mask, domains, t=t)
         return flow_matching_loss(velocity, velocity_target, batch.mask), cosines
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..alignment.policy import LayerSelection
+from ..alignment.reselect import ALL
+from ..alignment.selection import selection_from_state, selection_state
 from ..attribution.scores import METRICS, LayerScores
 from ..errors import UserError
 from .distributed import gather, rank, world_size
@@ -25,7 +26,10 @@ from .distributed import gather, rank, world_size
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT = 1  # number of the checkpoint format; raise it for a change that an older version cannot read
+# The number of the checkpoint format; raise it for a change that an older version cannot read.
+# 2: heads.safetensors and the scores' averages have an entry for each teacher.
+FORMAT = 2
+READABLE = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,12 +39,12 @@ def check_format(found: Mapping[str, Any], file: Path) -> None:
     Raises:
         UserError: names both formats and versions.
     """
-    if type(found.get("format")) is not int or found["format"] != FORMAT:
+    if type(found.get("format")) is not int or found["format"] not in READABLE:
         by = f"agrepa-fast {found['version'][:20]}" if isinstance(found.get("version"), str) else "an older agrepa-fast"
         number = f"format {found['format']!r}"[:30] if "format" in found else "a format without a number"
         raise UserError(
-            f"{file}: made by {by} in {number}, this is {__version__} and reads checkpoint format {FORMAT}: "
-            "use the version that made it, or train anew"
+            f"{file}: made by {by} in {number}, this is {__version__} and reads the checkpoint formats "
+            f"{', '.join(map(str, READABLE))}: use the version that made it, or train anew"
         )
 
 
@@ -61,9 +65,9 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "device": device.type,
         "generator": trainer.objective.generator.get_state(),
         "rng": [list(states) for states in rng],
-        "selection": None if trainer.selection is None else trainer.selection.state(),
+        "selection": None if trainer.selection is None else selection_state(trainer.selection),
         "scores": None if trainer.scores is None else trainer.scores.state(),
-        "average": trainer.average,
+        "average": trainer.chooser.state_dict(),
         "probed": trainer.probed,
         "clips": trainer.data.split.record,
     }
@@ -81,8 +85,6 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
             f"its learning rate schedule does not fit {trainer.config.train.steps}"
         )
     depth = trainer.config.model.depth
-    if state["average"] is not None and len(state["average"]) != depth:
-        raise UserError(f"{file}: average has {len(state['average'])} scores, the model {depth} layers")
     if state["scores"] is not None:
         trainer.scores = LayerScores.from_state(state["scores"])
         if trainer.scores.layers != tuple(range(depth)):
@@ -92,9 +94,16 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
     trainer.step = state["step"]
     trainer.seconds_before = state["seconds"]
     trainer.probe_seconds = state["probe_seconds"]
-    trainer.average, trainer.probed = state["average"], state["probed"]
-    if state["selection"] is not None:
-        trainer.select(LayerSelection.from_state(state["selection"]))
+    trainer.probed = state["probed"]
+    average = state["average"]
+    if not isinstance(average, dict):  # format 1: one vector for the run, or None
+        average = {} if average is None else {ALL: [average]}
+    try:
+        trainer.chooser.load_state_dict(average)
+        if state["selection"] is not None:
+            trainer.select(selection_from_state(state["selection"]))
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; go on with the run's own configuration of alignment and probe") from error
     if state["device"] != trainer.device.type:
         # Generators of different devices draw different numbers, so the run goes on, but not exactly.
         trainer.objective.generator.manual_seed(trainer.config.train.seed + trainer.step)
@@ -218,7 +227,14 @@ def _moments(entry: Any) -> bool:
 
 
 def _selection(value: Any) -> bool:
-    return value is None or _same(value, lambda: LayerSelection.from_state(value).state())
+    return value is None or _same(value, lambda: selection_state(selection_from_state(value)))
+
+
+def _average(value: Any) -> bool:
+    if isinstance(value, dict):
+        rows = [row for own in value.values() for row in (own if isinstance(own, list) else [None])]
+        return all(isinstance(name, str) for name in value) and all(map(_numbers, rows))
+    return value is None or _numbers(value)
 
 
 def _scores(value: Any) -> bool:
@@ -260,7 +276,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rng": (_rng, "a pair of vectors of bytes for each rank"),
     "selection": (_selection, "null, or layers with weights that sum to 1"),
     "scores": (_scores, "null, or what LayerScores.state gives, with finite scores"),
-    "average": (lambda value: value is None or _numbers(value), "null or finite numbers"),
+    "average": (_average, "{teacher: a list of finite numbers at each time}; in format 1 null or finite numbers"),
     "probed": (_whole(-1), "a whole number from -1 on"),
     "clips": (_clips, "int64 tensors [n, 3] named train and valid"),
 }

@@ -105,7 +105,7 @@ class TrainStep:
             else:
                 group["lr"] = lr
         aligned = align_weight > 0
-        topology = (aligned, self.objective.alignment.active if aligned else ())
+        topology = (aligned, self.objective.alignment.active_heads if aligned else ())
         if topology != self._topology:
             self._enter(topology, aligned)
         if self.engine == "graph":
@@ -126,10 +126,10 @@ class TrainStep:
         frame-wise heads on every layer that is more traffic than the network's own gradients.
         """
         self._topology = topology
-        alignment = self.objective.alignment
-        for parts in alignment.heads.children():
-            for layer, head in parts.named_children():
-                head.requires_grad_(aligned and int(layer) in alignment.active)
+        active = self.objective.alignment.active_heads if aligned else ()
+        for name, heads in self.objective.alignment.heads.named_children():
+            for layer, head in heads.named_children():
+                head.requires_grad_((name, int(layer)) in active)
         self._forward = self._compiled
         if distributed.is_available() and distributed.is_initialized():
             self._forward = DistributedDataParallel(self._compiled)

@@ -140,7 +140,7 @@ def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None,
     loss = F.mse_loss(velocity, data.mel - data.noise)
     if alignment is None:
         return loss
-    for weight, layer in zip(alignment.weights, alignment.layers):
+    for weight, layer in zip(alignment.weights[0], alignment.layers):
         for name in TEACHERS:
             kept = data.domains[name]
             if not kept.any():

@@ -250,7 +250,8 @@ def _straight(
     if network != "ours":
         module = published(backbone.network, keep_weights)
     call: Callable[..., Any] = compiled(module) if network == "compiled" else module
-    layers = [layer for layer, weight in zip(alignment.layers, alignment.weights.tolist()) if weight > 0]
+    weights = alignment.weights[0]  # the same for all teachers
+    layers = [layer for layer, weight in zip(alignment.layers, weights.tolist()) if weight > 0]
     if loss == "ours":
         trained = [*objective.parameters()]
     else:
@@ -292,7 +293,7 @@ def _straight(
                 projected = head.output(F.gelu(head.hidden(F.layer_norm(pooled, (pooled.shape[-1],)))))
                 distance = (1 - F.cosine_similarity(projected, inputs.targets[name][kept], dim=-1)).mean()
                 seen.append(distance)
-                total = total + ALIGN_WEIGHT * alignment.weights[layer] * distance
+                total = total + ALIGN_WEIGHT * weights[layer] * distance
         return total, seen
 
     def step(inputs: StepInputs, draws: Draws, mask: Tensor | None) -> None:

@@ -113,7 +113,7 @@ def test_a_resumed_run_ends_with_the_same_bits(pool, every_head, tmp_path):
     assert train(again, again_aligner, again_optimizer, 7, 11, data) == whole[7:]
     same(parameters(again, again_aligner.loss_fn), parameters(model, aligner.loss_fn))
     assert again_aligner.metrics() == aligner.metrics()
-    assert again_aligner.choice.average == aligner.choice.average
+    assert again_aligner.choice.state_dict() == aligner.choice.state_dict()
 
 
 def test_the_velocity_and_a_run_without_weight_are_those_without_an_aligner():
@@ -380,3 +380,51 @@ def test_candidates_alone_are_scored_and_chosen():
     aligner.step(4, (b["x"], b["time"]))
     assert set(aligner.selection.layers) < {1, 3}
     assert list(aligner.loss_fn.heads["audio"]) == ["1", "3"]
+
+
+def test_each_teacher_may_have_its_own_layers():
+    """Chosen from the samples of its domains, which are named beside the probe's inputs."""
+    model = network()
+    aligner = aligner_for(model, "mean", domains={"speech": ["voice"], "audio": ["music"]}, k=1)
+    b = batch(0, "mean")
+    names = ["voice", "music", "voice", "music"]
+    with aligner:
+        model(b["x"], b["time"])
+        scores = aligner.step(2, domains=names)
+        expected = {
+            name: ag.select_layers(scores.domain(of), 1) for name, of in (("speech", "voice"), ("audio", "music"))
+        }
+        assert aligner.selection == expected
+        assert scores.domains == ("voice", "music", "voice")
+        model(b["x"], b["time"])
+        aligner.loss(b["features"]).backward()
+        shown = {f"cosine/{name}/{own.layers[0]}" for name, own in expected.items()}
+        assert {name for name in aligner.metrics() if "/" in name} == shown
+    again = aligner_for(network(), "mean", domains={"speech": ["voice"], "audio": ["music"]}, k=1)
+    again.load_state_dict(aligner.state_dict())
+    assert again.selection == expected
+
+
+def test_weights_may_follow_the_flow_time():
+    model = network()
+    plan = ag.ProbePlan(start=2, t_grid=(0.2, 0.8))
+    aligner = ag.Aligner(model, TEACHERS, k=1, weighting="by-time", probe=plan, weight=1.0)
+    b = batch(0, "mean")
+    noise = torch.randn(b["x"].shape, generator=torch.Generator().manual_seed(0))
+
+    def inputs(t_grid):
+        return ag.probe_inputs(
+            b["x"], None, None, t_grid, torch.Generator().manual_seed(0), sigma=1.0, names={"x_t": "x", "t": "time"}
+        )
+
+    with aligner:
+        scores = aligner.step(2, inputs)
+        torch.testing.assert_close(inputs((0.2,))["x"], 0.8 * noise + 0.2 * b["x"])
+        assert aligner.selection == ag.select_layers(scores, 1, weighting="by-time")
+        model(b["x"], b["time"])
+        found = aligner.loss(b["features"], t=b["time"])
+        hidden = ag.HiddenStates(model).attach()
+        model(b["x"], b["time"])
+        expected, _ = aligner.loss_fn(hidden.read(), b["features"], t=b["time"])
+        hidden.detach()
+    assert found.item() == expected.item() > 0
