@@ -14,10 +14,10 @@ from torch import Tensor, distributed, nn
 
 from ..attribution.foreign.hidden import HiddenStates
 from ..attribution.foreign.intercept import CallCapture
+from ..attribution.foreign.lists import state_width
 from ..attribution.joined import join_scores
 from ..attribution.runner import attribute_layers
 from ..attribution.scores import LayerScores
-from ..models.dit import DiT
 from .averaging import GradientAverage, copy_from_first_rank
 from .choice import LayerChoice, ProbePlan
 from .loss import AlignmentLoss
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Targets = Mapping[str, Tensor | Callable[[], Tensor]]
-WIDTH_NAMES = ("inner_dim", "hidden_size", "dim", "embed_dim", "d_model")
 FORMAT = 1
 
 
@@ -109,7 +108,6 @@ class Aligner:
             raise ValueError(f"policy {policy!r} needs probe=ProbePlan(...), or give selection=")
         self.weight = weight
         self.schedule = schedule or AlignmentSchedule.constant()
-        self.block_list = block_list
         self.process_group = process_group
         self.states = HiddenStates(model, layers, state, block_list, copy)
         self.model = self.states.model
@@ -140,7 +138,7 @@ class Aligner:
         self.capture = CallCapture(self.model)
         device = next(self.model.parameters()).device
         self.loss_fn = AlignmentLoss(
-            width or self._width(),
+            width or state_width(self.model),
             {name: getattr(teacher, "width", teacher) for name, teacher in teachers.items()},
             LayerSelection.uniform(candidates, t_grid=given[0].t_grid if given else t_grid),
             pool,
@@ -168,16 +166,6 @@ class Aligner:
     def selection(self) -> Selection | None:
         """The layers and their weights, for all teachers or for each; None before the first probe."""
         return self.choice.selection
-
-    def _width(self) -> int:
-        if isinstance(self.model, DiT):
-            return self.model.config.width
-        for owner in (self.model, getattr(self.model, "config", None)):
-            for name in WIDTH_NAMES if owner is not None else ():
-                value = getattr(owner, name, None) if not isinstance(owner, Mapping) else owner.get(name)
-                if isinstance(value, int):
-                    return value
-        raise ValueError(f"width: {type(self.model).__name__} does not say how wide its hidden states are: give width=")
 
     # --- in the training loop -------------------------------------------------------------------------------
 
@@ -330,9 +318,15 @@ class Aligner:
                 blocks=self.loss_fn.layers,
                 domains=domains,
                 clips=clips,
-                block_list=self.block_list,
+                block_list=self.states.block_list,
                 **plan.options,
             )
+        for layer, name in zip(scores.layers, scores.names):
+            if name not in (str(layer), self.states.names[layer]):
+                raise ValueError(
+                    f"layer {layer} of the probe is {name}, of the hidden states {self.states.names[layer]}: give "
+                    "block_list= in the order in which the forward runs the lists"
+                )
         if not grouped_ranks() or distributed.get_world_size(self.process_group) == 1:
             return scores
         parts: list[Any] = [None] * distributed.get_world_size(self.process_group)

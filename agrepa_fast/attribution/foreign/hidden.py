@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...models.dit import DiT
-from .find import find_blocks
 from .intercept import Intercept, records
+from .lists import block_lists
 from .register import adapter_of
 from .wrapped import unwrap
 
@@ -123,11 +123,13 @@ class HiddenStates:
             ("transformer_blocks.3"); None: all.
         state: where a block returns several tensors, which one is wanted: the name of the argument under which the next
             block takes it ("hidden_states"), or its position in the result. None: the only one that goes on.
-        block_list: dotted name(s) of the block lists; None: those registered for the class, or found by usual names.
+        block_list: dotted name(s) of the block lists, in the order in which they run; None: those registered for the
+            class, or the one under a usual name. Numbers are positions in these lists.
         copy: keep copies, for blocks that write into their input (an error says so, except in compiled code).
 
     Attributes:
-        layers: the numbers, ascending. names: {number: the model's own name} of all blocks.
+        layers: the numbers, ascending. names: {number: the model's own name} of all blocks. block_list: the lists, or
+            None for a `DiT`.
 
     Raises:
         ValueError: no block list, or a layer that does not exist; names what there is.
@@ -150,16 +152,19 @@ class HiddenStates:
         self.model = unwrap(model)
         self.state, self.copy = state, copy
         self.attached = False
+        self.block_list: list[str] | None = None
         self._native: NetworkTap | None = None
         self._taps: list[BlockTap] = []
         if isinstance(self.model, DiT):
             self.names = {layer: str(layer) for layer in range(self.model.depth)}
             self._native = NetworkTap(self.model, ())
         else:
-            names, blocks = find_blocks(self.model, block_list or adapter_of(self.model).block_list)
-            self.names = dict(enumerate(names))
-            for block in map(unwrap, blocks):
-                self._taps.append(BlockTap(block, self._taps[-1] if self._taps else None))
+            lists = block_lists(self.model, block_list or adapter_of(self.model).block_list)
+            self.block_list = list(lists)
+            named = [pair for members in lists.values() for pair in members]
+            self.names = {layer: name for layer, (name, _) in enumerate(named)}
+            for _, block in named:
+                self._taps.append(BlockTap(unwrap(block), self._taps[-1] if self._taps else None))
         self.select(list(self.names) if layers is None else layers)
 
     def select(self, layers: Sequence[int | str]) -> None:
