@@ -230,20 +230,27 @@ def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Modul
     model = foreign.network()
     whole, wrapped = copy.deepcopy(model), wrap(model)
     torch.manual_seed(rank)  # the heads of rank 0 are everybody's
-    both = [foreign.aligner_for(wrapped, pool), foreign.aligner_for(whole, pool, process_group=OWN[0])]
-    mine, alone = both
-    optimizers = [
-        torch.optim.SGD([{"params": m.parameters()}, *a.param_groups()], lr=0.3)
-        for m, a in ((wrapped, mine), (whole, alone))
-    ]
-    with mine, alone:
+    mine, alone = foreign.aligner_for(wrapped, pool), foreign.aligner_for(whole, pool, process_group=OWN[0])
+
+    def optimizers() -> list[torch.optim.SGD]:
+        pairs = ((wrapped, mine), (whole, alone))
+        return [torch.optim.SGD([{"params": m.parameters()}, *a.param_groups()], lr=0.3) for m, a in pairs]
+
+    steppers = optimizers()
+    with mine.attach(), alone:
         alone.loss_fn.load_state_dict(mine.loss_fn.state_dict())
         for step in range(1, 8):
+            if step == 6:  # resumed between two probes, on each rank by an aligner with other heads
+                mine.detach()
+                state, mine = mine.state_dict(), foreign.aligner_for(wrapped, pool)
+                mine.load_state_dict(state)
+                mine.attach()
+                steppers = optimizers()
             parts = [foreign.batch(2 * step + r, pool, samples=4 + r) for r in (0, 1)]
             joined = {name: torch.cat([part[name] for part in parts]) for name in ("x", "time", "velocity", "mask")}
             joined["features"] = {n: torch.cat([part["features"][n] for part in parts]) for n in foreign.TEACHERS}
             joined["domains"] = parts[0]["domains"] + parts[1]["domains"]
-            for module, aligner, optimizer, b in zip((wrapped, whole), both, optimizers, (parts[rank], joined)):
+            for module, aligner, optimizer, b in zip((wrapped, whole), (mine, alone), steppers, (parts[rank], joined)):
                 error = (module(b["x"], time=b["time"]) - b["velocity"]).square().mean((1, 2))
                 # The means are over samples: as many on each rank would need no factor.
                 flow = error.sum() * (2 / 9 if module is wrapped else 1 / 9)
@@ -262,6 +269,7 @@ def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Modul
                 chosen = [None, None]
                 distributed.all_gather_object(chosen, mine.selection.state())
                 assert chosen[0] == chosen[1]
+    mine.detach()
     for name, one in wrapped.named_parameters():
         one = one.full_tensor() if hasattr(one, "full_tensor") else one
         torch.testing.assert_close(one, whole.get_parameter(name.removeprefix("module.")), rtol=1e-4, atol=1e-6)

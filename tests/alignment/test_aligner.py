@@ -18,7 +18,7 @@ spec = importlib.util.spec_from_file_location("foreign", Path(__file__).with_nam
 foreign = importlib.util.module_from_spec(spec)
 sys.modules["foreign"] = foreign
 spec.loader.exec_module(foreign)
-from foreign import DEPTH, TEACHERS, WIDTH, aligner_for, batch, network, optimizer_for, train  # noqa: E402
+from foreign import CHANNELS, DEPTH, FRAMES, TEACHERS, WIDTH, aligner_for, batch, network, optimizer_for, train  # noqa: E402
 
 POOLS = pytest.mark.parametrize("pool", ["mean", None])
 
@@ -161,6 +161,24 @@ def test_a_compiled_step_is_compiled_once(pool):
                 losses[compiled].append(loss.item())
                 assert f"cosine/speech/{layers[1]}" in aligner.metrics()
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+@POOLS
+def test_a_compiled_model_trains_alike(pool):
+    """Compiled before the aligner is there, through the start of alignment, three probes and their selections."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = network()
+        aligned = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        aligned(torch.zeros(4, FRAMES, CHANNELS), time=torch.zeros(4))
+        aligner = aligner_for(aligned, pool)
+        optimizer = optimizer_for(model, aligner)
+        selections = train(aligned, aligner, optimizer, 0, 7, lambda step: batch(step, pool))
+        results.append((selections, parameters(model, aligner.loss_fn)))
+    assert results[0][0] == results[1][0]
+    assert len({s for s in results[0][0] if s}) == 3
+    same(results[0][1], results[1][1])
 
 
 def test_probes_take_given_inputs_a_function_of_times_or_the_last_call():
