@@ -65,7 +65,7 @@ class Aligner:
         weight: factor on the loss. schedule: a factor by step; None: 1 from the selection on.
         probe: when to score the layers; see `ProbePlan`.
         stop_similarity: alignment ends once the running mean of the raw cosine is there; see `SimilarityStop`.
-        state, block_list, copy: see `HiddenStates`.
+        state, block_list, copy, inputs: see `HiddenStates`.
         every_head: frame by frame, run the heads of all candidates, so that a compiled step is never compiled again;
             False: run only those of the selected layers. A compiled step is then compiled for each new selection.
 
@@ -99,6 +99,7 @@ class Aligner:
         state: str | int | None = None,
         block_list: str | Sequence[str] | None = None,
         copy: bool = False,
+        inputs: Any = None,
         every_head: bool = True,
     ) -> None:
         check_k(k)
@@ -109,7 +110,7 @@ class Aligner:
         self.weight = weight
         self.schedule = schedule or AlignmentSchedule.constant()
         self.process_group = process_group
-        self.states = HiddenStates(model, layers, state, block_list, copy)
+        self.states = HiddenStates(model, layers, state, block_list, copy, inputs)
         self.model = self.states.model
         depth = len(self.states.names)
         if selection is None and probe is None:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.dit import DiT
 from . import graph, native
-from .foreign.drive import BlockModel, NotAStaircase, eager
+from .foreign.drive import BlockModel
+from .foreign.find import unwrapped
+from .foreign.guard import quiet, refuse_caches
 from .foreign.intercept import paused
-from .foreign.wrapped import unsharded, unwrap
+from .foreign.wrapped import reshard, resharded
 from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
@@ -44,6 +46,8 @@ def attribute_layers(
     max_samples: int | None = None,
     clips: Sequence[int] | None = None,
     block_list: str | Sequence[str] | None = None,
+    mask: Tensor | None = None,
+    batched: Sequence[str] | Mapping[str, bool] | None = None,
 ) -> LayerScores:
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
@@ -92,17 +96,23 @@ def attribute_layers(
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     if max_samples is not None:
         whole_number("max_samples", max_samples, 1)
-    model = unwrap(model)
-    with probing(model), unsharded(model), contextlib.nullcontext() if isinstance(model, DiT) else eager(model):
+    model = unwrapped(model, DiT)
+    if not isinstance(model, DiT):
+        refuse_caches(model)
+    own = isinstance(model, DiT)
+    reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
+    # A probe of a `DiT` uses parameters outside of the forward, in which FSDP2 would gather them.
+    with probing(model), contextlib.nullcontext() if own else quiet(model), resharded(model, gather=own):
         network: _Native | _Foreign
         if isinstance(model, DiT):
-            if block_list is not None:
-                raise ValueError("block_list: only for other models; a DiT knows its blocks (choose with blocks=)")
+            for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
+                if value is not None:
+                    raise ValueError(f"{option}: only for other models; a DiT knows its blocks and inputs")
             network = _Native(model, inputs, engine)
         else:
             if branches is not None:
                 raise ValueError("branches: only a DiT knows its branches; other models are scored by whole blocks")
-            network = _Foreign(model, inputs, engine, block_list)
+            network = _Foreign(model, inputs, engine, block_list, batched, mask, alone=max_samples == 1)
         samples, mask, t = network.samples, network.mask, network.t
         if domains is not None and len(domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
@@ -145,15 +155,15 @@ def attribute_layers(
         by_sample=normalised_change(change, energy, metric),
         metric=metric,
         branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
+        names=() if network.names is None else tuple(network.names[unit.layer] for unit in plan.units),
+        engine=network.engine,
         floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
         # Rounding is relative: a sample with twice the energy gets twice the change.
         noise_by_sample=normalised_change((noise * energy).nan_to_num(0.0), energy, metric),
         t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
-        block_evaluations=(
-            sum(part.block_evaluations for part in plans) if network.engine in ("prefix", "graph") else None
-        ),
+        block_evaluations=(sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None),
     )
     if network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2
@@ -170,6 +180,8 @@ def attribute_layers(
 
 class _Native:
     """A `DiT` with its inputs by name."""
+
+    names = None  # of its blocks: their numbers
 
     def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
         self.model = model
@@ -203,6 +215,9 @@ class _Native:
         sizes = dataclasses.replace(sizes, masked=self.mask is not None)
         return split(plan, sizes, self.samples, _bytes(memory_budget, x_t.device))
 
+    def evaluations(self, plan: AblationPlan) -> float:
+        return plan.block_evaluations
+
     def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
         inputs = {name: value[rows] for name, value in self.inputs.items()}
         if self.engine == "graph":
@@ -213,42 +228,47 @@ class _Native:
 class _Foreign:
     """Another model behind its adapter; "auto" is settled by its wiring and by its first velocity."""
 
+    names: tuple[str, ...]
+
     def __init__(
-        self, model: nn.Module, inputs: Any, engine: str, block_list: str | Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        engine: str,
+        block_list: str | Sequence[str] | None,
+        batched: Sequence[str] | Mapping[str, bool] | None,
+        mask: Tensor | None,
+        alone: bool,
     ) -> None:
         if engine == "graph":
             raise ValueError("engine: 'graph' is only for a DiT; other models are asked questions between their blocks")
-        self.blocks = BlockModel(model, inputs, block_list)
-        self.depth, self.samples = self.blocks.depth, self.blocks.samples
-        self.t, self.mask = self.blocks.t, self.blocks.mask
-        self.dtype = self.blocks.inspect()
-        self.settled = engine != "auto"
-        self.engine = engine if self.settled else "stacked" if self.blocks.not_a_chain else "prefix"
+        self.blocks = BlockModel(model, inputs, block_list, batched, mask, engine, alone)
+        self.depth, self.samples, self.names = self.blocks.depth, self.blocks.samples, tuple(self.blocks.names)
+        self.t, self.mask, self.dtype = self.blocks.t, self.blocks.mask, self.blocks.dtype
+
+    @property
+    def engine(self) -> str:
+        return self.blocks.engine
 
     def at_once(self, plan: AblationPlan) -> int:
         return self.samples
+
+    def evaluations(self, plan: AblationPlan) -> float:
+        return self.blocks.evaluations(plan)
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
         raise ValueError("memory_budget: the sizes of another model's activations are not known: use max_samples")
 
     def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
-        velocity = self._run(plan, torch.arange(self.samples)[rows])
+        velocity = self.blocks.run(plan, torch.arange(self.samples)[rows])
+        mask = None if self.mask is None else self.mask[rows].to(velocity.device)
+        if mask is not None and velocity.shape[2] != mask.shape[1]:
+            velocity = velocity.mT  # channels first
         # Frames and bins; an image or a vector counts as one frame.
         velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
-        change, energy = ops.velocity_delta(velocity, None if self.mask is None else self.mask[rows])
+        change, energy = ops.velocity_delta(velocity.contiguous(), mask)
         noise = (self.blocks.noise * energy).unsqueeze(0)
         return torch.cat([change, energy.unsqueeze(0), *([noise] if plan.control else ())])
-
-    def _run(self, plan: AblationPlan, index: Tensor) -> Tensor:
-        try:
-            velocity = self.blocks.run(self.engine, plan, index)
-        except NotAStaircase:
-            if self.settled or self.engine == "stacked":
-                raise
-            self.engine = "stacked"
-            velocity = self.blocks.run(self.engine, plan, index)
-        self.settled = True
-        return velocity
 
 
 def _bytes(memory_budget: int | float, device: torch.device) -> int:

@@ -28,7 +28,7 @@ EPS = 1e-8
 # Relative change of the velocity below which 16-bit rounding can decide ranks.
 SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
-OPTIONAL_COLUMNS = ("clip", "noise")  # which older files may lack
+OPTIONAL_COLUMNS = ("clip", "noise", "name")  # which older files may lack
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
@@ -79,6 +79,9 @@ class LayerScores:
             leaves the residual stream a last bit away; None where it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
+        names: of the units: for another model its own ("single_transformer_blocks.7"), whose layers are numbered in
+            the order of its forward; for a `DiT` "0", "1", ... or "0.attn", "0.ff", ....
+        engine: what ran: see `attribute_layers`.
     """
 
     layers: tuple[int, ...]
@@ -91,6 +94,8 @@ class LayerScores:
     block_evaluations: float | None = field(default=None, compare=False)
     clips: tuple[int, ...] | None = None
     noise_by_sample: Tensor | None = None
+    names: tuple[str, ...] = ()
+    engine: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
@@ -110,6 +115,10 @@ class LayerScores:
             raise ValueError(
                 f"branches: expected a name for each of by_sample's {units} rows, got {len(self.branches)}"
             )
+        if not self.names:
+            object.__setattr__(self, "names", self._numbers())
+        if len(self.names) != units:
+            raise ValueError(f"names: expected a name for each of by_sample's {units} rows, got {len(self.names)}")
         per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
         for name, value in per_sample:
             if value is not None and value.shape != (samples,):
@@ -119,8 +128,7 @@ class LayerScores:
         if self.clips is not None and len(self.clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
-    @property
-    def names(self) -> tuple[str, ...]:
+    def _numbers(self) -> tuple[str, ...]:
         """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches."""
         if self.branches is None:
             return tuple(map(str, self.layers))
@@ -200,20 +208,24 @@ class LayerScores:
             None if self.domains is None else tuple(self.domains[i] for i in samples),
             clips=None if self.clips is None else tuple(self.clips[i] for i in samples),
             noise_by_sample=None if self.noise_by_sample is None else self.noise_by_sample[index],
+            names=self.names,
+            engine=self.engine,
         )
 
     def table(self) -> str:
         """Text table: unit, mean, standard error, mean per domain; highest first."""
         domains = self.by_domain() if len(set(self.domains or ())) > 1 else {}
         widths = {name: max(9, len(name)) for name in domains}
-        lines = ["layer        mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
+        wide = max(8, *(len(name) + 2 for name in self.names))
+        lines = [f"{'layer':<{wide}}     mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
         for u in self.mean.argsort(descending=True, stable=True).tolist():
-            row = f"{self.names[u]:<8}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
+            row = f"{self.names[u]:<{wide}}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
             lines.append(row + "".join(f" {part.mean[u]:{widths[name]}.4f}" for name, part in domains.items()))
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample)."""
+        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample),
+        name (of the unit)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
@@ -229,6 +241,7 @@ class LayerScores:
                             repr(score),
                             "" if self.clips is None else self.clips[n],
                             "" if self.noise_by_sample is None else repr(self.noise_by_sample[n].item()),
+                            self.names[u],
                         )
                     )
 
@@ -238,7 +251,7 @@ class LayerScores:
 
     def state(self) -> dict[str, Any]:
         """Everything as plain lists and numbers; `LayerScores.from_state` reads it back."""
-        return {
+        state = {
             "metric": self.metric,
             "layers": list(self.layers),
             "branches": None if self.branches is None else list(self.branches),
@@ -253,6 +266,12 @@ class LayerScores:
             "mean": self.mean.tolist(),
             "by_sample": self.by_sample.tolist(),
         }
+        # Files of older versions lack both, and are written again as they were.
+        if self.names != self._numbers():
+            state["names"] = list(self.names)
+        if self.engine is not None:
+            state["engine"] = self.engine
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LayerScores:
@@ -265,8 +284,7 @@ class LayerScores:
             raise ValueError(f"scores: expected a mapping of their fields, got {type(state).__name__}")
 
         def entry(name: str, convert: Callable[[Any], Any], required: bool = False) -> Any:
-            # Files of older versions lack the noise.
-            if name not in state and name != "noise_by_sample":
+            if name not in state and name not in ("noise_by_sample", "names", "engine"):  # of older versions
                 raise ValueError(f"scores: {name} is missing")
             value = state.get(name)
             if value is None and not required:
@@ -287,6 +305,8 @@ class LayerScores:
             block_evaluations=entry("block_evaluations", float),
             clips=entry("clips", _tuple_of(int)),
             noise_by_sample=entry("noise_by_sample", _numbers),
+            names=entry("names", _tuple_of(str)) or (),
+            engine=entry("engine", _text),
         )
 
     def plot(self) -> Figure:
@@ -307,6 +327,7 @@ def read_scores(path: str | Path) -> LayerScores:
     domains: dict[int, Any] = {}
     clips: dict[int, Any] = {}
     noises: dict[int, Any] = {}
+    names: dict[tuple[int, str], str] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -326,6 +347,8 @@ def read_scores(path: str | Path) -> LayerScores:
                     if any(known.setdefault(sample, value) != value for known, value in facts):
                         raise ValueError(f"sample {sample} has another t, domain, clip or noise in an earlier line")
                     units[unit][sample] = score
+                    if names.setdefault(unit, row.get("name") or "") != (row.get("name") or ""):
+                        raise ValueError(f"layer {row['layer']}{row['branch']} has another name in an earlier line")
                 except ValueError as error:
                     raise UserError(f"{path}:{reader.line_num}: {error}") from None
     except OSError as error:
@@ -349,6 +372,7 @@ def read_scores(path: str | Path) -> LayerScores:
         noise_by_sample=(
             torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
         ),
+        names=tuple(names.values()) if all(names.values()) else (),
     )
 
 

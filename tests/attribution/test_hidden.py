@@ -425,4 +425,43 @@ def test_lora_before_and_after():
     assert grads
     assert all("lora" in name for name in grads)
     scores = ag.attribute_layers(lora, inputs)
+    assert ag.HiddenStates(lora, [scores.names[2]]).layers == (2,)
     assert scores.layers == tuple(range(DEPTH))
+
+
+class TwoLists(Plain):
+    """Blocks of two lists, as FLUX has them; the second list runs first."""
+
+    def __init__(self):
+        super().__init__()
+        self.single_blocks = nn.ModuleList(Block() for _ in range(2))
+        self.double_blocks = nn.ModuleList(Block() for _ in range(2))
+        del self.blocks
+
+    def forward(self, x, t):
+        x = self.head(x)
+        for block in [*self.double_blocks, *self.single_blocks]:
+            x = block(x, t)
+        return self.tail(x)
+
+
+def test_with_a_batch_blocks_are_those_of_the_scores():
+    torch.manual_seed(0)
+    model, inputs = TwoLists(), (torch.randn(SAMPLES, FRAMES, 5), torch.rand(SAMPLES))
+    scores = ag.attribute_layers(model, inputs)
+    states = ag.HiddenStates(model, inputs=inputs)
+    assert tuple(states.names.values()) == scores.names
+    with states.attach():
+        model(*inputs)
+        read = states.read()
+    hidden = model.head(inputs[0])
+    for layer, block in enumerate([*model.double_blocks, *model.single_blocks]):
+        hidden = block(hidden, inputs[1])
+        assert torch.equal(read[layer], hidden)
+    aligner = ag.Aligner(model, {"a": 3}, k=1, width=WIDTH, probe=ag.ProbePlan(1), inputs=inputs)
+    assert torch.equal(aligner.step(1, inputs).by_sample, scores.by_sample)
+    backwards = ag.Aligner(
+        model, {"a": 3}, k=1, width=WIDTH, probe=ag.ProbePlan(1), block_list=["single_blocks", "double_blocks"]
+    )
+    with pytest.raises(ValueError, match=r"layer 0 of the probe is double_blocks.0, of .* single_blocks"):
+        backwards.step(1, inputs)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...models.dit import DiT
+from ..runner import probing
+from .drive import BlockModel
+from .guard import quiet
 from .intercept import Intercept, records
 from .lists import block_lists
 from .register import adapter_of
-from .wrapped import unwrap
+from .wrapped import reshard, resharded, unwrap
 
 
 class BlockTap(Intercept):
@@ -106,6 +109,17 @@ def _results(output: Any) -> dict[Any, Any]:
     return {}
 
 
+def _scored_blocks(model: nn.Module, inputs: Any, block_list: Any) -> list[tuple[str, nn.Module]]:
+    """The blocks that `attribute_layers` scores on these inputs, by name and in its order."""
+    reshard(model)
+    with probing(model), quiet(model), resharded(model, gather=False):
+        blocks = BlockModel(model, inputs, block_list).blocks
+    for block in blocks:
+        if len(block.sites) > 1:
+            raise ValueError(f"{block.name}: the forward takes it apart, so it has no state")
+    return [(block.name, block.sites[0].module) for block in blocks]
+
+
 class HiddenStates:
     """The residual stream after chosen blocks, of any model whose blocks `attribute_layers` finds.
 
@@ -125,11 +139,13 @@ class HiddenStates:
             block takes it ("hidden_states"), or its position in the result. None: the only one that goes on.
         block_list: dotted name(s) of the block lists, in the order in which they run; None: those registered for the
             class, or the one under a usual name. Numbers are positions in these lists.
+        inputs: a batch as `attribute_layers` takes it: blocks and numbers are then those that it scores by itself, also
+            of several lists.
         copy: keep copies, for blocks that write into their input (an error says so, except in compiled code).
 
     Attributes:
-        layers: the numbers, ascending. names: {number: the model's own name} of all blocks. block_list: the lists, or
-            None for a `DiT`.
+        layers: the numbers, ascending. names: {number: the model's own name} of all blocks. block_list: the lists
+            (of `inputs`: the blocks), or None for a `DiT`.
 
     Raises:
         ValueError: no block list, or a layer that does not exist; names what there is.
@@ -142,6 +158,7 @@ class HiddenStates:
         state: str | int | None = None,
         block_list: str | Sequence[str] | None = None,
         copy: bool = False,
+        inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -159,9 +176,14 @@ class HiddenStates:
             self.names = {layer: str(layer) for layer in range(self.model.depth)}
             self._native = NetworkTap(self.model, ())
         else:
-            lists = block_lists(self.model, block_list or adapter_of(self.model).block_list)
-            self.block_list = list(lists)
-            named = [pair for members in lists.values() for pair in members]
+            block_list = block_list or adapter_of(self.model).block_list
+            if inputs is None:
+                lists = block_lists(self.model, block_list)
+                self.block_list = list(lists)
+                named = [pair for members in lists.values() for pair in members]
+            else:
+                named = _scored_blocks(self.model, inputs, block_list)
+                self.block_list = [name for name, _ in named]
             self.names = {layer: name for layer, (name, _) in enumerate(named)}
             for _, block in named:
                 self._taps.append(BlockTap(unwrap(block), self._taps[-1] if self._taps else None))
@@ -170,6 +192,8 @@ class HiddenStates:
     def select(self, layers: Sequence[int | str]) -> None:
         """Keep the states of these layers from now on. A compiled model is compiled once more for each set."""
         numbers = {name: layer for layer, name in self.names.items()} | {layer: layer for layer in self.names}
+        # PEFT's wrapper, in whose names `attribute_layers` scores, puts this before those of the network.
+        layers = [x.removeprefix("base_model.model.") if isinstance(x, str) else x for x in layers]
         for layer in layers:
             if isinstance(layer, bool) or layer not in numbers:
                 raise ValueError(

@@ -29,19 +29,25 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-@contextlib.contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """All parameters of FSDP2 (`fully_shard`) whole on every rank, and sharded again on every exit.
+def reshard(model: nn.Module) -> None:
+    """Leave each rank with its shards alone of the parameters that FSDP2 (`fully_shard`) has gathered."""
+    for module in _sharded(model):
+        module.reshard()
 
-    Every rank must enter it: it gathers the shards."""
-    sharded: list[Any] = [module for module in model.modules() if "FSDPModule" in _kinds(module)]
+
+@contextlib.contextmanager
+def resharded(model: nn.Module, gather: bool) -> Iterator[None]:
+    """`reshard` on every exit. gather: all parameters of FSDP2 are whole inside; every rank must enter it then."""
     try:
-        for module in sharded:
+        for module in _sharded(model) if gather else ():
             module.unshard()
         yield
     finally:
-        for module in sharded:
-            module.reshard()
+        reshard(model)
+
+
+def _sharded(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if "FSDPModule" in _kinds(module)]
 
 
 def _kinds(module: nn.Module) -> set[str]:
