@@ -24,6 +24,8 @@ from . import graph, native
 from .foreign.drive import BlockModel
 from .foreign.find import unwrapped
 from .foreign.guard import quiet, refuse_caches
+from .foreign.intercept import paused
+from .foreign.wrapped import reshard, resharded
 from .metrics import Metric, measure_with, metric_name
 from .plan import AblationPlan, Sizes, Unit, layer_sets, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
@@ -107,7 +109,10 @@ def attribute_layers(
     model = unwrapped(model, DiT)
     if not isinstance(model, DiT):
         refuse_caches(model)
-    with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else quiet(model):
+    own = isinstance(model, DiT)
+    reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
+    # A probe of a `DiT` uses parameters outside of the forward, in which FSDP2 would gather them.
+    with probing(model), contextlib.nullcontext() if own else quiet(model), resharded(model, gather=own):
         network: _Native | _Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
@@ -360,7 +365,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; training flags and random state are put back on every exit.
 
     Probes of several threads run one after the other. A thread that trains the same model must not run meanwhile."""
-    with _ONE_PROBE, _evaluated(model):
+    with _ONE_PROBE, paused(model), _evaluated(model):
         yield
 
 

@@ -69,9 +69,9 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "generator": trainer.objective.generator.get_state(),
         "rng": [list(states) for states in rng],
         "selection": None if trainer.selection is None else selection_state(trainer.selection),
-        "scores": None if trainer.scores is None else trainer.scores.state(),
-        "average": trainer.chooser.state_dict(),
-        "probed": trainer.probed,
+        "scores": None if trainer.choice.scores is None else trainer.choice.scores.state(),
+        "average": trainer.choice.chooser.state_dict(),
+        "probed": trainer.choice.probed,
         "clips": trainer.data.split.record,
     }
 
@@ -89,20 +89,20 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
         )
     depth = trainer.config.model.depth
     if state["scores"] is not None:
-        trainer.scores = LayerScores.from_state(state["scores"])
-        if trainer.scores.layers != tuple(range(depth)):
-            raise UserError(f"{file}: scores are of the layers {list(trainer.scores.layers)}, the model has {depth}")
+        scores = trainer.choice.scores = LayerScores.from_state(state["scores"])
+        if scores.layers != tuple(range(depth)):
+            raise UserError(f"{file}: scores are of the layers {list(scores.layers)}, the model has {depth}")
     _apply_optimizer(trainer, state["optimizer"], file)
     trainer.train_step.skipped.copy_(torch.tensor(state["skipped"]))
     trainer.step = state["step"]
     trainer.seconds_before = state["seconds"]
     trainer.probe_seconds = state["probe_seconds"]
-    trainer.probed = state["probed"]
+    trainer.choice.probed = state["probed"]
     average = state["average"]
     if not isinstance(average, dict):  # format 1: one vector for the run, or None
         average = {} if average is None else {ALL: [average]}
     try:
-        trainer.chooser.load_state_dict(average)
+        trainer.choice.chooser.load_state_dict(average)
         if state["selection"] is not None:
             trainer.select(selection_from_state(state["selection"]))
     except ValueError as error:
