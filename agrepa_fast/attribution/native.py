@@ -34,6 +34,22 @@ def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefi
     return torch.cat(rows)
 
 
+def whole(model: DiT) -> DiT:
+    """The model itself, or a copy with whole weights where they are sharded (FSDP2): every rank must call it.
+
+    A probe calls the parts of a `DiT` and not its forward, so that the hooks that gather weights do not run in order.
+    """
+    if not any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        return model
+    weights = {
+        name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        for name, weight in model.state_dict().items()
+    }
+    copy = DiT(model.config).to(next(iter(weights.values())).device)
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
 def nudged(x: Tensor) -> Tensor:
     """Perturb every second channel by half an ulp; the resulting change of the velocity is the rounding noise floor.
 

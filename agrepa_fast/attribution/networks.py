@@ -40,7 +40,8 @@ class Native:
     def __init__(
         self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str, metric: Metric | None
     ) -> None:
-        self.model, self.metric = model, metric
+        self.model = model = native.whole(model)
+        self.metric = metric
         self.inputs = by_name(inputs)
         self.depth = model.depth
         self.samples = self.inputs["x_t"].shape[0]

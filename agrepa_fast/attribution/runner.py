@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..models.dit import DiT
 from .foreign.find import unwrapped
 from .foreign.guard import quiet, refuse_caches
+from .foreign.intercept import paused
+from .foreign.wrapped import reshard, resharded
 from .metrics import Metric, metric_name
 from .networks import Foreign, Native
 from .plan import AblationPlan, Unit, layer_sets
@@ -103,7 +105,10 @@ def attribute_layers(
     model = unwrapped(model, DiT)
     if not isinstance(model, DiT):
         refuse_caches(model)
-    with probing(model), contextlib.nullcontext() if isinstance(model, DiT) else quiet(model):
+    native = isinstance(model, DiT)
+    reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
+    # A probe of a `DiT` uses parameters outside of the forward, in which FSDP2 would gather them.
+    with probing(model), contextlib.nullcontext() if native else quiet(model), resharded(model, gather=native):
         network: Native | Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
@@ -209,7 +214,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; training flags and random state are put back on every exit.
 
     Probes of several threads run one after the other. A thread that trains the same model must not run meanwhile."""
-    with _ONE_PROBE, _evaluated(model):
+    with _ONE_PROBE, paused(model), _evaluated(model):
         yield
 
 

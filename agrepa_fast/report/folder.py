@@ -99,7 +99,7 @@ def _read_selection(path: Path) -> tuple[Selection | None, str]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if "teachers" in facts:
-            teachers = {str(name): _aligned(own) for name, own in facts.pop("teachers").items()}
+            teachers = {str(name): _aligned(entry) for name, entry in facts.pop("teachers").items()}
         else:
             teachers = {"": _aligned(facts)}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
