@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 import os
 import threading
 import warnings
@@ -35,7 +36,7 @@ CPU_PASS_BYTES = 32 * 2**20
 def attribute_layers(
     model: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any],
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int | str] | None = None,
     metric: str = "rms",
     domains: Sequence[str] | None = None,
     branches: Sequence[str] | None = None,
@@ -54,20 +55,20 @@ def attribute_layers(
     several threads wait for each other.
 
     Args:
-        model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.foreign`); compiled
-            ones run eagerly during the probe.
+        model: a `DiT`, or any module whose forward passes a state through blocks (see `attribution.foreign`), also in
+            wrappers of torch.compile, data parallelism and PEFT; compiled ones run eagerly during the probe.
         inputs: what the model's forward takes, by name or in order; for a `DiT` x_t [N, T, M], t [N], cond, mask.
             Take x_t from the path (`agrepa_fast.models.flow.probe_inputs` folds a grid of t into N).
-            Of another model's inputs, tensors whose first size is that of the first tensor carry the samples; an
-            input called `mask` (bool [N, T]) says which frames count, one called `t` or `timestep` [N] the flow time.
-        blocks: 0-based layers to score; None = all.
+            Of another model's inputs, tensors or lists with N entries carry the samples where running the model on a
+            part of them says so; one called `t`, `time` or `timestep` [N] is the flow time.
+        blocks: 0-based layers to score, or names of another model's blocks; None = all.
         metric: "rms" or "squared"; see `scores.normalised_change`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
         branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
         engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
             `attribution.graph`; a `DiT` on a CUDA device), "stacked" (all streams from the start) or "loop" (one
-            forward per ablation). "auto" is the graph where one fits and else the staircase; "stacked" for a model
-            that does something between its blocks (long skips). All give the same scores.
+            forward per ablation). "auto" is the graph where one fits and else the staircase; where that fails on
+            another model, "stacked" and then "loop", with a warning. All give the same scores.
         memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
             `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
             one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
@@ -75,7 +76,12 @@ def attribute_layers(
             A `DiT` on the CPU runs no more than its caches hold.
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
-        block_list: dotted name(s) of another model's block lists; None = found under the usual names.
+        block_list: dotted name(s) of another model's block lists or single blocks; None: every block through which its
+            forward passes the noisy state, in the order of the forward.
+        mask: [N, T] bool, True for a frame of another model's velocity [N, T, C] or [N, C, T] that counts. None: an
+            input called `mask` where each sample is True first and then False (padding); else all frames count.
+        batched: names of another model's inputs that carry the samples (dotted paths into nested ones), or {name:
+            whether it does} for some of them; None: found out by running.
 
     Returns:
         LayerScores with by_sample [U, N].
@@ -83,8 +89,8 @@ def attribute_layers(
     Raises:
         TypeError: model is not a module, or the inputs do not fit its forward.
         ValueError: on shapes, layers or names that do not fit, a sample without a valid frame, or a velocity
-            that is not finite; for another model also no block list, a block that changes the shape, a forward that
-            draws random numbers.
+            that is not finite; for another model also no block, a forward that draws random numbers or whose samples
+            depend on each other, an active cache, or what running it does not tell (names the input or the block).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -113,7 +119,7 @@ def attribute_layers(
             raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
         if clips is not None and len(clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
-        plan = AblationPlan.build(network.depth, blocks, branches)
+        plan = AblationPlan.build(network.depth, _numbers_of(blocks, network.names), branches)
         plans: tuple[AblationPlan, ...] = (plan,)
         at_once = min(max_samples or samples, network.at_once(plan))
         if memory_budget is not None:
@@ -132,8 +138,9 @@ def attribute_layers(
                 if network.engine != "graph":  # which holds the memory of every plan that it has captured
                     plans = tuple(dataclasses.replace(part, control=False) for part in plans)
         frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
-        facts = torch.stack([frames.double(), (frames if t is None else t.detach().float()).double()])
-        facts = torch.cat([noise.double().expand(1, samples), facts.to(noise.device)])
+        times = frames if t is None else t.detach().float()
+        facts = torch.stack([fact.double().to(noise.device) for fact in (frames, times)])
+        facts = torch.cat([noise.double().expand(1, samples), facts])
         # The probe's one copy to the host.
         result = torch.cat([torch.cat(passes, dim=1).double(), facts]).cpu()
     change, energy, noise, frames, flow_time = result[:-4], *result[-4:]
@@ -171,6 +178,16 @@ def attribute_layers(
                 stacklevel=2,
             )
     return scores
+
+
+def _numbers_of(blocks: Sequence[int | str] | None, names: tuple[str, ...] | None) -> list[int] | None:
+    """Numbers of the blocks of these numbers or names."""
+    if blocks is None:
+        return None
+    unknown = [block for block in blocks if isinstance(block, str) and block not in (names or ())]
+    if unknown:
+        raise ValueError(f"blocks: expected layer numbers or some of {', '.join(names or ())}, got {unknown[0]!r}")
+    return [(names or ()).index(block) if isinstance(block, str) else operator.index(block) for block in blocks]
 
 
 class _Native:

@@ -529,6 +529,11 @@ def test_names_go_into_tables_files_pictures_and_selections(tmp_path):
         read.modules(build(AddedOutside))
     with pytest.raises(ValueError, match="it has no names"):
         LayerSelection.uniform([0]).modules(model)
+    some = attribute_layers(model, draw(), blocks=["singles.1", 0])
+    assert some.names == ("double_stream.0", "singles.1")
+    assert torch.allclose(some.by_sample, scores.by_sample[[0, 3]], rtol=1e-10)
+    with pytest.raises(ValueError, match=r"blocks: expected layer numbers or some of double_stream\.0.* got 'singles'"):
+        attribute_layers(model, draw(), blocks=["singles"])
     ticks = [tick.get_text() for tick in plot_scores(scores, selection).axes[0].get_xticklabels()]
     assert ticks == STREAMS
 
