@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from agrepa_fast import LayerScores, LayerSelection, attribute_layers, select_layers
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.attribution.foreign import register
 from agrepa_fast.attribution.foreign.register import Adapter, register_adapter
 from agrepa_fast.attribution.pictures import plot_scores
-from agrepa_fast.attribution.scores import read_scores
 
 from .models import DEPTH, FRAMES, WIDTH, Chain, build, draw
 
