@@ -6,6 +6,7 @@ The device work is in `native` (a `DiT`; as a CUDA graph in `graph`) and in `for
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
 def attribute_layers(
     model: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any],
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int | str] | None = None,
     metric: str | Metric = "rms",
     domains: Sequence[str] | None = None,
     branches: Sequence[str] | None = None,
@@ -52,13 +53,13 @@ def attribute_layers(
     several threads wait for each other.
 
     Args:
-        model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.foreign`); compiled
-            ones run eagerly during the probe.
+        model: a `DiT`, or any module whose forward passes a state through blocks (see `attribution.foreign`), also in
+            wrappers of torch.compile, data parallelism and PEFT; compiled ones run eagerly during the probe.
         inputs: what the model's forward takes, by name or in order; for a `DiT` x_t [N, T, M], t [N], cond, mask.
             Take x_t from the path (`agrepa_fast.models.flow.probe_inputs` folds a grid of t into N).
-            Of another model's inputs, tensors whose first size is that of the first tensor carry the samples; an
-            input called `mask` (bool [N, T]) says which frames count, one called `t` or `timestep` [N] the flow time.
-        blocks: 0-based layers to score; None = all.
+            Of another model's inputs, tensors or lists with N entries carry the samples where running the model on a
+            part of them says so; one called `t`, `time` or `timestep` [N] is the flow time.
+        blocks: 0-based layers to score, or names of another model's blocks; None = all.
         metric: "rms" or "squared"; see `scores.normalised_change`. Or a function of the baseline's and the ablated
             output, both [B, ...], that returns [B] scores; see `attribution.metrics`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
@@ -68,8 +69,8 @@ def attribute_layers(
             states of a joint block (image and text, say) apart, and the modules of a layer that is a list.
         engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
             `attribution.graph`; a `DiT` on a CUDA device), "stacked" (all streams from the start) or "loop" (one
-            forward per ablation). "auto" is the graph where one fits and else the staircase; "stacked" for a model
-            that does something between its blocks (long skips). All give the same scores.
+            forward per ablation). "auto" is the graph where one fits and else the staircase; where that fails on
+            another model, "stacked" and then "loop", with a warning. All give the same scores.
         memory_budget: bytes (int), or a share of the device's free memory (float up to 1), that the staircase of a
             `DiT` may take beside weights and inputs: `plan.split` runs fewer samples at once, and fewer layers where
             one sample is too much. Sizes of other models are not known; for them, and under autocast, use max_samples.
@@ -79,7 +80,12 @@ def attribute_layers(
             error counts them as one.
         sets: sets of layers (0-based, or names of blocks), each switched off as a whole: [[0, 1], [4]].
         spans: every so many neighbouring blocks, in the order of the forward, switched off as a whole.
-        block_list: dotted name(s) of another model's block lists; None = found under the usual names.
+        block_list: dotted name(s) of another model's block lists or single blocks; None: every block through which its
+            forward passes the noisy state, in the order of the forward.
+        mask: [N, T] bool, True for a frame of another model's velocity [N, T, C] or [N, C, T] that counts. None: an
+            input called `mask` where each sample is True first and then False (padding); else all frames count.
+        batched: names of another model's inputs that carry the samples (dotted paths into nested ones), or {name:
+            whether it does} for some of them; None: found out by running.
 
     Returns:
         LayerScores with by_sample [U, N].
@@ -87,8 +93,8 @@ def attribute_layers(
     Raises:
         TypeError: model is not a module, or the inputs do not fit its forward.
         ValueError: on shapes, layers or names that do not fit, a sample without a valid frame, or a velocity
-            that is not finite; for another model also no block list, a block that changes the shape, a forward that
-            draws random numbers.
+            that is not finite; for another model also no block, a forward that draws random numbers or whose samples
+            depend on each other, an active cache, or what running it does not tell (names the input or the block).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -96,7 +102,7 @@ def attribute_layers(
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
     if not callable(metric) and metric not in METRICS:
         raise ValueError(f"metric: expected one of {METRICS} or a function of two outputs, got {metric!r}")
-    own = metric if callable(metric) else None
+    function = metric if callable(metric) else None
     grouped = sets is not None or spans is not None
     if grouped and (blocks is not None or branches is not None):
         raise ValueError("sets, spans: whole blocks in groups; leave blocks= and branches= out")
@@ -105,18 +111,18 @@ def attribute_layers(
     model = unwrapped(model, DiT)
     if not isinstance(model, DiT):
         refuse_caches(model)
-    native = isinstance(model, DiT)
+    ours = isinstance(model, DiT)
     reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
-    # A probe of a `DiT` uses parameters outside of the forward, in which FSDP2 would gather them.
-    with probing(model), contextlib.nullcontext() if native else quiet(model), resharded(model, gather=native):
+    # A whole copy of a sharded `DiT` is probed in its place.
+    with probing(model), contextlib.nullcontext() if ours else quiet(model), resharded(model, gather=False):
         network: Native | Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
                 if value is not None:
                     raise ValueError(f"{option}: only for other models; a DiT knows its blocks and inputs")
-            network = Native(model, inputs, engine, own)
+            network = Native(model, inputs, engine, function)
         else:
-            network = Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, own, branches)
+            network = Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, function, branches)
         samples, mask, t = network.samples, network.mask, network.t
         if domains is not None and len(domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
@@ -127,7 +133,8 @@ def attribute_layers(
             groups = layer_sets(network.depth, sets, spans, known)
             plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, Foreign))
         else:
-            plan = AblationPlan.build(network.depth, blocks, branches if isinstance(network, Native) else None)
+            numbers = _numbers_of(blocks, network.names)
+            plan = AblationPlan.build(network.depth, numbers, branches if isinstance(network, Native) else None)
             if isinstance(network, Foreign):
                 plan = network.by_branch(plan)
         plans: tuple[AblationPlan, ...] = (plan,)
@@ -142,16 +149,17 @@ def attribute_layers(
             # Of several parts of the plan, the first one's baseline stands for all; of several passes, its control.
             changes = [result[: len(part.units)] for part, result in zip(plans, measured)]
             energy, *rest = measured[0][len(plans[0].units) :]
-            floor = energy if own is None else rest.pop(0)
+            floor = energy if function is None else rest.pop(0)
             passes.append(torch.cat([*changes, energy.unsqueeze(0), floor.unsqueeze(0)]))
             if start == 0:
                 noise = rest[0][0] if rest else torch.full_like(energy[0], torch.nan)
-                noise = noise / energy[0] if own is None else noise
+                noise = noise / energy[0] if function is None else noise
                 if network.engine != "graph":  # which holds the memory of every plan that it has captured
                     plans = tuple(replace(part, control=False) for part in plans)
         frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
-        facts = torch.stack([frames.double(), (frames if t is None else t.detach().float()).double()])
-        facts = torch.cat([noise.double().expand(1, samples), facts.to(noise.device)])
+        times = frames if t is None else t.detach().float()
+        facts = torch.stack([fact.double().to(noise.device) for fact in (frames, times)])
+        facts = torch.cat([noise.double().expand(1, samples), facts])
         # The probe's one copy to the host.
         result = torch.cat([torch.cat(passes, dim=1).double(), facts]).cpu()
     change, energy, floor, noise, frames, flow_time = result[:-5], *result[-5:]
@@ -167,7 +175,7 @@ def attribute_layers(
     if grouped:  # in the order in which they were given
         units = [Unit.of_layers(group) for group in groups]
         change = change[[plan.units.index(unit) for unit in units]]
-    if own is None:
+    if function is None:
         floor = torch.zeros_like(energy)
         noise = (noise * energy).nan_to_num(0.0)  # rounding is relative
         change, floor, noise = (normalised_change(part, energy, str(metric)) for part in (change, floor, noise))
@@ -191,7 +199,7 @@ def attribute_layers(
         clips=None if clips is None else tuple(clips),
         block_evaluations=(sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None),
     )
-    if own is None and network.dtype.itemsize == 2 and energy.any():
+    if function is None and network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2
         safe = max(safe, scores.noise_floor)
         low = [name for name, mean in zip(scores.names, scores.mean.tolist()) if mean < safe]
@@ -202,6 +210,16 @@ def attribute_layers(
                 stacklevel=2,
             )
     return scores
+
+
+def _numbers_of(blocks: Sequence[int | str] | None, names: tuple[str, ...] | None) -> list[int] | None:
+    """Numbers of the blocks of these numbers or names."""
+    if blocks is None:
+        return None
+    unknown = [block for block in blocks if isinstance(block, str) and block not in (names or ())]
+    if unknown:
+        raise ValueError(f"blocks: expected layer numbers or some of {', '.join(names or ())}, got {unknown[0]!r}")
+    return [(names or ()).index(block) if isinstance(block, str) else operator.index(block) for block in blocks]
 
 
 # A probe changes what the whole process shares (the random state, the fused path of nn.TransformerEncoder) beside its

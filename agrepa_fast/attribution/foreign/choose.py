@@ -242,7 +242,7 @@ class Choice:
             warnings.warn(
                 f"{self.kind}: the state also passes through {', '.join(carrying)}, which are not scored: add them to "
                 "block_list",
-                stacklevel=6,
+                stacklevel=8,
             )
         first = order[self.blocks[0].sites[0].module]
         shaping = [n for n in others(self.beside) if sites[self.beside[n]].carries and first < order[self.beside[n]]]
@@ -250,7 +250,7 @@ class Choice:
             warnings.warn(
                 f"{self.kind}: {', '.join(shaping)} are not scored: the state passes through them, but they change its "
                 "shape or stand beside the blocks of a stage",
-                stacklevel=6,
+                stacklevel=8,
             )
         joining = {name.rpartition(".")[0] for name in self.watcher.joining}
         aside = [n for n in others(self.automatic.blocks) if n.rpartition(".")[0] in joining and n not in carrying]
@@ -258,7 +258,7 @@ class Choice:
             warnings.warn(
                 f"{self.kind}: {', '.join(aside)} are not scored: they see the condition alone, before it joins the "
                 "state; add them to block_list to score them",
-                stacklevel=6,
+                stacklevel=8,
             )
 
 

@@ -197,6 +197,6 @@ class Examination:
             warnings.warn(
                 f"{', '.join(map(repr, unused))} may say which frames are real, but not by which of its values: all "
                 "frames count; pass mask= ([samples, frames] bool, True for a frame that counts)",
-                stacklevel=5,
+                stacklevel=6,
             )
         return used

@@ -45,9 +45,9 @@ must equal a loop's that switches one block off at a time, and every block that 
 the model's own name.
 
 - **Blocks**: what `attribute_layers(model, inputs)` scores without being told anything.
-- **How**: *staircase* where the forward is a chain of blocks, so that ablations share their prefixes and L blocks cost
-  L(L+1)/2 block evaluations; *dense* where something happens between the blocks (long skips, a change of layout), so
-  that all ablations run in one batch from the start. The scores are the same.
+- **How**: *staircase* where a block runs on those ablations alone that differ from the baseline by then, so that L
+  blocks cost L(L+1)/2 block evaluations; *dense* where a block cannot run on a part of the batch, so that it runs on
+  all. The scores are the same.
 
 A class that is not here works as well if its forward calls its blocks in the ways that these do: see
 [any list of blocks](any-model.md). Names of cases that start with a package's name come from that package; the others

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from agrepa_fast import LayerScores, LayerSelection, attribute_layers, select_layers
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.attribution.foreign import register
 from agrepa_fast.attribution.foreign.register import Adapter, register_adapter
 from agrepa_fast.attribution.pictures import plot_scores
-from agrepa_fast.attribution.scores import read_scores
 
 from .models import DEPTH, FRAMES, WIDTH, Chain, build, draw
 
@@ -529,6 +529,11 @@ def test_names_go_into_tables_files_pictures_and_selections(tmp_path):
         read.modules(build(AddedOutside))
     with pytest.raises(ValueError, match="it has no names"):
         LayerSelection.uniform([0]).modules(model)
+    some = attribute_layers(model, draw(), blocks=["singles.1", 0])
+    assert some.names == ("double_stream.0", "singles.1")
+    assert torch.allclose(some.by_sample, scores.by_sample[[0, 3]], rtol=1e-10)
+    with pytest.raises(ValueError, match=r"blocks: expected layer numbers or some of double_stream\.0.* got 'singles'"):
+        attribute_layers(model, draw(), blocks=["singles"])
     ticks = [tick.get_text() for tick in plot_scores(scores, selection).axes[0].get_xticklabels()]
     assert ticks == STREAMS
 
