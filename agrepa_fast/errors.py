@@ -8,7 +8,18 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message names the file, line, key or value and what to do."""
+    """Something the user gave is wrong. The message names the file, line, key or value and what to do, in one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(message: object) -> str:
+    """The message with its line breaks and other characters that are not printable escaped.
+
+    What a user gave is quoted in messages: a file's name may hold line breaks, terminal codes and bytes that are no
+    UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
 
 
 @contextmanager

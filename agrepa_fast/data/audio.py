@@ -38,21 +38,33 @@ LOWEST_RATE, HIGHEST_RATE = 2000, 768000
 
 
 def import_torchaudio() -> ModuleType:
-    """torchaudio, imported on first use. UserError when it is missing or does not fit this torch."""
+    """torchaudio, imported on first use.
+
+    Raises:
+        UserError: it is not installed, or it was built for another torch.
+    """
     try:
-        import torchaudio
-    except (ImportError, OSError, RuntimeError) as error:
-        # A torchaudio built for another CUDA than torch raises OSError or RuntimeError on import.
-        raise UserError(f"torchaudio cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        import torchaudio.functional
+    except ModuleNotFoundError as error:
+        raise UserError(f"torchaudio is not installed ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"torchaudio does not fit torch {torch.__version__} ({_line(error)}): "
+            "install the two together, in versions built for each other, from one index"
+        ) from error
     return torchaudio
 
 
 def import_soundfile() -> ModuleType:
-    """soundfile, imported on first use. UserError when it or its C library is missing."""
+    """soundfile, imported on first use.
+
+    Raises:
+        UserError: it or its C library is missing.
+    """
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise UserError(f"soundfile cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        raise UserError(f"soundfile cannot be imported ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
     return soundfile
 
 
@@ -221,7 +233,7 @@ def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     if not bool(torch.isfinite(samples).all()):
         raise ValueError(f"waveform for {path} holds NaN or infinite samples")
     try:
-        soundfile.write(Path(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
+        soundfile.write(os.fsencode(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"{path}: cannot write the audio ({_line(error)})") from error
 

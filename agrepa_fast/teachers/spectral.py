@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .registry import Teacher
+from ..data.audio import import_torchaudio
+from .base import Teacher
 
 SAMPLE_RATE = 16_000
 WINDOW = 400  # 25 ms
@@ -61,16 +61,13 @@ class SpectralTeacher(Teacher):
     cosine is not decided by the loudness and two unrelated clips are not near 1.
 
     Raises:
-        UserError: torchaudio is not installed.
+        UserError: torchaudio is not installed, or does not fit torch.
     """
 
     def __init__(self) -> None:
         super().__init__("spectral", width=3 * COEFFICIENTS, rate=SAMPLE_RATE / HOP, sample_rate=SAMPLE_RATE)
-        try:
-            from torchaudio.functional import create_dct, melscale_fbanks
-        except ImportError as error:
-            raise UserError("the spectral teacher needs torchaudio: pip install 'agrepa-fast[audio]'") from error
-        bank = melscale_fbanks(N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, MELS, SAMPLE_RATE)
+        functional = import_torchaudio().functional
+        bank = functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, MELS, SAMPLE_RATE)
         self.window: Tensor
         self.bank: Tensor
         self.dct: Tensor
@@ -78,7 +75,7 @@ class SpectralTeacher(Teacher):
         self.std: Tensor
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("dct", create_dct(COEFFICIENTS, MELS, "ortho"), persistent=False)
+        self.register_buffer("dct", functional.create_dct(COEFFICIENTS, MELS, "ortho"), persistent=False)
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
         self.freeze()

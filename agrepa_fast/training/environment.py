@@ -9,40 +9,43 @@ from importlib import metadata
 import torch
 
 from .. import __version__
+from ..data.audio import import_torchaudio
 from ..errors import UserError
+from ..fields import shown
 from ..ops.dispatch import explain
 
 PACKAGES = ("torch", "triton", "torchaudio", "transformers", "xformers", "soundfile", "safetensors", "numpy")
 
+# What each extra of pyproject.toml brings for users.
 USES = {
     "audio": ("torchaudio", "soundfile"),
-    "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "tensorboard"),
-    "teachers": ("transformers",),
+    "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "nvidia-ml-py"),
+    "tensorboard": ("tensorboard",),
+    "teachers": ("transformers", "safetensors"),
     "xformers": ("xformers",),
-    "bench": ("pytest-benchmark", "nvidia-ml-py"),
+    "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum"),
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one.
+def pick_device(name: str | None, option: str = "train.device") -> torch.device:
+    """The device of that name. None and "auto": CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: no such device here; begins with `option`.
     """
-    if name == "auto":
+    if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name) is None:
-        raise UserError(f"train.device: expected auto, cpu, cuda or cuda:N, got {name[:80]!r}")
+        raise UserError(f"{option}: expected auto, cpu, cuda or cuda:N, got {shown(name)}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"train.device: no {name} here ({torch.cuda.device_count()} CUDA devices); use cpu")
+        raise UserError(f"{option}: no {name} here ({torch.cuda.device_count()} CUDA devices); use cpu")
     return device
 
 
 def doctor() -> str:
     """A page of text: versions, devices, what each optional part needs, and the path the ops take."""
-    found = versions()
-    lines = ["versions", *(f"  {name:<14}{version}" for name, version in found.items()), "", "devices"]
+    lines = ["versions", *(f"  {name:<14}{version}" for name, version in versions().items()), "", "devices"]
     lines.append(f"  cpu           {platform.machine()}, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
@@ -54,6 +57,11 @@ def doctor() -> str:
     for use, packages in USES.items():
         missing = [name for name in packages if metadata_version(name) is None]
         state = f"missing {', '.join(missing)}: pip install 'agrepa-fast[{use}]'" if missing else "ready"
+        if not missing and "torchaudio" in packages:
+            try:
+                import_torchaudio()
+            except UserError as error:
+                state = str(error)
         lines.append(f"  {use:<14}{state}")
     return "\n".join(lines)
 
@@ -68,5 +76,5 @@ def metadata_version(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages that are installed."""
-    found = {"python": platform.python_version(), "agrepa-fast": __version__}
-    return found | {name: metadata_version(name) or "not installed" for name in PACKAGES}
+    own = {"python": platform.python_version(), "agrepa-fast": __version__}
+    return own | {name: metadata_version(name) or "not installed" for name in PACKAGES}

@@ -38,7 +38,9 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("train.tensorboard: pip install tensorboard") from error
+                raise UserError(
+                    "train.tensorboard: TensorBoard is not installed: pip install 'agrepa-fast[tensorboard]'"
+                ) from error
             purge = None if resume is None else resume[0] + 1
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if config.train.wandb:
