@@ -97,8 +97,9 @@ def _widths(kernel: str) -> list[int]:
 def cases() -> list[Case]:
     """Every kernel, dtype, norm and launch configuration.
 
-    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, odd widths and the
-    halves of the cosine kernel are compiled in two dtypes; widths that may spill in one. With `join`: one width."""
+    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, modulation per
+    token, the norm's weight and bias, odd widths and the halves of the cosine kernel are compiled in two dtypes; widths
+    that may spill in one. With `join`: one width."""
     found = []
     for direction in ("forward", "backward"):
         widths = _widths(f"residual_{direction}")
@@ -118,7 +119,7 @@ def cases() -> list[Case]:
         for dtype in TWO:
             found += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
         for variant, dtype in itertools.product((AFFINE, PER_TOKEN, PER_TOKEN_AFFINE), TWO):
-            some = widths if variant == PER_TOKEN else [1024, SPILL_FREE]
+            some = [1024, SPILL_FREE] if variant == AFFINE else widths
             found += [Case(variant, direction, width, dtype, "layer") for width in some]
             found += [Case(variant, direction, 1024, dtype, "rms")]
     found += [Case(JOIN, "forward", 1024, dtype, "layer") for dtype in ("bf16+fp32", "fp32", "bf16", "fp16")]
@@ -273,8 +274,9 @@ def _lines(rows: list[Compiled]) -> Iterator[str]:
     yield "Written by `python -m agrepa_fast.kernels.compile_matrix docs/ops/compile-matrix.md`; nothing here was run."
     yield f"Triton {triton.__version__}. `gated_residual_norm` is the residual kernels whole: in every dtype and norm,"
     yield f"at the widest row of each tile in the launch tables up to {SPILL_FREE}. The two ops that leave a part of it"
-    yield "out, odd widths and the halves of the cosine kernel are compiled in two dtypes, widths beyond in one. With"
-    yield "`join`, which brings as many sequences as there are, the forward kernel is compiled at one width."
+    yield "out, its variants with modulation per token and with the norm's weight and bias (affine), odd widths and the"
+    yield "halves of the cosine kernel are compiled in two dtypes, widths beyond in one. With `join`, which brings as"
+    yield "many sequences as there are, the forward kernel is compiled at one width."
     yield ""
     yield "Dtype: stream + modulation, or prediction + target. Registers are per thread; a trailing `+n` are n spills."
     yield "16-byte: share of the stream's bytes that 16-byte instructions load / store in the sm90 PTX; none where the"

@@ -38,6 +38,7 @@ from .launch import (
     fresh,
     launch,
     row_contiguous,
+    unspecialised,
 )
 
 
@@ -61,7 +62,9 @@ class Inputs(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """(from a sequence or sample to the next, from a row to the next) of what may be a view, in units of UNIT."""
+    """(from a sequence or sample to the next, from a row to the next) of what may be a view, in units of UNIT.
+
+    Like sizes they change from batch to batch, and reach the kernels as `unspecialised`."""
 
     x: tuple[int, int] = (0, 0)
     join: tuple[int, int] = (0, 0)
@@ -92,8 +95,10 @@ class Results(NamedTuple):
     rstd: Any = None
 
 
-# Strides and sizes change from batch to batch; specialising on them would compile the kernels again and again.
-UNSPECIALISED = ["strides", "sizes"]
+@triton.jit
+def _numbers(sizes):
+    """Sizes as the host gave them."""
+    return sizes.own >> 4, sizes.active >> 4, sizes.samples >> 4, sizes.frames >> 4, sizes.tokens >> 4
 
 
 @triton.jit
@@ -126,16 +131,22 @@ def _times(s, gate):
 
 
 @triton.jit
+def _wide(stride):
+    """A stride as the host gave it, in 64 bits: rows may be 2^31 elements apart."""
+    return (stride.to(tl.int64) - 8) >> 4  # without the subtraction Triton's interpreter takes 2^31 for negative
+
+
+@triton.jit
 def _rows(pointer, stride, outer, t, c, mask, UNIT: tl.constexpr):
     """Rows t of a sequence or sample, [tokens, columns]."""
-    pointers = pointer + (UNIT * (outer * stride[0] + t * stride[1]))[:, None]
+    pointers = pointer + (UNIT * (outer * _wide(stride[0]) + t * _wide(stride[1])))[:, None]
     return tl.load(pointers + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _row(pointer, stride, outer, c, in_c, UNIT: tl.constexpr):
     """The row of a sample, [columns]."""
-    return tl.load(pointer + UNIT * (outer * stride[0]) + c, mask=in_c, other=0.0)
+    return tl.load(pointer + UNIT * (outer * _wide(stride[0])) + c, mask=in_c, other=0.0)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def _store_rows(pointer, row, c, value, mask, WIDTH: tl.constexpr):
     tl.store(pointer + (row * WIDTH)[:, None] + c[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit
 def _forward_kernel(
     inputs,
     results,
@@ -160,16 +171,17 @@ def _forward_kernel(
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    per_sequence = tl.cdiv(sizes.frames, sizes.tokens)
+    own, active, samples, frames, tokens = _numbers(sizes)
+    per_sequence = tl.cdiv(frames, tokens)
     sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
-    first = (tl.program_id(0) % per_sequence) * sizes.tokens
-    last = tl.minimum(first + sizes.tokens, sizes.frames)
-    sample, known = _sample(inputs.sample_index, sequence, sizes.samples, ACC)
+    first = (tl.program_id(0) % per_sequence) * tokens
+    last = tl.minimum(first + tokens, frames)
+    sample, known = _sample(inputs.sample_index, sequence, samples, ACC)
 
     c = tl.arange(0, BLOCK_D)
     in_c = c < WIDTH
     if inputs.branch is not None:
-        s = _stream_scale(inputs.stream_scale, sequence, sizes.active, ACC) * known
+        s = _stream_scale(inputs.stream_scale, sequence, active, ACC) * known
         # No token of the branch is read where s is 0.
         branch_last = tl.where(s != 0, last, first)
         if not GATE_PER_TOKEN:
@@ -186,9 +198,9 @@ def _forward_kernel(
     # One load serves both tensors: whose rows a sequence reads is chosen once, before the loop.
     source_ptr, source, source_stride = inputs.x, sequence, strides.x
     if inputs.join is not None:
-        joins = sequence >= sizes.own
+        joins = sequence >= own
         source_ptr = tl.where(joins, inputs.join, inputs.x)
-        source = tl.where(joins, sequence - sizes.own, sequence)
+        source = tl.where(joins, sequence - own, sequence)
         source_sequence = tl.where(joins, strides.join[0], strides.x[0])
         source_row = tl.where(joins, strides.join[1], strides.x[1])
         source_stride = (source_sequence, source_row)
@@ -198,7 +210,7 @@ def _forward_kernel(
     while start < last:
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_t = t < last
-        row = sequence * sizes.frames + t
+        row = sequence * frames + t
         mask = in_t[:, None] & in_c[None, :]
         x = _rows(source_ptr, source_stride, source, t, c, mask, UNIT).to(ACC)
         if inputs.branch is not None:
@@ -254,14 +266,17 @@ def per_token(modulation: Tensor | None) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(config: LaunchConfig, shape: tuple[int, ...], strides: Strides) -> tuple[int, int, Strides, dict[str, Any]]:
-    """(programs per sequence, tokens per program, strides in units, the tile's constants); the same for every call
-    of a shape."""
+def plan(
+    config: LaunchConfig, shape: tuple[int, ...], strides: Strides, own: int, active: int, samples: int
+) -> tuple[int, Strides, Sizes, dict[str, Any]]:
+    """(programs per sequence, strides in units, sizes, the tile's constants); the same for every call of a shape."""
     sequences, frames, width = shape
     unit = alignment(*(stride for each in strides for stride in each))
+    per_sequence, tokens = chunks(sequences, frames, config)
+    sizes = Sizes(*map(unspecialised, (own, active, samples, frames, tokens)))
+    in_units = Strides(*((unspecialised(outer // unit), unspecialised(row // unit)) for outer, row in strides))
     tile = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width), "BLOCK_T": config.block_t, "UNIT": unit}
-    in_units = Strides(*((outer // unit, row // unit) for outer, row in strides))
-    return *chunks(sequences, frames, config), in_units, tile
+    return per_sequence, in_units, sizes, tile
 
 
 def forward(
@@ -304,7 +319,8 @@ def forward(
         mean = rstd.new_empty((0,)) if rms else fresh(rstd)
         results = Results(results.x_new, out if branch is None else fresh(out), mean, rstd)
     strides = Strides(pair(x), pair(join), pair(branch), pair(gate), pair(shift), pair(scale))
-    per_sequence, tokens, strides, tile = plan(config, shape, strides)
+    active = 0 if branch is None else branch.shape[0]
+    per_sequence, strides, sizes, tile = plan(config, shape, strides, own, active, samples(gate, scale))
     launch(
         _forward_kernel,
         x.device,
@@ -312,7 +328,7 @@ def forward(
         tensors,
         results,
         strides,
-        Sizes(own, 0 if branch is None else branch.shape[0], samples(gate, scale), shape[1], tokens),
+        sizes,
         num_warps=config.num_warps,
         EPS=eps,
         RMS=rms,

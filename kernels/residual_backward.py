@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .launch import LaunchConfig, accumulator, configuration, fresh, launch
 from .residual import (
-    UNSPECIALISED,
     Inputs,
-    Sizes,
     Strides,
+    _numbers,
     _row,
     _rows,
     _sample,
@@ -29,6 +28,10 @@ from .residual import (
     samples,
 )
 from .residual_sums import add_up
+
+# Of a thread, at most: 16 warps a multiprocessor, which is what the rule's number of programs reckons with. Rows of
+# modulation beside two sums would spill.
+_REGISTERS, _PER_TOKEN_AFFINE = 128, 168
 
 
 class Gradients(NamedTuple):
@@ -46,7 +49,7 @@ class Gradients(NamedTuple):
     stream_scale: Any = None  # [programs]
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit
 def _backward_kernel(
     inputs,
     gradients,
@@ -70,11 +73,12 @@ def _backward_kernel(
     Two sums are kept for the norm, v and v y: of v = dh where the modulation is per sample, so that all four gradients
     are multiples of them; of v = dh (1 + scale) where it is per token. One is kept for the gate: branch dx without s
     (ds is then one inner product with the gate), or gate branch dx where the gate is per token."""
-    per_sequence = tl.cdiv(sizes.frames, sizes.tokens)
+    _, active, samples, frames, tokens = _numbers(sizes)
+    per_sequence = tl.cdiv(frames, tokens)
     sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
-    first = (tl.program_id(0) % per_sequence) * sizes.tokens
-    last = tl.minimum(first + sizes.tokens, sizes.frames)
-    sample, known = _sample(inputs.sample_index, sequence, sizes.samples, ACC)
+    first = (tl.program_id(0) % per_sequence) * tokens
+    last = tl.minimum(first + tokens, frames)
+    sample, known = _sample(inputs.sample_index, sequence, samples, ACC)
     GATE_SUMS: tl.constexpr = inputs.branch is not None and (not GATE_PER_TOKEN or gradients.stream_scale is not None)
     AFFINE: tl.constexpr = inputs.weight is not None or inputs.bias is not None
     NORM_SUMS: tl.constexpr = inputs.grad_h is not None and (AFFINE or not NORM_PER_TOKEN)
@@ -83,9 +87,9 @@ def _backward_kernel(
     in_c = c < WIDTH
     # Sums over tokens stay in a whole tile: adding up its rows needs other threads and is done once, at the end.
     if inputs.branch is not None:
-        s = _stream_scale(inputs.stream_scale, sequence, sizes.active, ACC) * known
+        s = _stream_scale(inputs.stream_scale, sequence, active, ACC) * known
         branch_last = tl.where(s != 0, last, first)
-        grad_branch_last = tl.where(sequence < sizes.active, last, first)
+        grad_branch_last = tl.where(sequence < active, last, first)
         if not GATE_PER_TOKEN:
             gate = _times(s, _row(inputs.gate, strides.gate, sample, c, in_c, UNIT).to(ACC))[None, :]
     if GATE_SUMS:
@@ -107,7 +111,7 @@ def _backward_kernel(
     while start < last:
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_t = t < last
-        row = sequence * sizes.frames + t
+        row = sequence * frames + t
         mask = in_t[:, None] & in_c[None, :]
         if inputs.branch is not None:
             # Read here, far from its use: behind the sums over the row its latency would come on top of theirs.
@@ -224,6 +228,7 @@ def backward(
     shape = sequences, frames, width = like.shape
     config = config or configuration("residual_backward", width, like.device)
     dtype, acc = accumulator(like)
+    affine = weight is not None or bias is not None
     device, batch = like.device, samples(gate, scale)
     strides = Strides(
         x=pair(normed),
@@ -233,7 +238,8 @@ def backward(
         grad_x_new=pair(grad_x_new),
         grad_h=pair(grad_h),
     )
-    per_sequence, tokens, strides, tile = plan(config, shape, strides)
+    active = 0 if branch is None else branch.shape[0]
+    per_sequence, strides, sizes, tile = plan(config, shape, strides, sequences, active, batch)
     programs = sequences * per_sequence
 
     # What the kernel writes: a gradient itself, or the rows that are then added up to it.
@@ -284,10 +290,9 @@ def backward(
         ),
         Gradients(**written),
         strides,
-        Sizes(sequences, 0 if branch is None else branch.shape[0], batch, frames, tokens),
+        sizes,
         num_warps=config.num_warps,
-        # 16 warps a multiprocessor, which is what the rule's number of programs reckons with.
-        registers=128 if acc is tl.float32 else 255,
+        registers=255 if acc is tl.float64 else _PER_TOKEN_AFFINE if affine and per_token(scale) else _REGISTERS,
         RMS=norm == "rms",
         GATE_PER_TOKEN=per_token(gate),
         NORM_PER_TOKEN=per_token(scale),
@@ -302,12 +307,12 @@ def backward(
             add_up({name: written[name] for name in names}, {name: grads[name] for name in names}, **sizes)
 
     modulation = {"gate": gate, "shift": scale, "scale": scale}
-    sizes = {"samples": batch, "sequences": sequences, "sample_index": sample_index}
+    samples_of = {"samples": batch, "sequences": sequences, "sample_index": sample_index}
     by_sample, by_token = (
         [name for name in modulation if per_token(modulation[name]) == each] for each in (False, True)
     )
-    total(*by_sample, width=width, per_sequence=per_sequence, stream_scale=stream_scale, **sizes)
-    total(*by_token, width=frames * width, per_sequence=1, **sizes)
+    total(*by_sample, width=width, per_sequence=per_sequence, stream_scale=stream_scale, **samples_of)
+    total(*by_token, width=frames * width, per_sequence=1, **samples_of)
     total("weight", "bias", width=width, samples=1, sequences=1, per_sequence=programs)
     if "stream_scale" in written and stream_scale is not None:
         grads["stream_scale"] = written["stream_scale"].sum(dim=1).to(stream_scale.dtype)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, alignment, launch
+from .launch import accumulator, alignment, launch, unspecialised
 
 ROWS, _COLUMNS, _WARPS = 64, 32, 4  # tile: partial rows, columns; warps
 _PLACE = {"bias": "shift", "weight": "scale"}  # in a launch of their own they stand where these do
@@ -22,7 +22,7 @@ class Sums(NamedTuple):
     gate: Any = None
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def _sum_kernel(
     partials,
     sums,
@@ -35,8 +35,7 @@ def _sum_kernel(
     ACC: tl.constexpr,
 ):
     """Add up the partial rows of one sample, in their order; partial row p belongs to sequence p // per_sequence."""
-    sequences, per_sequence, units = sizes
-    width = units * UNIT
+    sequences, per_sequence, width = sizes[0] >> 4, sizes[1] >> 4, (sizes[2] >> 4) * UNIT
     tiles = tl.cdiv(width, BLOCK_D)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     c = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -101,7 +100,7 @@ def add_up(
         *(Sums(**{_PLACE.get(name, name): value for name, value in each.items()}) for each in (partials, sums)),
         stream_scale,
         sample_index,
-        (sequences, per_sequence, width // alignment(width)),
+        (unspecialised(sequences), unspecialised(per_sequence), unspecialised(width // alignment(width))),
         num_warps=_WARPS,
         BLOCK_P=ROWS,
         BLOCK_D=_COLUMNS,

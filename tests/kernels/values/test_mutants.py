@@ -20,8 +20,8 @@ RESIDUAL = {
     "eps forgotten": ("square / WIDTH + EPS", "square / WIDTH"),
     "unbiased variance": ("square / WIDTH + EPS", "square / (WIDTH - 1) + EPS"),
     "last rows not written": (
-        "last = tl.minimum(first + sizes.tokens, sizes.frames)",
-        "last = tl.minimum(first + sizes.tokens, sizes.frames - 1)",
+        "last = tl.minimum(first + tokens, frames)",
+        "last = tl.minimum(first + tokens, frames - 1)",
     ),
     "mean of w left out": ("w -= (total / WIDTH)[:, None]", "w -= 0 * (total / WIDTH)[:, None]"),
     "inner product left out": ("dx += rstd[:, None] * (w - y *", "dx += rstd[:, None] * (w - 0 * y *"),
@@ -56,18 +56,21 @@ PER_TOKEN = {
     "token: dx without the weight": ("w = v * weight[None, :]", "w = v"),
     "sample: dweight without 1 + scale": ("vy_total *= scale", "vy_total *= 1"),
     "sample: dbias without 1 + scale": ("v_total *= scale", "v_total *= 1"),
-    "sample: dscale without the weight": ("dscale_total = vy_total * tl.load(", "dscale_total = vy_total + 0 * tl.load("),
+    "sample: dscale without the weight": (
+        "dscale_total = vy_total * tl.load(",
+        "dscale_total = vy_total + 0 * tl.load(",
+    ),
     "sample: dscale without the bias": ("dscale_total += v_total * tl.load(", "dscale_total += 0 * tl.load("),
     "sample: weight and bias of the first program alone": ("per_sequence=programs)", "per_sequence=1)"),
     "shared: only the first sequence of a sample": (
-        "per_sequence=1, **sizes",
-        'per_sequence=1, **sizes | {"sequences": 1}',
+        "per_sequence=1, **samples_of",
+        'per_sequence=1, **samples_of | {"sequences": 1}',
     ),
 }
 JOIN = {
     "rows of x, not of join": ("tl.where(joins, inputs.join, inputs.x)", "tl.where(joins, inputs.x, inputs.x)"),
     "the first joining sequence for all": (
-        "tl.where(joins, sequence - sizes.own, sequence)",
+        "tl.where(joins, sequence - own, sequence)",
         "tl.where(joins, 0, sequence)",
     ),
     "x's distance between rows": (
