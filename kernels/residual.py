@@ -244,21 +244,20 @@ def _forward_kernel(
         start += BLOCK_T
 
 
-def pair(tensor: Tensor | None) -> tuple[int, int]:
-    """(stride of the first dimension, of the rows): x-like [R, T, D], modulation [B, D] or [B, T, D]."""
+def strided(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """The tensor, copied where its last dimension is not contiguous, and its strides.
+
+    [R, T, D] or [B, T, D]: (of the first dimension, of the rows); [B, D]: (of the rows, 0)."""
     if tensor is None:
-        return 0, 0
-    return (tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else (tensor.stride(0), 0)
+        return None, (0, 0)
+    tensor = row_contiguous(tensor)
+    stride = tensor.stride()
+    return tensor, (stride[0], stride[1] if len(stride) == 3 else 0)
 
 
 def dense(vector: Tensor | None) -> Tensor | None:
     """A vector that is contiguous; one that is not is copied."""
     return None if vector is None else vector.contiguous()
-
-
-def rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors whose last dimension is contiguous; others are copied."""
-    return [None if tensor is None else row_contiguous(tensor) for tensor in tensors]
 
 
 def per_token(modulation: Tensor | None) -> bool:
@@ -304,30 +303,27 @@ def forward(
         scale). All contiguous.
     """
     own, rms = x.shape[0], norm == "rms"
-    x = row_contiguous(x)
-    join, branch, gate, shift, scale = rows(join, branch, gate, shift, scale)
-    tensors = Inputs(
-        x, join, branch, gate, shift, scale, dense(weight), dense(bias), dense(stream_scale), dense(sample_index)
-    )
+    views, strides = zip(*map(strided, (x, join, branch, gate, shift, scale)))
+    tensors = Inputs(*views, *map(dense, (weight, bias, stream_scale, sample_index)))
     shape = x.shape if join is None else torch.Size((own + join.shape[0], *x.shape[1:]))
     config = config or configuration("residual_forward", shape[2], x.device)
     dtype, acc = accumulator(x)
     out = fresh(x) if join is None else x.new_empty(shape)  # x' or, without a branch, h
     results = Results(x_new=None if branch is None else out)
     if scale is not None:
-        rstd = torch.empty(shape[:2], dtype=dtype, device=x.device)
+        # A third of what `torch.empty` takes.
+        rstd = torch.empty_strided(shape[:2], (shape[1], 1), dtype=dtype, device=x.device)
         mean = rstd.new_empty((0,)) if rms else fresh(rstd)
         results = Results(results.x_new, out if branch is None else fresh(out), mean, rstd)
-    strides = Strides(pair(x), pair(join), pair(branch), pair(gate), pair(shift), pair(scale))
     active = 0 if branch is None else branch.shape[0]
-    per_sequence, strides, sizes, tile = plan(config, shape, strides, own, active, samples(gate, scale))
+    per_sequence, in_units, sizes, tile = plan(config, shape, Strides(*strides), own, active, samples(gate, scale))
     launch(
         _forward_kernel,
         x.device,
         shape[0] * per_sequence,
         tensors,
         results,
-        strides,
+        in_units,
         sizes,
         num_warps=config.num_warps,
         EPS=eps,

@@ -21,11 +21,10 @@ from .residual import (
     _stream_scale,
     _times,
     dense,
-    pair,
     per_token,
     plan,
-    rows,
     samples,
+    strided,
 )
 from .residual_sums import add_up
 
@@ -221,7 +220,10 @@ def backward(
         gradients by argument: x, shift, scale (both in scale's dtype), weight and bias where h has a gradient, branch,
         gate and stream_scale where there is a branch. Without a norm x's gradient is `grad_x_new` itself.
     """
-    grad_h, grad_x_new, normed, branch, gate, scale = rows(grad_h, grad_x_new, normed, branch, gate, scale)
+    views = {"x": normed, "branch": branch, "gate": gate, "scale": scale, "grad_x_new": grad_x_new, "grad_h": grad_h}
+    strides: dict[str, tuple[int, int]] = {}
+    for name, value in views.items():
+        views[name], strides[name] = strided(value)
     weight, bias, stream_scale, sample_index = map(dense, (weight, bias, stream_scale, sample_index))
     like = grad_x_new if normed is None else normed
     assert like is not None, "h or x' has a gradient"
@@ -230,16 +232,8 @@ def backward(
     dtype, acc = accumulator(like)
     affine = weight is not None or bias is not None
     device, batch = like.device, samples(gate, scale)
-    strides = Strides(
-        x=pair(normed),
-        branch=pair(branch),
-        gate=pair(gate),
-        scale=pair(scale),
-        grad_x_new=pair(grad_x_new),
-        grad_h=pair(grad_h),
-    )
     active = 0 if branch is None else branch.shape[0]
-    per_sequence, strides, sizes, tile = plan(config, shape, strides, sequences, active, batch)
+    per_sequence, in_units, sizes, tile = plan(config, shape, Strides(**strides), sequences, active, batch)
     programs = sequences * per_sequence
 
     # What the kernel writes: a gradient itself, or the rows that are then added up to it.
@@ -275,21 +269,16 @@ def backward(
         device,
         programs,
         Inputs(
-            x=None if grad_h is None else normed,
-            branch=branch,
-            gate=gate,
-            scale=scale,
+            **views,
             weight=weight,
             bias=bias,
             stream_scale=stream_scale,
             sample_index=sample_index,
-            grad_x_new=grad_x_new,
-            grad_h=grad_h,
             mean=mean,
             rstd=rstd,
         ),
         Gradients(**written),
-        strides,
+        in_units,
         sizes,
         num_warps=config.num_warps,
         registers=255 if acc is tl.float64 else _PER_TOKEN_AFFINE if affine and per_token(scale) else _REGISTERS,
