@@ -16,9 +16,10 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "pyproject
 from . import ops  # noqa: E402
 from .alignment.interface import InterfaceLoss  # noqa: E402
 from .alignment.loss import AlignmentLoss  # noqa: E402
-from .alignment.policy import LayerSelection, choose_layers, layer_sensitivity, select_layers  # noqa: E402
+from .alignment.policy import choose_layers, layer_sensitivity, select_layers  # noqa: E402
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
+from .alignment.selection import LayerSelection, read_selection, write_selection  # noqa: E402
 from .attribution.adaptive import adaptive_scores  # noqa: E402
 from .attribution.foreign.register import Adapter, register_adapter  # noqa: E402
 from .attribution.gradients import first_order_scores, gradient_norm_scores  # noqa: E402
@@ -67,12 +68,14 @@ __all__ = [
     "probe_inputs",
     "rank_stability",
     "read_scores",
+    "read_selection",
     "register_adapter",
     "release_graphs",
     "select_layers",
     "teachers",
     "timestep_weight",
     "write_scd",
+    "write_selection",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a run runs on: device by name, versions of what matters."""
+"""The device and the versions that a run uses, and the text of `agrepa doctor`."""
 
 from __future__ import annotations
 

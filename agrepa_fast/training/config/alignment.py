@@ -1,4 +1,4 @@
-"""Sections `probe` and `alignment`: when layers are scored, which are aligned, toward what and how strongly."""
+"""Sections `probe` and `alignment`: when layers are scored, which are aligned, with which teachers, how strongly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ...alignment.heads import HEADS
 from ...alignment.loss import OBJECTIVES
 from ...alignment.policy import POLICIES
 from ...alignment.schedule import TIMESTEP_WEIGHTS
+from ...alignment.selection import WEIGHTINGS
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, DISTINCT, NOT_EMPTY, Allowed, Section, between, from_below, one_of
 from .names import MODULE_NAME
@@ -50,7 +51,7 @@ class ProbeConfig(Section, name="probe"):
 
 @dataclass(frozen=True)
 class TeacherConfig(Section, name="teacher"):
-    """One teacher: its source, and the domains it speaks for."""
+    """One teacher, and the domains whose clips it is used for."""
 
     source: Annotated[str, NOT_EMPTY, "a registered name, or a transformers model by folder or name"] = "spectral"
     domains: Annotated[
@@ -92,6 +93,17 @@ class AlignmentConfig(Section, name="alignment"):
     policy: Annotated[
         str, one_of(POLICIES), "how the probe chooses probe.k layers: by FoG-A's scores, or by a control"
     ] = "foga"
+    selection_per: Annotated[
+        str,
+        one_of(("run", "teacher")),
+        "one selection for all teachers (run), or one for each, by the scores of its domains (teacher)",
+    ] = "run"
+    weights: Annotated[
+        str,
+        one_of(WEIGHTINGS),
+        "weights of the layers: their shares of the scores (share), the scores (score), or shares that follow each "
+        "sample's t (by-time)",
+    ] = "share"
     layers: Annotated[
         tuple[LAYER, ...], LAYERS, "align these layers with equal weights, instead of the probe's choice"
     ] = ()
@@ -130,6 +142,14 @@ class AlignmentConfig(Section, name="alignment"):
             raise UserError(
                 f"alignment.timestep_weight: expected uniform with pooled {self.objective}, which compares samples "
                 f"with each other (alignment.objective, alignment.pool), got {self.timestep_weight!r}"
+            )
+        if self.weights != "share" and (self.layers or POLICIES[self.policy] != "scores"):
+            by = "alignment.layers" if self.layers else f"alignment.policy {self.policy}"
+            raise UserError(f"alignment.weights: expected share with {by}, without scores, got {self.weights}")
+        if self.weights == "by-time" and self.objective != "cosine" and self.pool is not None:
+            raise UserError(
+                f"alignment.weights: expected share or score with pooled {self.objective}, which compares samples with "
+                "each other (alignment.objective, alignment.pool), got by-time"
             )
         if self.layers and self.selection:
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")

@@ -71,5 +71,5 @@ class DataConfig(Section, name="data"):
 
 
 def plain(vocabularies: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
-    """As a user writes them."""
+    """The vocabularies as a user writes them."""
     return {name: list(streams) for name, streams in vocabularies.items()}
