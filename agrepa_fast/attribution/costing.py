@@ -68,8 +68,8 @@ What would bring it above 65 %, each step on top of those before it:
 {steps}
 
 Which kernel attention runs is left to PyTorch: a call of `scaled_dot_product_attention` takes the first of its backends
-that can run it. `torch.nn.attention.sdpa_kernel(backends, set_priority=True)` around a probe puts another first, such as
-cuDNN's; a mask for padded frames rules out flash attention. Which one is fastest on a card is not yet measured.
+that can run it. `torch.nn.attention.sdpa_kernel(backends, set_priority=True)` around a probe puts another first, such
+as cuDNN's; a mask for padded frames rules out flash attention. Which one is fastest on a card is not yet measured.
 
 ## From Python
 

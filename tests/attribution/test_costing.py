@@ -44,7 +44,7 @@ def test_the_numbers_by_hand():
 
 
 def test_the_time_by_hand():
-    """1200 evaluations of a block: 24 D^2 T in matrices, 4 T^2 D in attention, 16 D T bytes in the GELU and in the stream."""
+    """1200 evaluations of a block: 24 D^2 T in matrices, 4 T^2 D in attention; 16 D T bytes each in GELU and stream."""
     evaluations, width, frames = 300 * 4, 1024, 938
     matrices, attention = evaluations * 24 * width**2 * frames, evaluations * 4 * frames**2 * width
     moved = evaluations * 16 * width * frames
