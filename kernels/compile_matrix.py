@@ -221,9 +221,14 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
     """Compile the kernels of a case for the targets and read them."""
     found = []
     for target in targets:
+        names: set[str] = set()
         for launch in launches(case, target):
             if launch.kernel is residual_sums._sum_kernel and (case.width not in SUM_WIDTHS or case.norm == "rms"):
                 continue
+            # The sums of weight and bias are a second launch of their kernel.
+            name = _name(case, launch)
+            name = f"{name}, affine" if name in names else name
+            names.add(name)
             kernel = compile_launch(launch, target)
             registers, spills = resources(kernel)
             ptx = kernel.asm.get("ptx")
@@ -233,7 +238,7 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
                 Compiled(
                     case=case,
                     target=target,
-                    kernel=_name(case, launch),
+                    kernel=name,
                     block_t=launch.constants.get("BLOCK_T") or launch.constants["BLOCK_P"],
                     num_warps=launch.num_warps,
                     registers=registers,
