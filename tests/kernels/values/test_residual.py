@@ -11,20 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from agrepa_fast import ops
-from agrepa_fast.kernels import launch, residual_backward
 from agrepa_fast.kernels import residual as kernels
 from agrepa_fast.reference import residual as reference
 
 OPS = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture
-def small_launches(monkeypatch):
-    """Several programs per sequence and several tiles per program, also for a few frames."""
-    config = launch.LaunchConfig(block_t=4, num_warps=1, programs=6)
-    for module in (kernels, residual_backward):
-        monkeypatch.setattr(module, "configuration", lambda *_: config)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -41,59 +32,6 @@ def test_rms(bench, device, op) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_stream_under_float_modulation(bench, device, dtype) -> None:
     bench.check(bench.make_case(device, dtype=dtype, modulation=torch.float32), "gated_residual_norm")
-
-
-PER_TOKEN = ("gate, shift, scale", "gate", "shift, scale", "shift", "scale, gate")
-
-
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("per_token", PER_TOKEN)
-def test_gated_residual_norm_per_token(bench, device, per_token, affine) -> None:
-    """Each modulation with a row per sample or per token; sequences that share a sample, and that do not."""
-    for samples in (2, None):
-        case = bench.make_case(device, per_token=per_token, affine=affine, samples=samples)
-        bench.check(case, "gated_residual_norm")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_per_token_and_affine(bench, device, op, dtype) -> None:
-    case = bench.make_case(device, per_token=PER_TOKEN[0], affine=True, dtype=dtype, active=2, norm="rms")
-    bench.check(case, op)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_per_token_in_many_tiles(bench, device, op, small_launches) -> None:
-    case = bench.make_case(device, 190, frames=11, per_token=PER_TOKEN[0], affine=True, streams=op == OPS[0])
-    bench.check(case, op)
-
-
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("per_token", ["", PER_TOKEN[0]])
-def test_only_one_of_weight_and_bias(bench, device, name, per_token, small_launches) -> None:
-    case = bench.make_case(device, frames=11, per_token=per_token, affine=True)
-    bench.check(dataclasses.replace(case, **{name: None}), OPS[0])
-    bench.check(dataclasses.replace(case, **{name: None}), OPS[1])
-
-
-def test_modulation_that_is_a_view_is_not_copied(bench, device, monkeypatch) -> None:
-    """Chunks of one tensor, one row for all tokens or samples (strides of 0): the kernel reads them where they are."""
-    read = []
-    launch_kernel = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda *a, **options: read.append(a[3]) or launch_kernel(*a, **options))
-    case = bench.make_case(device, per_token=PER_TOKEN[0], affine=True, samples=None)
-    case.gate = case.gate[:, :1].expand_as(case.gate)
-    case.shift = case.shift[:1].expand_as(case.shift)
-    case.weight = case.weight[:1].expand_as(case.weight)
-    bench.check(case, OPS[0])
-    for name in ("gate", "shift", "scale"):
-        assert getattr(read[0], name).data_ptr() == getattr(case, name).data_ptr(), name
-    # One row for each sample beside a row for each token: expanded as a view.
-    case = bench.make_case(device, per_token="scale", samples=None)
-    read.clear()
-    bench.fused(case, OPS[1])
-    assert read[0].shift.data_ptr() == case.shift.data_ptr()
-    assert read[0].shift.stride(1) == 0
 
 
 @pytest.mark.parametrize("width", [1, 72, 384, 760, 1152, 1500])
@@ -413,7 +351,7 @@ def test_any_shape(bench, device, data) -> None:
         dtype=dtype,
         modulation=data.draw(st.sampled_from([None, torch.float32]), "modulation") if dtype.itemsize == 2 else None,
         norm=data.draw(st.sampled_from(["layer", "rms"]), "norm"),
-        per_token=data.draw(st.sampled_from(["", *PER_TOKEN]), "per token"),
+        per_token=data.draw(st.sampled_from(["", *bench.PER_TOKEN]), "per token"),
         affine=data.draw(st.booleans(), "affine"),
         seed=data.draw(st.integers(0, 99), "seed"),
     )
