@@ -75,6 +75,8 @@ class AlignmentLoss(nn.Module):
             "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
         standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
             (iREPA); frame by frame only.
+        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
+            backward pass; in return `select` changes nothing that torch.compile has traced.
         process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
             a group of this rank alone (`new_group([rank])`) each rank takes its own means.
 
@@ -92,6 +94,7 @@ class AlignmentLoss(nn.Module):
         objective: str = "cosine",
         standardise_targets: bool = False,
         process_group: ProcessGroup | None = None,
+        every_head: bool = False,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -115,6 +118,7 @@ class AlignmentLoss(nn.Module):
         self.layers = tuple(sorted({layer for own in selections.values() for layer in own.layers}))
         self.pool = pool
         self.process_group = process_group
+        self.every_head = every_head
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
@@ -153,7 +157,7 @@ class AlignmentLoss(nn.Module):
         pairs = []
         for name in self.teachers:
             own = self._weights_of(name)
-            every = self.pool is not None or self.by_time
+            every = self.every_head or self.pool is not None or self.by_time
             pairs += [(name, layer) for layer in (own.layers if every else own.chosen)]
         return tuple(pairs)
 

@@ -171,10 +171,10 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     Raises:
         Unavailable: its package, or this version of it, does not have the function.
     """
-    found = getattr(optional(module), name, None)
-    if found is None:
+    attribute = getattr(optional(module), name, None)
+    if attribute is None:
         raise Unavailable(f"the installed {module.partition('.')[0]} has no {name}")
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = attribute
     return function
 
 
