@@ -106,6 +106,8 @@ def optional(name: str) -> ModuleType:
         if error.name == name.partition(".")[0]:
             raise Unavailable(f"{error.name} is not installed") from None
         raise Unavailable(f"{name} cannot be imported: {error}") from None
+    except Exception as error:  # some packages ask for a device or a driver as they are imported
+        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

@@ -49,7 +49,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "gated_residual_norm, with a gradient": lambda: ops.gated_residual_norm(*leaves),
         "gated_residual_norm, forward and backward": both,
         "gated_residual_norm, through the dispatcher": without_gradient(
-            GATED_RESIDUAL_NORM.registered, *norm, None, None, 1e-6, False
+            GATED_RESIDUAL_NORM.registered, *norm, *[None] * 5, 1e-6, "layer"
         ),
         "layer_norm_modulate": without_gradient(ops.layer_norm_modulate, x, shift, scale),
         "gated_residual": without_gradient(ops.gated_residual, x, branch, gate),

@@ -1,4 +1,6 @@
-"""The alignment loss on many rows: hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
+"""`projection_cosine_loss`, the alignment loss on many rows.
+
+hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
 
 Rivals: REPA's published loop over samples (arXiv 2410.06940), its vectorised form, that compiled, and Liger's nearest
     op.

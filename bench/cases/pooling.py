@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.reference import cosine, pooling
 
 from ..case import Outputs, Problem, Provider, Setup, compiled, dtype_of, modes
 
@@ -80,13 +82,13 @@ EXPRESSIONS: dict[str, Callable[..., Outputs]] = {
 }
 
 
-def ours(op: str) -> Callable[..., Outputs]:
-    """The library's op with the signature of the expressions."""
+def ours(op: str, pooling: ModuleType = ops, cosine: ModuleType = ops) -> Callable[..., Outputs]:
+    """The library's op, or the one of its reference, with the signature of the expressions."""
     if op == "masked_mean":
-        return lambda mask, x: (ops.masked_mean(x, mask),)
+        return lambda mask, x: (pooling.masked_mean(x, mask),)
     if op == "velocity_delta":
-        return lambda mask, velocity: ops.velocity_delta(velocity, mask)
-    return lambda mask, y, target: (ops.cosine_loss(y, target, mask=mask),)
+        return lambda mask, velocity: pooling.velocity_delta(velocity, mask)
+    return lambda mask, y, target: (cosine.cosine_loss(y, target, mask=mask),)
 
 
 def _build(op: str, mode: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> Setup:
@@ -122,4 +124,4 @@ def _build(op: str, mode: str, shape: tuple[int, ...], dtype: str, device: torch
     bounds = dict.fromkeys(names, BOUND[dtype])
     if mode == "both":
         bounds["gradient"] = BOUND[dtype]
-    return Setup(tuple(providers), lambda: call(EXPRESSIONS[op], wide=True)(), bounds, expression="eager")
+    return Setup(tuple(providers), lambda: call(ours(op, pooling, cosine), wide=True)(), bounds, expression="eager")

@@ -1,7 +1,7 @@
 """The residual-stream ops: forward, backward and both, over rows, width and dtype.
 
 x, branch [B, T, D]; gate, shift, scale [B, D]; rows = B T. Least bytes: every tensor of R D elements once (forward of
-gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx,
+gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx and
 dbranch), and the modulation and its gradients.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.reference import residual as oracle
 
 from ..case import Outputs, Problem, Provider, Setup, Unavailable, compiled, dtype_of, modes, optional
 
@@ -99,20 +101,20 @@ def expression(op: str, norm: str = "layer") -> Callable[..., Outputs]:
     return lambda *inputs: (open_(*inputs),)
 
 
-def ours(op: str, norm: str = "layer") -> Callable[..., Outputs]:
-    """The library's op as a function that returns a tuple."""
+def ours(op: str, norm: str = "layer", of: ModuleType = ops) -> Callable[..., Outputs]:
+    """The library's op, or the one of its reference, as a function that returns a tuple."""
     options = {} if op == "gated_residual" else {"eps": EPS, **({} if norm == "layer" else {"norm": norm})}
-    function = functools.partial(getattr(ops, op), **options)
+    function = functools.partial(getattr(of, op), **options)
     return function if op == "gated_residual_norm" else lambda *inputs: (function(*inputs),)
 
 
 def liger(op: str) -> Callable[..., Outputs]:
     """Liger's LayerNorm after an eager gate and before an eager modulation, since its LayerNorm has neither."""
-    functional = optional("liger_kernel.transformers.functional")
+    layer_norm = _function("liger_kernel.transformers.functional", "liger_layer_norm")
 
     def open_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
-        normed = functional.liger_layer_norm(x, one, zero, EPS)
+        normed = layer_norm(x, one, zero, EPS)
         return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
     return _gated(op, open_)
@@ -196,7 +198,7 @@ def _build(
 
     def reference() -> Outputs:
         wide = tuple(value.detach().double().requires_grad_(mode != "forward") for value in inputs)
-        return modes(expression(op, norm), wide, tuple(g.double() for g in gradients), mode)()
+        return modes(ours(op, norm, of=oracle), wide, tuple(g.double() for g in gradients), mode)()
 
     providers = [
         provider("ours", "ours", lambda: ours(op, norm)),
