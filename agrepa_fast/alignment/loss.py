@@ -40,14 +40,11 @@ from .rows import (
     takes_global_means,
 )
 from .selection import Selection, by_teacher
-from .similarity import cka_distance, relation_distance, standardise
+from .similarity import OBJECTIVES, related, standardise
 from .weights import LayerWeights, upgrade
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-OBJECTIVES = ("cosine", "relation", "cka")
-RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
 
 
 def _check_pool(pool: str | None) -> None:
@@ -300,7 +297,20 @@ class AlignmentLoss(nn.Module):
             counts = {name: count(rows[name], targets[name]) for name in self.teachers}
         else:  # means are over clips or, pooled, over the ranks' batches
             counts = {name: count(comparable(rows[name]), targets[name][..., 0]) for name in self.teachers}
-        return rank_shares(counts, self.process_group)
+        return rank_shares(counts, self.process_group, self._must_agree())
+
+    def _must_agree(self) -> list[Tensor]:
+        """What has to be the same on all ranks: the weights, and which heads run."""
+        like = next(iter(self.layer_weights.buffers()))
+        if self.pool is not None or self.by_time:
+            values = []
+        else:
+            active = self.active_heads
+            runs = [(name, layer) in active for name in self.teachers for layer in self._weights_of(name).layers]
+            # As whole numbers, 20 heads each: float32 holds them, and the device gets them without a copy.
+            chunks = [sum(2**i for i, on in enumerate(runs[n : n + 20]) if on) for n in range(0, len(runs), 20)]
+            values = [like.new_full((1,), chunk, dtype=torch.float32) for chunk in chunks]
+        return [*values, *(buffer.float() for buffer in self.layer_weights.buffers())]
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: the mean over layers by their weights, then over
@@ -345,7 +355,7 @@ class AlignmentLoss(nn.Module):
             for name in [name for name, other in keys if other == layer]:
                 head, target, row, factor = self._head(name, layer), targets[name], rows[name], factors[name, layer]
                 if self.objective != "cosine":
-                    distances = _related(self.objective, head(x), target, row)
+                    distances = related(self.objective, head(x), target, row)
                     yield (name, layer), means_of(distances, comparable(row), factor)
                 elif factor is None:  # fused: the rows' losses are not kept
                     mean = head.loss(x, target, row)
@@ -375,16 +385,9 @@ class AlignmentLoss(nn.Module):
             target = torch.stack([targets[name] for name in names])
             row = stacked([rows[name] for name in names], y.new_ones(y.shape[1], dtype=torch.bool))
             if self.objective != "cosine":
-                means = weighted = _related(self.objective, y, target, row)
+                means = weighted = related(self.objective, y, target, row)
             else:
                 losses = ops.cosine_loss(y, target, mask=row, reduction="none")
                 factor = stacked([factors[keys[i]] for i in members], None)
                 means, weighted = means_of(losses, row, factor, dim=1)
             yield from zip([keys[i] for i in members], zip(means.unbind(), weighted.unbind()))
-
-
-def _related(objective: str, y: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
-    """The distance of each set of rows [..., N, W] -> [...]; 0 for a set without two rows to compare."""
-    distances = RELATIONAL[objective](y, target, rows)
-    sets = comparable(rows)
-    return distances if sets is None else torch.where(sets, distances, 0)
