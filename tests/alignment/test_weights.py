@@ -139,6 +139,7 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("kind, pool", [("by-time", "mean"), ("by-time", None), ("own", "mean")])
 def test_another_map_is_other_numbers_in_the_same_graph(kind, pool):
     """Compiled once, without a host sync; new layers, scores and times change the values and nothing else."""
+    torch._dynamo.reset()  # what other tests compiled counts towards Dynamo's limit
     graphs = []
 
     def counting(graph, inputs):

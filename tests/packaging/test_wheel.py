@@ -88,11 +88,8 @@ def test_nothing_else_is_at_the_top_of_the_wheel(unpacked: Path, information: Pa
     assert (information / "licenses" / "LICENSE").is_file()
 
 
-def test_the_metadata_says_what_the_package_is(about: Message) -> None:
-    assert about["Name"] == "agrepa-fast"
+def test_the_version_of_the_wheel_is_the_package_s(about: Message) -> None:
     assert about["Version"] == agrepa_fast.__version__
-    assert about["License-Expression"] == "Apache-2.0"
-    assert about["Requires-Python"] == ">=3.11"
 
 
 def test_the_base_needs_torch_and_numpy_alone(about: Message) -> None:
