@@ -57,9 +57,9 @@ class AlignmentLoss(nn.Module):
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
     `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run. Frame-wise
-    heads cost more, so only those of the selected layers (`active_heads`) run, unless weights change with flow time. In
-    one process the others get no gradient; in a process group their gradients are exactly zero, because
-    DistributedDataParallel waits for every parameter.
+    heads cost more, so only those of the selected layers (`active_heads`) run, unless weights change with flow time
+    (or `every_head`). In one process the others get no gradient; in a process group their gradients are exactly zero,
+    because DistributedDataParallel waits for every parameter.
 
     Args:
         width: D of the hidden states.
@@ -74,6 +74,8 @@ class AlignmentLoss(nn.Module):
             (iREPA); frame by frame only.
         process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
             a group of this rank alone (`new_group([rank])`) each rank takes its own means.
+        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
+            backward pass; in return `select` changes nothing that torch.compile has traced.
 
     Raises:
         UserError, ValueError, TypeError: an argument that does not fit, by name.
@@ -89,6 +91,7 @@ class AlignmentLoss(nn.Module):
         objective: str = "cosine",
         standardise_targets: bool = False,
         process_group: ProcessGroup | None = None,
+        every_head: bool = False,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -122,6 +125,7 @@ class AlignmentLoss(nn.Module):
         )
         self.layer_weights = nn.ModuleDict({name: LayerWeights(own) for name, own in selections.items()})
         self.by_time = any(own.t_grid for own in selections.values())
+        self.every_head = every_head or pool is not None or self.by_time
         if self.by_time and self._compares_samples:
             raise UserError(
                 f"selection: pooled {objective!r} compares samples with each other, which have weights of "
@@ -150,8 +154,7 @@ class AlignmentLoss(nn.Module):
         pairs = []
         for name in self.teachers:
             own = self._weights_of(name)
-            every = self.pool is not None or self.by_time
-            pairs += [(name, layer) for layer in (own.layers if every else own.chosen)]
+            pairs += [(name, layer) for layer in (own.layers if self.every_head else own.chosen)]
         return tuple(pairs)
 
     @property
@@ -302,9 +305,8 @@ class AlignmentLoss(nn.Module):
     def _must_agree(self) -> list[Tensor]:
         """What has to be the same on all ranks: the weights, and which heads run."""
         like = next(iter(self.layer_weights.buffers()))
-        if self.pool is not None or self.by_time:
-            values = []
-        else:
+        values = []
+        if not self.every_head:
             active = self.active_heads
             runs = [(name, layer) in active for name in self.teachers for layer in self._weights_of(name).layers]
             # As whole numbers, 20 heads each: float32 holds them, and the device gets them without a copy.
