@@ -53,6 +53,8 @@ def select_layers(scores: LayerScores, k: int = 3, weighting: str = "share") -> 
             f"scores: expected LayerScores, as attribute_layers returns them, got a {type(scores).__name__}"
         )
     check_weighting(weighting)
+    if getattr(scores, "sets", None) is not None:
+        raise ValueError("scores: of sets of layers; choose from scores of single blocks (without sets= and spans=)")
     check_k(k)
     by_layer = mean_by_layer(scores)
     if not 1 <= k <= len(by_layer):
@@ -63,15 +65,25 @@ def select_layers(scores: LayerScores, k: int = 3, weighting: str = "share") -> 
             "no layer's score is above the floor: falling back to equal weights on all layers; train before probing",
             stacklevel=2,
         )
-        return LayerSelection.uniform(list(by_layer), FALLBACK, t_grid)
+        return LayerSelection.uniform(list(by_layer), FALLBACK, t_grid).named(_block_names(scores))
     if weighting != "by-time":
-        return LayerSelection.from_scores({layer: by_layer[layer] for layer in highest(by_layer, k)}, "foga", weighting)
+        chosen = {layer: by_layer[layer] for layer in highest(by_layer, k)}
+        return LayerSelection.from_scores(chosen, "foga", weighting).named(_block_names(scores))
     columns = []
     for t in t_grid:
         there = scores.at(t)
         column = mean_by_layer(there) if there.above_floor.any() else by_layer
         columns.append({layer: column[layer] for layer in highest(column, k)})
-    return selection_by_time(t_grid, columns, "foga")
+    return selection_by_time(t_grid, columns, "foga").named(_block_names(scores))
+
+
+def _block_names(scores: LayerScores) -> dict[int, str] | None:
+    """{layer: its name in another model}; None where the scores carry numbers only, as those of a `DiT`."""
+    names: dict[int, str] = {}
+    branches = getattr(scores, "branches", None) or ("",) * len(scores.layers)
+    for layer, name, branch in zip(scores.layers, getattr(scores, "names", ()), branches):
+        names[layer] = name.removesuffix(f".{branch}") if branch else name
+    return None if all(name == str(layer) for layer, name in names.items()) else names
 
 
 def mean_by_layer(scores: LayerScores) -> dict[int, float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from ..errors import UserError
 
@@ -48,6 +48,7 @@ class LayerSelection:
             its flow time; `weights` are the means of these shares over the grid.
         t_grid: the ascending times of `scores`; only "by-time".
         scores: [layers][times] numbers >= 0, with a sum above 0 at every time; only "by-time".
+        names: the layers' names in another model ("single_transformer_blocks.7"); None for a `DiT`.
     """
 
     layers: tuple[int, ...]
@@ -56,6 +57,7 @@ class LayerSelection:
     weighting: str = "share"
     t_grid: tuple[float, ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         layers = _numbers("layers", self.layers, Integral, int)
@@ -74,6 +76,11 @@ class LayerSelection:
             raise ValueError(f'weights: expected numbers >= 0 that sum to 1, got {weights} (scores: weighting="score")')
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "weights", weights)
+        if self.names is not None:
+            names = tuple(self.names) if isinstance(self.names, list | tuple) else ()
+            if len(names) != len(layers) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"names: expected one name for each of {len(layers)} layers, got {self.names!r:.60}")
+            object.__setattr__(self, "names", names)
         self._check_times()
 
     def _check_times(self) -> None:
@@ -122,8 +129,26 @@ class LayerSelection:
         weights = [share / whole if whole == whole else 1 / len(rows) for share in shares]
         return cls(layers, tuple(weights), method, "by-time", tuple(t_grid), rows)
 
+    def named(self, names: Mapping[int, str] | None) -> LayerSelection:
+        """The same selection with its layers' names out of `names`, {layer: name}; None for none."""
+        return replace(self, names=None if names is None else tuple(names[layer] for layer in self.layers))
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The selected blocks of `model` by their names.
+
+        Raises:
+            ValueError: the selection has no names, or the model no module of such a name.
+        """
+        if self.names is None:
+            raise ValueError("selection: it has no names; selections made from scores of another model have them")
+        found = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise ValueError(f"selection: {type(model).__name__} has no module {missing[0]!r}")
+        return {name: found[name] for name in self.names}
+
     def to_json(self, path: str | Path) -> None:
-        """Write `{"layers": [...], "weights": [...], "method": ...}`."""
+        """Write `{"layers": [...], "weights": [...], "method": ...}`, and `"names"` where there are any."""
         write_selection(self, path)
 
     def state(self) -> dict[str, Any]:
@@ -133,6 +158,8 @@ class LayerSelection:
             state["weighting"] = self.weighting
         if self.weighting == "by-time":
             state |= {"t_grid": list(self.t_grid), "scores": [list(row) for row in self.scores]}
+        if self.names is not None:
+            state["names"] = list(self.names)
         return state
 
     @classmethod
@@ -145,6 +172,7 @@ class LayerSelection:
             state.get("weighting", "share"),
             tuple(state.get("t_grid", ())),
             tuple(map(tuple, state.get("scores", ()))),
+            state.get("names"),
         )
 
     def synchronised(self, device: torch.device | None = None, group: ProcessGroup | None = None) -> LayerSelection:

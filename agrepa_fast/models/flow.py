@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,27 +41,47 @@ def probe_inputs(
     mask: Tensor | None,
     t_grid: Sequence[float],
     generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
+    *,
+    sigma: float = SIGMA,
+    names: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Inputs of `attribute_layers` on the path: every sample at every t of the grid, folded into the batch.
 
-    x [B, T, M] clean mel, cond [B, T, C], mask [B, T] -> x_t [G B, T, M], t [G B], cond, mask for G grid
-    points, t-major. A sample keeps one noise draw over the grid, so that only t differs.
+    Args:
+        x: [B, ...] clean data, [B, T, M] for a mel.
+        cond, mask: [B, ...], or None.
+        t_grid: G values in [0, 1]; 0 is noise.
+        sigma: standard deviation of the noise in training (F5-TTS: 1).
+        names: {"x_t", "t", "cond", "mask": what the model's forward calls it}; others stay.
+        extra: further arguments of the forward, by the model's names. Tensors whose first size is B are repeated.
+
+    Returns:
+        {name: [G B, ...]}, t-major. A sample keeps one noise draw over the grid, so that only t differs.
 
     Raises:
-        ValueError: the grid is empty, or holds a value outside [0, 1].
+        ValueError: the grid is empty, or holds a value outside [0, 1]; an unknown name; a sigma of 0 or less.
     """
     if len(t_grid) == 0 or not all(0 <= t <= 1 for t in t_grid):
         raise ValueError(f"t_grid: expected at least one value, each in [0, 1], got {list(t_grid)}")
-    noise = SIGMA * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    grid = len(t_grid)
-    t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(x.shape[0])
-    x_t, _ = path(x.repeat(grid, 1, 1), noise.repeat(grid, 1, 1), t)
-    inputs = {"x_t": x_t, "t": t}
-    if cond is not None:
-        inputs["cond"] = cond.repeat(grid, 1, 1)
-    if mask is not None:
-        inputs["mask"] = mask.repeat(grid, 1)
-    return inputs
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma: expected a standard deviation above 0, got {sigma}")
+    own = ("x_t", "t", "cond", "mask")
+    names = {name: name for name in own} | dict(names or {})
+    if set(names) != set(own):
+        raise ValueError(f"names: expected some of {', '.join(own)}, got {next(n for n in names if n not in own)!r}")
+    noise = sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    batch, grid = x.shape[0], len(t_grid)
+
+    def over_grid(value: Any) -> Any:
+        carries = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value.repeat(grid, *[1] * (value.dim() - 1)) if carries else value
+
+    t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(batch)
+    step = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    inputs = {"x_t": torch.lerp(over_grid(noise), over_grid(x), step), "t": t, "cond": cond, "mask": mask}
+    named = {names[name]: over_grid(value) for name, value in inputs.items() if value is not None}
+    return named | {name: over_grid(value) for name, value in (extra or {}).items()}
 
 
 def sway(t: Tensor, coefficient: float = -1.0) -> Tensor:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ..alignment.choice import LayerChoice, ProbePlan
 from ..alignment.loss import AlignmentLoss
 from ..alignment.policy import POLICIES
 from ..alignment.reselect import LayerChooser
 from ..alignment.schedule import AlignmentSchedule
-from ..alignment.selection import Selection, by_teacher, selection_state, synchronised
+from ..alignment.selection import Selection, by_teacher, selection_state
 from ..attribution.scd import write_scd
 from ..data.dataset import ClipDataset
 from ..errors import UserError, writing
@@ -50,10 +51,13 @@ def alignment_schedule(config: RunConfig) -> AlignmentSchedule:
     return AlignmentSchedule(start, a.ramp, max(start, math.ceil(a.decay_start * steps)), stop, a.decay)
 
 
-def layer_chooser(config: RunConfig) -> LayerChooser:
-    """What chooses the layers at each probe of a run."""
+def layer_choice(config: RunConfig) -> LayerChoice:
+    """When a run probes, and what chooses the layers then."""
     a, probe = config.alignment, config.probe
-    return LayerChooser(
+    plan = ProbePlan(
+        probe.start, probe.every, probe.samples, probe.t_grid, probe.momentum, probe.margin, {"metric": probe.metric}
+    )
+    chooser = LayerChooser(
         a.policy,
         config.model.depth,
         probe.k,
@@ -64,6 +68,7 @@ def layer_chooser(config: RunConfig) -> LayerChooser:
         margin=probe.margin,
         seed=config.train.seed,
     )
+    return LayerChoice(chooser, plan)
 
 
 def check_probed_domains(config: RunConfig, valid: ClipDataset) -> None:
@@ -129,21 +134,19 @@ def choose(trainer: Trainer) -> None:
     probe, a = config.probe, config.alignment
     where = (config, trainer.device, trainer.bf16)
     try:
-        trainer.scores = score_layers(backbone, valid, *where)
+        scores = score_layers(backbone, valid, *where)
         values: Mapping[str, Tensor] | None = None
         if POLICIES[a.policy] == "values":
             values = layer_values(a.policy, backbone, trainer.teachers, valid, *where)
         before = trainer.selection
-        chosen = trainer.chooser.choose(None if trainer.selection_fixed else before, trainer.scores, values)
-        chosen = synchronised(chosen, trainer.device)
+        chosen = trainer.choice.update(trainer.step, scores, values, trainer.device)
         stored = stored_by_layer(backbone, trainer.teachers, valid, *where)
     except UserError:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # a network that has diverged
         raise UserError(f"the probe at step {trainer.step}: {error}; lower optimizer.lr") from error
-    if not trainer.selection_fixed:
+    if not trainer.choice.given:
         trainer.select(chosen)
-    trainer.probed = trainer.step
     seconds = time.perf_counter() - began
     trainer.probe_seconds += seconds
     trainer.log.write(
@@ -151,16 +154,16 @@ def choose(trainer: Trainer) -> None:
         step=trainer.step,
         seconds=seconds,
         share=trainer.probe_seconds / trainer.seconds(),
-        block_evaluations=trainer.scores.block_evaluations,
+        block_evaluations=scores.block_evaluations,
         selection=selection_state(chosen),
         changed=before is not None and _layers(before, trainer.teachers) != _layers(chosen, trainer.teachers),
-        scores=trainer.chooser.shown(trainer.chooser.latest),
-        average=trainer.chooser.shown(trainer.chooser.averages),
+        scores=trainer.choice.chooser.shown(trainer.choice.chooser.latest),
+        average=trainer.choice.chooser.shown(trainer.choice.chooser.averages),
     )
     if rank() == 0:
         with writing(trainer.run_dir / "foga.csv"):
-            trainer.scores.to_csv(trainer.run_dir / "foga.csv")
+            scores.to_csv(trainer.run_dir / "foga.csv")
         epoch = trainer.step * config.train.accumulate / trainer.feed.plan.steps_per_epoch
-        write_scd(trainer.run_dir, trainer.scores, stored, probe.k, trainer.step, epoch)
+        write_scd(trainer.run_dir, scores, stored, probe.k, trainer.step, epoch)
         facts = {**selection_state(chosen), "metric": probe.metric, "step": trainer.step}
         write_whole(trainer.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")

@@ -1,8 +1,7 @@
 """The training loop: warm up, probe, choose layers, align, let the alignment decay. It fills a run's folder.
 
 Random numbers depend on the step number or on torch's global generators, whose state is in the checkpoint. So on the
-CPU
-a run that was interrupted and resumed ends with the same bits as one that was not.
+CPU a run that was interrupted and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from ..alignment.policy import choose_layers
 from ..alignment.selection import Selection, read_selection, synchronised
 from ..alignment.weights import upgrade
-from ..attribution.scores import LayerScores
 from ..errors import UserError
 from ..imports import import_module
 from ..models import packed
@@ -34,7 +32,7 @@ from .checkpoint import (
     save_checkpoint,
     write_whole,
 )
-from .choice import aligned_metrics, alignment_schedule, apply_selection, check_probed_domains, choose, layer_chooser
+from .choice import aligned_metrics, alignment_schedule, apply_selection, check_probed_domains, choose, layer_choice
 from .clips import load_data
 from .config import RunConfig, dump_config
 from .ema import Ema
@@ -105,10 +103,7 @@ class Trainer:
         self.ema = Ema(self.objective.backbone, config.optimizer.ema_decay)
         self.train_step = TrainStep(self.objective, self.optimizer, self.ema, config, self.device, self.bf16, engine)
         self.step = 0
-        self.selection: Selection | None = None
-        self.scores: LayerScores | None = None
-        self.chooser = layer_chooser(config)
-        self.probed = -1  # the step of the last probe
+        self.choice = layer_choice(config)
         self.applied_weight = 0.0  # the factor of the alignment loss at the last step
         self.signals = StopSignals()  # those that this rank's process gets
         self.stopping = False  # all ranks have agreed to end
@@ -120,7 +115,7 @@ class Trainer:
             self.select(synchronised(read_selection(config.alignment.selection)))
         if config.alignment.layers:
             self.select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
-        self.selection_fixed = self.selection is not None  # the configuration has chosen; probes do not
+        self.choice.given = self.selection is not None  # the configuration has chosen; probes do not
         if resume is not None:
             self._restore(resume)
         self.schedule = alignment_schedule(config)
@@ -197,7 +192,7 @@ class Trainer:
         bar = progress.progress_bar(self.step, train.steps)
         self.rates.go_on()
         while self.step < train.steps:
-            if self._probe_due():
+            if self.choice.due(self.step, self.schedule.stop):
                 with self._paused():
                     choose(self)
             self.applied_weight = self._align_weight()
@@ -243,14 +238,6 @@ class Trainer:
         """Wall time of the run so far, all sessions together."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def _probe_due(self) -> bool:
-        """At probe.start; with probe.every also later, while alignment lasts and if the selection is not fixed."""
-        start, every = self.config.probe.start, self.config.probe.every
-        if self.step == self.probed or self.step < start:
-            return False
-        again = every > 0 and (self.step - start) % every == 0 and self.step < self.schedule.stop
-        return self.step == start or (again and not self.selection_fixed)
-
     def _diagnose(self, inputs: StepInputs) -> None:
         """Log whether the gradients of the two losses agree at the aligned layers."""
         self.objective.eval()
@@ -266,7 +253,12 @@ class Trainer:
             UserError: a selection of other layers, teachers or times than the run has.
         """
         apply_selection(self.objective.alignment, selection, self.config.model.depth)
-        self.selection = selection
+        self.choice.selection = selection
+
+    @property
+    def selection(self) -> Selection | None:
+        """The aligned layers, None before the probe that chooses them."""
+        return self.choice.selection
 
     def _validate(self) -> None:
         """Log the metrics of the held-out clips, and renew the report. Only rank 0 does it."""

@@ -8,12 +8,16 @@ Usage: ranks.py RANK FILE
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import foreign  # beside this script
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import agrepa_fast as ag
@@ -259,7 +263,106 @@ def different_selections(rank: int) -> None:
     assert refused
 
 
-SCENARIOS = [absent_domains, mixed_domains, by_flow_time, mixed_tokens, reselection, left_out, different_selections]
+def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """An `Aligner` on a wrapped model against one process with the rows of both ranks: selections and parameters."""
+    model = foreign.network()
+    whole, wrapped = copy.deepcopy(model), wrap(model)
+    torch.manual_seed(rank)  # the heads of rank 0 are everybody's
+    mine, alone = foreign.aligner_for(wrapped, pool), foreign.aligner_for(whole, pool, process_group=OWN[0])
+
+    def optimizers() -> list[torch.optim.SGD]:
+        pairs = ((wrapped, mine), (whole, alone))
+        return [torch.optim.SGD([{"params": m.parameters()}, *a.param_groups()], lr=0.3) for m, a in pairs]
+
+    steppers = optimizers()
+    with mine.attach(), alone:
+        alone.loss_fn.load_state_dict(mine.loss_fn.state_dict())
+        for step in range(1, 8):
+            if step == 6:  # resumed between two probes, on each rank by an aligner with other heads
+                mine.detach()
+                state, mine = mine.state_dict(), foreign.aligner_for(wrapped, pool)
+                mine.load_state_dict(state)
+                mine.attach()
+                steppers = optimizers()
+            parts = [foreign.batch(2 * step + r, pool, samples=4 + r) for r in (0, 1)]
+            joined = {name: torch.cat([part[name] for part in parts]) for name in ("x", "time", "velocity", "mask")}
+            joined["features"] = {n: torch.cat([part["features"][n] for part in parts]) for n in foreign.TEACHERS}
+            joined["domains"] = parts[0]["domains"] + parts[1]["domains"]
+            for module, aligner, optimizer, b in zip((wrapped, whole), (mine, alone), steppers, (parts[rank], joined)):
+                error = (module(b["x"], time=b["time"]) - b["velocity"]).square().mean((1, 2))
+                # The means are over samples: as many on each rank would need no factor.
+                flow = error.sum() * (2 / 9 if module is wrapped else 1 / 9)
+                loss = flow + aligner.loss(b["features"], b["mask"], b["domains"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            scores = mine.step(step)  # on the first samples of each rank's last call
+            probed = tuple(torch.cat([part[name][:3] for part in parts]) for name in ("x", "time"))
+            alone.step(step, probed)
+            assert (scores is not None) == (step in (2, 4, 6)), step
+            if scores is not None:
+                assert scores.by_sample.shape[1] == 6
+                torch.testing.assert_close(scores.mean, alone.choice.scores.mean, rtol=1e-4, atol=1e-6)
+                assert mine.selection.layers == alone.selection.layers, (mine.selection, alone.selection)
+                chosen = [None, None]
+                distributed.all_gather_object(chosen, mine.selection.state())
+                assert chosen[0] == chosen[1]
+    mine.detach()
+    for name, one in wrapped.named_parameters():
+        one = one.full_tensor() if hasattr(one, "full_tensor") else one
+        torch.testing.assert_close(one, whole.get_parameter(name.removeprefix("module.")), rtol=1e-4, atol=1e-6)
+    for one, other in zip(mine.loss_fn.parameters(), alone.loss_fn.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        heads = [torch.zeros_like(one), torch.zeros_like(one)]
+        distributed.all_gather(heads, one.detach())
+        assert torch.equal(*heads)
+
+
+def aligner(rank: int) -> None:
+    """DDP is built before any selection and knows nothing of the heads."""
+    for pool in ("mean", None):
+        train_pair(rank, pool, DistributedDataParallel)
+
+
+def aligner_of_shards(rank: int) -> None:
+    """FSDP2: each block and the rest sharded; probes see whole parameters, which are shards again afterwards."""
+
+    def shard(model: nn.Module) -> nn.Module:
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    train_pair(rank, "mean", shard)
+    torch.manual_seed(0)
+    plain = Step("mean").model
+    inputs = batch(0, 0, "mean", MIXED)[:2]
+    expected = ag.attribute_layers(plain, inputs)
+    sharded = copy.deepcopy(plain)
+    for branch in sharded.branches:
+        fully_shard(branch, mesh=distributed.init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=distributed.init_device_mesh("cpu", (2,)))
+    with ag.HiddenStates(sharded, [1]) as states:
+        sharded(*inputs)
+        found = ag.attribute_layers(sharded, inputs)
+        torch.testing.assert_close(states.read()[1], plain(*inputs, hidden_layers=[1])[1][1])
+    torch.testing.assert_close(found.by_sample, expected.by_sample, rtol=1e-5, atol=1e-7)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    wrapped = ag.attribute_layers(DistributedDataParallel(plain), inputs)
+    assert torch.equal(wrapped.by_sample, expected.by_sample)
+
+
+SCENARIOS = [
+    absent_domains,
+    mixed_domains,
+    by_flow_time,
+    mixed_tokens,
+    reselection,
+    left_out,
+    different_selections,
+    aligner,
+    aligner_of_shards,
+]
 
 
 def main(rank: int, file: str) -> None:

@@ -14,7 +14,7 @@ from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
-from agrepa_fast.training.choice import choose, layer_chooser
+from agrepa_fast.training.choice import choose, layer_choice
 from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.inference import layer_values
 from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
@@ -301,7 +301,7 @@ def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
     assert expected.std() > 1e-4
     before = network.state_dict()
     warm.config = dataclasses.replace(warm.config, alignment=dataclasses.replace(warm.config.alignment, policy=policy))
-    warm.chooser = layer_chooser(warm.config)
+    warm.choice = layer_choice(warm.config)
     choose(warm)
     assert warm.selection == LayerSelection.uniform(expected.topk(2).indices.tolist(), policy)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())

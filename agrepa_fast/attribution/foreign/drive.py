@@ -1,368 +1,287 @@
-"""FoG-A on other people's models: grow the batch between the calls of their blocks, and put all back.
+"""FoG-A on other people's models: all streams in one forward, and blocks that run only what differs from the baseline.
 
-A model is any `nn.Module` whose forward calls each block of a list once, in order. The residual state is whatever a
-block returns and the next one takes (one tensor or several); switching block k off means it returns what it was given.
+The model runs once on S x B sequences, stream-major: the baseline's B samples, then those of each unit that is switched
+off, in the order in which the units run. Streams are equal to the baseline up to their own unit. So a block, and any
+other module that the forward calls outside of blocks, runs on the streams that differ by then; the others get copies of
+the baseline's result. This is exact whatever the forward does between the blocks: long skips, joined streams, reshapes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
-from ..native import nudged
-from ..plan import AblationPlan
-from .find import find_blocks
+from ..plan import AblationPlan, Unit
+from .examine import Examination
+from .record import Call, flat, overridden, record
 from .register import adapter_of
-from .wiring import Call, check_shapes, wire
+from .subject import out_of_memory
+from .wiring import Site, grown
 
-TIME_NAMES = ("t", "time", "timestep", "timesteps", "sigma")
+ENGINES = ("prefix", "stacked", "loop")
 
 
 class NotAStaircase(ValueError):
-    """The model does something between its blocks, so that shared prefixes would not be exact."""
-
-
-class _Stop(BaseException):
-    """Leaves the model's forward after its last block; not an Exception, which a model might catch."""
+    """A batched form does not give what the model itself gives, or does not run."""
 
 
 class BlockModel:
-    """A foreign model, its blocks and how they are wired; found out by running it on its first samples.
+    """Another model, examined on a few of its samples, and the engines that score it.
 
-    `inputs` is a mapping of keyword arguments or a tuple; tensors in it (also nested) whose first size is the batch
-    N carry the batch, N being the first size of the first tensor. Use inside `eager`, in eval mode without gradient.
+    Args:
+        inputs: a mapping of keyword arguments or a tuple of positional ones. batched, mask, block_list: as in
+            `attribute_layers`.
+        engine: "auto", or one of ENGINES.
+
+    Use inside `guard.quiet`, in eval mode without gradient.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, block_list: str | Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        block_list: str | Sequence[str] | None = None,
+        batched: Sequence[str] | Mapping[str, bool] | None = None,
+        mask: Tensor | None = None,
+        engine: str = "auto",
+        alone: bool = False,
+    ) -> None:
+        adapter = adapter_of(model)
         self.model = model
-        self.adapter = adapter_of(model)
-        self.args, self.kwargs = _arguments(inputs)
-        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-        if not tensors:
-            raise TypeError("inputs: expected at least one tensor with the samples first")
-        self.samples: int = tensors[0].shape[0]
-        if self.samples == 0:
-            raise ValueError("inputs: expected at least one sample, got a batch of 0")
-        self.names, self.blocks = find_blocks(model, block_list or self.adapter.block_list)
+        self.known = Examination(model, inputs, adapter, block_list, batched, mask, coupled=engine == "loop" and alone)
+        self.blocks = self.known.blocks
+        self.names = [block.name for block in self.blocks]
         self.depth = len(self.blocks)
-        self._named = _bind(model, self.args, self.kwargs)
+        self.samples, self.t, self.mask = self.known.inputs.samples, self.known.inputs.t, self.known.mask
+        self.dtype, self.noise = self.known.dtype, self.known.noise
+        self.settled = engine != "auto"
+        self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
+        self._without: tuple[Unit, Tensor] | None = None
 
-    @property
-    def t(self) -> Tensor | None:
-        """[N] the samples' flow time where the inputs name one (t, time, timestep, ...)."""
-        found = [self._named[name] for name in TIME_NAMES if isinstance(self._named.get(name), Tensor)]
-        return found[0] if found and found[0].shape == (self.samples,) else None
+    def evaluations(self, plan: AblationPlan) -> int:
+        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored.
 
-    @property
-    def mask(self) -> Tensor | None:
-        """[N, T] bool: the input called `mask`, if it is such a one."""
-        mask = self._named.get("mask")
-        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2
-        return mask if fits and mask is not None and mask.shape[0] == self.samples else None
+        The stream of a set of blocks joins after the first of them, and runs the others with what it is given."""
+        block_of = {block.sites[0].module: layer for layer, block in enumerate(self.blocks)}
+        last_stream = {layer: stream for stream, unit in enumerate(plan.units, 1) for layer in unit.layers}
+        joined, total = 1, 0
+        for call in self.known.calls:
+            if call.module in block_of:
+                total += joined
+                joined = max(joined, 1 + last_stream.get(block_of[call.module], 0))
+        return total
 
-    def inspect(self) -> torch.dtype:
-        """Find the wiring out from runs on one sample (twice: is the forward deterministic?) and on two.
-
-        Also `noise`, the relative mean square change of the velocity when the state enters block 0 a last bit away.
-        Returns the velocity's dtype.
-
-        Raises:
-            ValueError: the forward is random, a block changes the shape of its state, or is not called once in order.
-        """
-        # The longest sample, where a mask says which: some models (F5-TTS) take its length for that of the batch.
-        longest = 0 if self.mask is None else int(self.mask.sum(1).argmax())
-        first = torch.tensor([longest])
-        both = torch.tensor([longest, (longest + 1) % self.samples])
-        one, calls_of_one = self._record(first)
-        again, _ = self._record(first)
-        if _difference(one, again) > 64 * _eps(self.model, one):
-            raise ValueError(
-                f"{type(self.model).__name__}: two runs of forward on the same input differ: it draws random numbers "
-                "(noise, masks, dropout by function) that ablations must share; draw them outside and pass them in"
-            )
-        reference, calls_of_two = self._record(both)
-        self._reference = dict(zip(both.tolist(), reference))
-        for call in calls_of_one:
-            check_shapes(self.names[call.block], call)
-        self.wirings, self.not_a_chain = wire(self.names, calls_of_one, calls_of_two)
-        if self.adapter.dense:
-            self.not_a_chain = "its adapter says dense"
-        self.noise = _difference(one, self._from_nudged(first)) ** 2
-        return one.dtype
-
-    def _from_nudged(self, rows: Tensor) -> Tensor:
-        def enter(block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if block == 0:
-                leaves, spec = tree_flatten((args, kwargs))
-                for p in self.wirings[0].state.values():
-                    if not leaves[p].is_floating_point():
-                        raise TypeError(
-                            f"{self.names[0]}: expected a floating residual state, got {leaves[p].dtype}: give the "
-                            "model inputs of its own dtype"
-                        )
-                    leaves[p] = nudged(leaves[p])
-                args, kwargs = tree_unflatten(leaves, spec)
-            return forward(*args, **kwargs)
-
-        with _overridden(self.blocks, enter):
-            return self._forward(rows)
-
-    def run(self, engine: str, plan: AblationPlan, rows: Tensor) -> Tensor:
+    def run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
         """Velocities [S, B, ...] of the samples `rows` (int64 [B]); stream 0 is the baseline.
 
-        "prefix" raises `NotAStaircase` where shared prefixes are not exact."""
-        engines = {"prefix": self._staircase, "stacked": self._dense, "loop": self._loop}
-        velocity = engines[engine](plan, rows)
-        for i, row in enumerate(rows.tolist()):
-            expected = self._reference.get(row)
-            if expected is None:
-                continue
-            if expected.isfinite().all() and _difference(expected, velocity[0, i]) > _tolerance(self.model, expected):
-                raise NotAStaircase(
-                    f"{type(self.model).__name__}: the baseline run block by block is not the model's own velocity "
-                    f"(sample {row}): something reaches past the blocks of {self.names[0].rpartition('.')[0]!r}"
+        engine "auto" goes on from the staircase to the dense form to the loop where one fails, with a warning.
+
+        Raises:
+            NotAStaircase: the chosen engine does not give what the model itself gives."""
+        while True:
+            try:
+                velocity = self._run(plan, rows)
+                self._check(plan, rows, velocity)
+                return velocity
+            except Exception as error:
+                if self.settled or self.engine == "loop" or out_of_memory(error):
+                    raise
+                following = ENGINES[ENGINES.index(self.engine) + 1]
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                warnings.warn(
+                    f"{self.known.kind}: engine {self.engine!r} fails ({reason:.200}); {following!r} runs instead",
+                    stacklevel=5,
                 )
-        return velocity
+                self.engine = following
 
-    def _forward(self, rows: Tensor, repeats: int = 1) -> Tensor:
-        def take(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != self.samples:
-                return leaf
-            return leaf.index_select(0, rows.to(leaf.device).repeat(repeats))
+    def _run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
+        units = [self._sites(unit) for unit in plan.units]
+        if self.engine == "loop":
+            return self._loop(units, rows)
+        return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
 
-        args, kwargs = tree_map(take, (self.args, self.kwargs))
-        velocity = self._velocity(self.model(*args, **kwargs))
-        if not isinstance(velocity, Tensor) or not velocity.is_floating_point():
-            got = getattr(velocity, "dtype", type(velocity).__name__)
-            raise TypeError(f"velocity of {type(self.model).__name__}: expected a floating tensor, got {got}")
-        batch = repeats * rows.numel()
-        if velocity.dim() < 2 or velocity.shape[0] != batch or velocity.numel() == 0:
-            raise ValueError(
-                f"velocity of {type(self.model).__name__}: expected [{batch}, ...] with at least one value for each "
-                f"sample, got {list(velocity.shape)}"
-            )
-        return velocity
+    def _sites(self, unit: Unit) -> list[Site]:
+        return [site for layer in unit.layers for site in self.blocks[layer].sites]
 
-    def _velocity(self, output: Any) -> Tensor:
-        if self.adapter.velocity is not None:
-            return self.adapter.velocity(output)
-        output = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
-        if isinstance(output, tuple | list) and len(output) == 1:
-            output = output[0]
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{type(self.model).__name__} returns {type(output).__name__}: expected a tensor or an object with "
-                ".sample; say which part is the velocity with register_adapter(..., Adapter(velocity=...))"
-            )
-        return output
+    def _loop(self, units: Sequence[Sequence[Site]], rows: Tensor) -> Tensor:
+        velocities = [self.known.subject.forward(rows)]
+        return torch.stack(velocities + [self._ablated(sites, rows) for sites in units])
 
-    def _record(self, rows: Tensor) -> tuple[Tensor, list[Call]]:
-        calls: list[Call] = []
+    def _ablated(self, sites: Sequence[Site], rows: Tensor) -> Tensor:
+        """The velocity with the modules of one unit switched off."""
+        of = {site.module: site for site in sites}
 
-        def note(block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            # Kept alive: the next block's arguments are compared with these by identity.
-            calls.append(Call(block, tree_leaves((args, kwargs)), *tree_flatten(result)))
-            return result
+        def skip(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return of[module].off(forward, args, kwargs)
 
-        with _overridden(self.blocks, note):
-            velocity = self._forward(rows)
-        if [call.block for call in calls] != list(range(self.depth)):
-            got = ", ".join(self.names[call.block] for call in calls[:4]) or "none"
-            raise ValueError(
-                f"{type(self.model).__name__}: expected forward to call its {self.depth} blocks once each and in order "
-                f"({self.names[0]} first); it called {len(calls)} ({got}, ...)"
-            )
-        return velocity, calls
+        with overridden(of, skip):
+            return self.known.subject.forward(rows)
 
-    def _staircase(self, plan: AblationPlan, rows: Tensor) -> Tensor:
-        if self.not_a_chain:
-            raise NotAStaircase(f"{type(self.model).__name__}: {self.not_a_chain}; engine='stacked' runs it")
-        batch = rows.numel()
-        ablated = {unit.layer for unit in plan.units}
-        streams = 1
-        final: dict[int, Tensor] = {}
-
-        def grow(block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal streams
-            wiring = self.wirings[block]
-            leaves, spec = tree_flatten((args, kwargs))
-            for p, (dim, unit) in wiring.batch.items():
-                leaf = leaves[p]
-                if leaf.shape[dim] == batch * unit:
-                    leaves[p] = _repeat(leaf, streams, dim)
-                elif leaf.shape[dim] != streams * batch * unit:
+    def _check(self, plan: AblationPlan, rows: Tensor, velocity: Tensor) -> None:
+        """Compare streams with forwards of the model itself: the baselines of some samples, and one ablation."""
+        for i, row in enumerate(rows.tolist()):
+            expected = self.known.references.get(row)
+            if expected is not None and not self.known.subject.same(expected, velocity[0, i]):
+                raise NotAStaircase(
+                    f"{self.known.kind}: the baseline beside the ablations is not the model's own velocity "
+                    f"(sample {row})"
+                )
+            if row == self.known.first and self.engine != "loop":
+                unit = plan.units[0]
+                if self._without is None or self._without[0] != unit:
+                    self._without = unit, self._ablated(self._sites(unit), torch.tensor([row]))[0]
+                if not self.known.subject.same(self._without[1], velocity[1, i]):
                     raise NotAStaircase(
-                        f"{self.names[block]}: an argument of shape {list(leaf.shape)} fits neither {batch} samples "
-                        f"nor {streams} streams of them"
+                        f"{self.known.kind}: the velocity without {', '.join(self.names[n] for n in unit.layers)} is "
+                        f"not what the model itself gives without it (sample {row})"
                     )
-            before = {}
-            if block in ablated:
-                for j, p in wiring.state.items():
-                    dim, unit = wiring.batch[p]
-                    # A copy: the block may write into its input.
-                    before[j] = leaves[p].narrow(dim, 0, batch * unit).clone()
+
+
+class _Streams:
+    """One forward of all streams. `shared`: blocks run on the streams that differ from the baseline, not on all."""
+
+    def __init__(self, known: Examination, units: Sequence[Sequence[Site]], rows: Tensor, shared: bool) -> None:
+        self.known, self.rows, self.shared = known, rows, shared
+        self.batch, self.streams = rows.numel(), 1 + len(units)
+        sites = [site for block in known.blocks for site in block.sites]
+        self.sites = {site.module: site for site in sites}
+        self.own: dict[nn.Module, list[int]] = {site.module: [] for site in sites}
+        for stream, unit in enumerate(units, 1):
+            for site in unit:
+                self.own[site.module].append(stream)
+        self.shell = _shell(known, self.sites) if shared else {}
+        self.joined = 1  # streams that may differ from the baseline, which is the first
+        self.inside = False
+        self.counts: dict[nn.Module, int] = {}
+        self.sizes = self._sizes() if shared else {}
+
+    def run(self) -> Tensor:
+        modules = [*self.shell, *self.sites] if self.shared else [m for m, own in self.own.items() if own]
+        with overridden(modules, self._call):
+            velocity = self.known.subject.forward(self.rows, self.streams)
+        return velocity.unflatten(0, (self.streams, self.batch))
+
+    def _sizes(self) -> dict[tuple[int, int], Call]:
+        """The calls of a forward of these samples in which all blocks are switched off, for the shapes of arguments."""
+
+        def skip(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self.sites[module].off(forward, args, kwargs)
+
+        with overridden(self.sites, skip):
+            _, calls = record(self.known.model, lambda: self.known.subject.forward(self.rows))
+        return {call.key: call for call in calls}
+
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.inside:
+            return forward(*args, **kwargs)
+        number = self.counts.get(module, 0)
+        self.counts[module] = number + 1
+        self.inside = True
+        try:
+            if module in self.sites:
+                return self._site(module, number, forward, args, kwargs)
+            return self._other(module, number, forward, args, kwargs)
+        finally:
+            self.inside = False
+
+    def _site(self, module: nn.Module, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        site, own = self.sites[module], self.own[module]
+        paths, leaves, spec = flat((args, kwargs))
+        entering: dict[str, list[Tensor]] = {}
+        for result, argument in site.state.items():
+            leaf, dim = leaves[paths.index(argument)], site.dims[result]
+            size = self._size(site.name, leaf, dim, self.streams)
+            # Copies: the block may write into its input.
+            entering[result] = [leaf.narrow(dim, s * size, size).clone() for s in own] if not site.adds else []
+        if self.shared:
+            leaves = self._narrowed(site.name, (id(module), number), paths, leaves)
             args, kwargs = tree_unflatten(leaves, spec)
-            results, result_spec = tree_flatten(forward(*args, **kwargs))
-            for j, entering in before.items():
-                results[j] = torch.cat([results[j], entering], dim=wiring.batch[wiring.state[j]][0])
-            streams += bool(before)
-            if block + 1 == self.depth:
-                final.update({j: results[j] for j in wiring.state})
-                raise _Stop
-            return tree_unflatten(results, result_spec)
+        result_paths, results, result_spec = flat(forward(*args, **kwargs))
+        for i, path in enumerate(result_paths):
+            if path not in site.dims or not isinstance(results[i], Tensor):
+                continue
+            dim = site.dims[path]
+            size = self._size(site.name, results[i], dim, self.joined if self.shared else self.streams)
+            widened = self._widened(results[i], dim, size)
+            if path not in site.state or not own:
+                results[i] = widened
+                continue
+            results[i] = widened.clone() if widened is results[i] else widened
+            for k, stream in enumerate(own):
+                part = results[i].narrow(dim, stream * size, size)
+                part.zero_() if site.adds else part.copy_(entering[path][k])
+        self.joined = max([self.joined, *(stream + 1 for stream in own)])
+        return tree_unflatten(results, result_spec)
 
-        with _overridden(self.blocks, grow), contextlib.suppress(_Stop):
-            self._forward(rows)
+    def _other(self, module: nn.Module, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module outside of blocks, on the streams that differ by now where its shapes allow that."""
+        dims = self.shell[module].get(number)
+        paths, leaves, spec = flat((args, kwargs))
+        if dims is None or self.joined == self.streams:
+            return forward(*args, **kwargs)
+        try:
+            leaves = self._narrowed("", (id(module), number), paths, leaves)
+        except NotAStaircase:
+            return forward(*args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, spec)
+        result_paths, results, result_spec = flat(forward(*args, **kwargs))
+        for i, path in enumerate(result_paths):
+            if isinstance(results[i], Tensor) and path in dims:
+                size = self._size(type(module).__name__, results[i], dims[path], self.joined)
+                results[i] = self._widened(results[i], dims[path], size)
+        return tree_unflatten(results, result_spec)
 
-        def pass_through(stream: int, block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            wiring = self.wirings[block]
-            leaves = tree_leaves((args, kwargs))
-            results: list[Any] = [None] * wiring.results
-            for j, p in wiring.state.items():
-                results[j] = leaves[p]
-                if block + 1 == self.depth:
-                    dim, unit = wiring.batch[p]
-                    results[j] = final[j].narrow(dim, stream * batch * unit, batch * unit)
-            return tree_unflatten(results, wiring.result_spec)
+    def _narrowed(self, name: str, key: tuple[int, int], paths: list[str], leaves: list[Any]) -> list[Any]:
+        call = self.sizes.get(key)
+        tensors = {path: leaf.shape for path, leaf in zip(paths, leaves) if isinstance(leaf, Tensor)}
+        if call is None or call.arguments.keys() != tensors.keys():
+            raise NotAStaircase(f"{name}: is called otherwise than with one stream")
+        dims = grown(call.arguments, tensors, self.streams, alike=True)
+        changed = [path for path, shape in tensors.items() if shape != call.arguments[path] and path not in dims]
+        if changed or not dims:
+            shown = f"{list(tensors[changed[0]])}" if changed else "none"
+            raise NotAStaircase(f"{name}: no argument, or one in an unknown way, grows with the streams ({shown})")
+        if self.joined == self.streams:
+            return leaves
+        return [
+            leaf.narrow(dims[path], 0, leaf.shape[dims[path]] // self.streams * self.joined) if path in dims else leaf
+            for path, leaf in zip(paths, leaves)
+        ]
 
-        velocities = []
-        for stream in range(plan.streams):
-            with _overridden(self.blocks, partial(pass_through, stream)):
-                velocities.append(self._forward(rows))
-        return torch.stack(velocities)
+    def _size(self, name: str, leaf: Tensor, dim: int, streams: int) -> int:
+        if leaf.dim() <= dim or leaf.shape[dim] % (streams * self.batch):
+            raise NotAStaircase(
+                f"{name}: a state of shape {list(leaf.shape)} is not {streams} streams of {self.batch} samples"
+            )
+        return leaf.shape[dim] // streams
 
-    def _dense(self, plan: AblationPlan, rows: Tensor) -> Tensor:
-        batch, streams = rows.numel(), plan.streams
-        stream_of = {unit.layer: 1 + k for k, unit in enumerate(plan.units)}
-
-        def switch(block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if block not in stream_of:
-                return forward(*args, **kwargs)
-            wiring, stream = self.wirings[block], stream_of[block]
-            leaves = tree_leaves((args, kwargs))
-            kept = {}
-            for j, p in wiring.state.items():
-                dim, unit = wiring.batch[p]
-                kept[j] = leaves[p].narrow(dim, stream * batch * unit, batch * unit).clone()
-            results, spec = tree_flatten(forward(*args, **kwargs))
-            for j, p in wiring.state.items():
-                dim, unit = wiring.batch[p]
-                results[j] = results[j].clone()
-                results[j].narrow(dim, stream * batch * unit, batch * unit).copy_(kept[j])
-            return tree_unflatten(results, spec)
-
-        with _overridden(self.blocks, switch):
-            return self._forward(rows, streams).unflatten(0, (streams, batch))
-
-    def _loop(self, plan: AblationPlan, rows: Tensor) -> Tensor:
-        def skip(layer: int, block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if block != layer:
-                return forward(*args, **kwargs)
-            wiring = self.wirings[block]
-            leaves = tree_leaves((args, kwargs))
-            results: list[Any] = [None] * wiring.results
-            for j, p in wiring.state.items():
-                results[j] = leaves[p]
-            return tree_unflatten(results, wiring.result_spec)
-
-        velocities = [self._forward(rows)]
-        for unit in plan.units:
-            with _overridden(self.blocks, partial(skip, unit.layer)):
-                velocities.append(self._forward(rows))
-        return torch.stack(velocities)
+    def _widened(self, result: Tensor, dim: int, size: int) -> Tensor:
+        """The result of all streams: those that have not joined get the baseline's."""
+        missing = self.streams - self.joined
+        if not self.shared or missing == 0:
+            return result
+        return torch.cat([result] + [result.narrow(dim, 0, size)] * missing, dim=dim)
 
 
-@contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Compiled modules run eagerly, and PyTorch's fused encoder path stays off; both come back on every exit."""
-    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
-    wrapped = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module._modules.items()
-        if child is not None and "_orig_mod" in child._modules  # what torch.compile(module) returns
-    ]
-    # The fused path of nn.TransformerEncoder packs the batch away (nested tensors), so that it cannot be grown.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        for module, name, child in wrapped:
-            module._modules[name] = child._modules["_orig_mod"]
-        yield
-    finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call
-        for module, name, child in wrapped:
-            module._modules[name] = child
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextlib.contextmanager
-def _overridden(blocks: Sequence[nn.Module], behaviour: Callable[..., Any]) -> Iterator[None]:
-    """Block i's forward is `behaviour(i, its own forward, *args, **kwargs)`; undone on every exit."""
-    own = [vars(block).get("forward") for block in blocks]
-    try:
-        for i, block in enumerate(blocks):
-            vars(block)["forward"] = partial(behaviour, i, block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, own):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                vars(block)["forward"] = forward
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    raise TypeError(f"inputs: expected a mapping of keyword arguments or a tuple, got {type(inputs).__name__}")
-
-
-def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"inputs do not fit {type(model).__name__}.forward: {error}") from None
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return named
-
-
-def _repeat(leaf: Tensor, times: int, dim: int) -> Tensor:
-    return leaf if times == 1 else torch.cat([leaf] * times, dim=dim)
-
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`; 0 where both are zero or not finite."""
-    expected, got = expected.double(), got.double()
-    change = (got - expected).square().mean().sqrt()
-    ratio = change / expected.square().mean().sqrt()
-    return 0.0 if change == 0 or ratio.isnan() else ratio.item()
-
-
-def _eps(model: nn.Module, velocity: Tensor) -> float:
-    dtypes = {velocity.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def _tolerance(model: nn.Module, velocity: Tensor) -> float:
-    """Relative difference that rounding may make between batch sizes."""
-    eps = _eps(model, velocity)
-    if torch.is_autocast_enabled(velocity.device.type) or eps > 1e-4:
-        return 0.1
-    return 1e-3 if eps > 1e-10 else 1e-10
+def _shell(known: Examination, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, dict[int, dict[str, int]]]:
+    """Modules outside of the blocks that a forward calls: {module: {number of the call: dimensions of its results}}."""
+    inside = {part for module in sites for part in module.modules()}
+    around = {module for module in known.model.modules() if not sites.keys().isdisjoint(module.modules())}
+    fours = {call.key: call for call in known.watcher.calls}
+    shell: dict[nn.Module, dict[int, dict[str, int]]] = {}
+    for call in known.calls:
+        outermost = call.parent is None or call.parent.module in around
+        if not outermost or call.module in around | inside:
+            continue
+        other = fours.get(call.key)
+        # Results that count the samples by other means than a dimension are those of the whole batch.
+        if other is None or call.opaque or call.plain != other.plain or call.results.keys() != other.results.keys():
+            continue
+        if dims := grown(call.results, other.results):
+            shell.setdefault(call.module, {})[call.number] = dims
+    return shell

@@ -14,14 +14,17 @@ class Adapter:
     """What a model cannot be asked: see `register_adapter`.
 
     Attributes:
-        block_list: dotted name(s) of the block lists, in the order in which they run; None = found by usual names.
-        velocity: picks the velocity [B, ...] out of what forward returns; None: it is a tensor or `.sample`.
-        dense: run all streams from the start (long skips that the automatic check would find too).
+        block_list: dotted name(s) of block lists or single blocks; None: what one forward calls.
+        velocity: picks the velocity [B, ...] out of what forward returns; None: it is a tensor, or an object's
+            `.sample` or `.last_hidden_state`.
+        dense: run all streams from the start.
+        adds: whether the model's forward adds a block's result to the state (x = x + block(x)); None: found by running.
     """
 
     block_list: str | Sequence[str] | None = None
     velocity: Callable[[Any], Tensor] | None = None
     dense: bool = False
+    adds: bool | None = None
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}

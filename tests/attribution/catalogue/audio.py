@@ -202,7 +202,7 @@ ENTRIES = [
     Entry("StableAudioDiTModel", stable_audio, "transformer_blocks.0-2"),
     Entry("StableAudioDiTModel, as many rotary rows as samples", lambda: stable_audio(N), "transformer_blocks.0-2"),
     Entry("StableAudio3DiTModel", stable_audio3, "transformer_blocks.0-2"),
-    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2", engine="dense"),
+    Entry("AceStepTransformer1DModel", ace_step, "layers.0-2", single=True),
     Entry("MiniMaxMusic3Transformer1DModel", minimax_music3, "transformer_blocks.0-2"),
     Entry(
         "LongCatAudioDiTTransformer", longcat, "blocks.0-2", beside={"text_conv_layer": "convolutions over the text"}
@@ -211,14 +211,13 @@ ENTRIES = [
     Entry("f5_tts DiT, no mask", lambda: f5_dit(False), F5_BLOCKS, beside=TEXT),
     Entry("f5_tts DiT, long skip", lambda: f5_dit(long_skip_connection=True), F5_BLOCKS, mask="mask", beside=TEXT),
     Entry("f5_tts MMDiT", f5_mmdit, F5_BLOCKS, F5_STATES, mask="mask"),
-    Entry("f5_tts UNetT", f5_unett, "layers.0-3", zeroed=("2", "4"), mask="mask", engine="dense"),
+    Entry("f5_tts UNetT", f5_unett, "layers.0-3", zeroed=("2", "4"), mask="mask"),
     Entry(
         "f5_tts UNetT, added skips",
         lambda: f5_unett(skip_connect_type="add"),
         "layers.0-3",
         zeroed=("2", "4"),
         mask="mask",
-        engine="dense",
     ),
     Entry("x_transformers ContinuousTransformerWrapper", x_transformer, "attn_layers.layers.0-3", zeroed=("1",)),
     Entry("voicebox_pytorch VoiceBox", voicebox_model, "transformer.layers.0-1", zeroed=("3", "5")),
@@ -226,7 +225,6 @@ ENTRIES = [
         "Matcha-TTS decoder",
         matcha,
         "down_blocks.0.1.0-1 mid_blocks.0.1.0-1 up_blocks.0.1.0-1",
-        engine="dense",
         beside={"mid_blocks.0.0": "a resnet; those of the other stages change the shape"},
     ),
     Entry(
@@ -234,6 +232,5 @@ ENTRIES = [
         mmaudio_like,
         "joint_blocks.0-1 fused_blocks.0-2",
         {"joint_blocks": "latent clip text", "fused_blocks": "x"},
-        engine="dense",
     ),
 ]

@@ -105,7 +105,7 @@ ENTRIES = [
         "encoder.layers.0-2",
         **LAST,
     ),
-    Entry("WavLMModel", wavlm, "encoder.layers.0-2", engine="dense", **LAST),
+    Entry("WavLMModel", wavlm, "encoder.layers.0-2", **LAST),
     Entry("ASTModel", ast, "layers.0-2", **LAST),
     Entry("timm VisionTransformer", timm_vit, "blocks.0-2"),
     Entry("torchvision VisionTransformer", torchvision_vit, "encoder.layers.encoder_layer_0-2"),

@@ -33,36 +33,7 @@ PARTIAL = "only one of the lists that run is scored"
 COINCIDENCE = "a size that happens to be the number of samples is taken for the samples"
 INNER = "a layer that is a list of modules is refused"
 MASK = "the wiring is learned from a clip without padding"
-FAULTS = {
-    "FluxTransformer2DModel": PARTIAL,
-    "FluxTransformer2DModel, as many text tokens as samples": COINCIDENCE,
-    "Flux2Transformer2DModel": PARTIAL,
-    "ChromaTransformer2DModel": PARTIAL,
-    "AuraFlowTransformer2DModel": "no list has a usual name",
-    "Lumina2Transformer2DModel": PARTIAL,
-    "ZImageTransformer2DModel": "inputs in lists are not sliced",
-    "HunyuanVideoTransformer3DModel": PARTIAL,
-    "LatteTransformer3DModel": PARTIAL,
-    "StableAudioDiTModel, as many rotary rows as samples": COINCIDENCE,
-    "BriaTransformer2DModel": PARTIAL,
-    "BriaFiboTransformer2DModel": PARTIAL,
-    "Flux3Transformer2DModel": PARTIAL,
-    "HiDreamImageTransformer2DModel": "no list has a usual name",
-    "HunyuanImageTransformer2DModel": PARTIAL,
-    "LongCatImageTransformer2DModel": PARTIAL,
-    "OvisImageTransformer2DModel": PARTIAL,
-    "Kandinsky5Transformer3DModel": "no list has a usual name",
-    "MotifVideoTransformer3DModel": PARTIAL,
-    "f5_tts UNetT": INNER,
-    "f5_tts UNetT, added skips": INNER,
-    "x_transformers ContinuousTransformerWrapper": INNER,
-    "voicebox_pytorch VoiceBox": INNER,
-    "Matcha-TTS decoder": "no list has a usual name",
-    "MMAudio-like network": PARTIAL,
-    "HubertModel, padded": MASK,
-    "Wav2Vec2Model, padded": MASK,
-    "Wav2Vec2Model, stable layer norm": MASK,
-}
+FAULTS: dict[str, str] = {}
 
 PAGE = """\
 # The catalogue

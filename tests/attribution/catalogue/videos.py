@@ -80,7 +80,7 @@ ENTRIES = [
     Entry("LTXVideoTransformer3DModel", ltx, "transformer_blocks.0-2"),
     Entry("LTX2VideoTransformer3DModel", ltx2, "transformer_blocks.0-1", "hidden_states audio_hidden_states"),
     Entry("CogVideoXTransformer3DModel", cogvideox, "transformer_blocks.0-2", IMAGE_FIRST),
-    Entry("MochiTransformer3DModel", mochi, "transformer_blocks.0-2", IMAGE_FIRST, engine="dense"),
+    Entry("MochiTransformer3DModel", mochi, "transformer_blocks.0-2", IMAGE_FIRST, single=True),
     Entry(
         "LatteTransformer3DModel",
         latte,
