@@ -40,14 +40,11 @@ from .rows import (
     takes_global_means,
 )
 from .selection import Selection, by_teacher
-from .similarity import cka_distance, relation_distance, standardise
+from .similarity import OBJECTIVES, related, standardise
 from .weights import LayerWeights, upgrade
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-OBJECTIVES = ("cosine", "relation", "cka")
-RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
 
 
 def _check_pool(pool: str | None) -> None:
@@ -60,9 +57,9 @@ class AlignmentLoss(nn.Module):
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
     `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run. Frame-wise
-    heads cost more, so only those of the selected layers (`active_heads`) run, unless weights change with flow time. In
-    one process the others get no gradient; in a process group their gradients are exactly zero, because
-    DistributedDataParallel waits for every parameter.
+    heads cost more, so only those of the selected layers (`active_heads`) run, unless weights change with flow time
+    (or `every_head`). In one process the others get no gradient; in a process group their gradients are exactly zero,
+    because DistributedDataParallel waits for every parameter.
 
     Args:
         width: D of the hidden states.
@@ -75,10 +72,10 @@ class AlignmentLoss(nn.Module):
             "relation" (their matrices of cosines) or "cka" (linear CKA); see `similarity`.
         standardise_targets: each channel of the targets to mean 0 and variance 1 over the clip's frames that count
             (iREPA); frame by frame only.
-        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
-            backward pass; in return `select` changes nothing that torch.compile has traced.
         process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
             a group of this rank alone (`new_group([rank])`) each rank takes its own means.
+        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
+            backward pass; in return `select` changes nothing that torch.compile has traced.
 
     Raises:
         UserError, ValueError, TypeError: an argument that does not fit, by name.
@@ -118,7 +115,6 @@ class AlignmentLoss(nn.Module):
         self.layers = tuple(sorted({layer for own in selections.values() for layer in own.layers}))
         self.pool = pool
         self.process_group = process_group
-        self.every_head = every_head
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
@@ -129,6 +125,7 @@ class AlignmentLoss(nn.Module):
         )
         self.layer_weights = nn.ModuleDict({name: LayerWeights(own) for name, own in selections.items()})
         self.by_time = any(own.t_grid for own in selections.values())
+        self.every_head = every_head or pool is not None or self.by_time
         if self.by_time and self._compares_samples:
             raise UserError(
                 f"selection: pooled {objective!r} compares samples with each other, which have weights of "
@@ -157,8 +154,7 @@ class AlignmentLoss(nn.Module):
         pairs = []
         for name in self.teachers:
             own = self._weights_of(name)
-            every = self.every_head or self.pool is not None or self.by_time
-            pairs += [(name, layer) for layer in (own.layers if every else own.chosen)]
+            pairs += [(name, layer) for layer in (own.layers if self.every_head else own.chosen)]
         return tuple(pairs)
 
     @property
@@ -304,7 +300,19 @@ class AlignmentLoss(nn.Module):
             counts = {name: count(rows[name], targets[name]) for name in self.teachers}
         else:  # means are over clips or, pooled, over the ranks' batches
             counts = {name: count(comparable(rows[name]), targets[name][..., 0]) for name in self.teachers}
-        return rank_shares(counts, self.process_group)
+        return rank_shares(counts, self.process_group, self._must_agree())
+
+    def _must_agree(self) -> list[Tensor]:
+        """What has to be the same on all ranks: the weights, and which heads run."""
+        like = next(iter(self.layer_weights.buffers()))
+        values = []
+        if not self.every_head:
+            active = self.active_heads
+            runs = [(name, layer) in active for name in self.teachers for layer in self._weights_of(name).layers]
+            # As whole numbers, 20 heads each: float32 holds them, and the device gets them without a copy.
+            chunks = [sum(2**i for i, on in enumerate(runs[n : n + 20]) if on) for n in range(0, len(runs), 20)]
+            values = [like.new_full((1,), chunk, dtype=torch.float32) for chunk in chunks]
+        return [*values, *(buffer.float() for buffer in self.layer_weights.buffers())]
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """A step's raw cosines in one number, for `SimilarityStop`: the mean over layers by their weights, then over
@@ -349,7 +357,7 @@ class AlignmentLoss(nn.Module):
             for name in [name for name, other in keys if other == layer]:
                 head, target, row, factor = self._head(name, layer), targets[name], rows[name], factors[name, layer]
                 if self.objective != "cosine":
-                    distances = _related(self.objective, head(x), target, row)
+                    distances = related(self.objective, head(x), target, row)
                     yield (name, layer), means_of(distances, comparable(row), factor)
                 elif factor is None:  # fused: the rows' losses are not kept
                     mean = head.loss(x, target, row)
@@ -379,16 +387,9 @@ class AlignmentLoss(nn.Module):
             target = torch.stack([targets[name] for name in names])
             row = stacked([rows[name] for name in names], y.new_ones(y.shape[1], dtype=torch.bool))
             if self.objective != "cosine":
-                means = weighted = _related(self.objective, y, target, row)
+                means = weighted = related(self.objective, y, target, row)
             else:
                 losses = ops.cosine_loss(y, target, mask=row, reduction="none")
                 factor = stacked([factors[keys[i]] for i in members], None)
                 means, weighted = means_of(losses, row, factor, dim=1)
             yield from zip([keys[i] for i in members], zip(means.unbind(), weighted.unbind()))
-
-
-def _related(objective: str, y: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
-    """The distance of each set of rows [..., N, W] -> [...]; 0 for a set without two rows to compare."""
-    distances = RELATIONAL[objective](y, target, rows)
-    sets = comparable(rows)
-    return distances if sets is None else torch.where(sets, distances, 0)

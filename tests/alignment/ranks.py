@@ -225,6 +225,44 @@ def left_out(rank: int) -> None:
                 assert (parameter.grad.count_nonzero() > 0) == aligned, name
 
 
+def different_selections(rank: int) -> None:
+    """Ranks that would align different layers, or the same ones with different weights, are refused at once."""
+    first, second = ag.LayerSelection.uniform((0,)), ag.LayerSelection.uniform((1,))
+    choices = [
+        (ag.LayerSelection.uniform((0, 1)), ag.LayerSelection.uniform((0, 2))),
+        (ag.LayerSelection((0, 1), (0.5, 0.5)), ag.LayerSelection((0, 1), (0.25, 0.75))),
+        ({"speech": first, "audio": second}, {"speech": second, "audio": first}),
+    ]
+    by_time = (
+        ag.LayerSelection.by_time((0.2, 0.8), {0: (1, 3), 1: (3, 1)}),
+        ag.LayerSelection.by_time((0.2, 0.8), {0: (3, 1), 1: (1, 3)}),  # the same layers and mean weights
+    )
+    for pool, pairs, t_grid in (("mean", choices, ()), (None, choices, ()), ("mean", [by_time], (0.2, 0.8))):
+        for chosen in pairs:
+            _, parallel = pair(pool, "cosine", "mlp", t_grid)
+            align = parallel.module.align
+            align.select(chosen[rank])
+            data = batch(0, rank, pool, MIXED)
+            hidden = {layer: torch.randn(SAMPLES, FRAMES, 8) for layer in range(3)}
+            refused = False
+            try:
+                align(hidden, *data[2:3], None, MIXED, t=data[1])
+            except RuntimeError as error:
+                refused = "ranks have different layers or weights; use selection.synchronised()" in str(error)
+            assert refused, (pool, chosen)
+            align.select(chosen[0])
+            align(hidden, *data[2:3], None, MIXED, t=data[1])
+    # DDP gives all ranks the first one's buffers in each forward; which heads run is known to the host alone.
+    _, parallel = pair(None)
+    parallel.module.align.select(ag.LayerSelection.uniform((rank,)))
+    refused = False
+    try:
+        parallel(*batch(0, rank, None, MIXED))
+    except RuntimeError as error:
+        refused = "ranks have different layers" in str(error)
+    assert refused
+
+
 def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
     """An `Aligner` on a wrapped model against one process with the rows of both ranks: selections and parameters."""
     model = foreign.network()
@@ -321,6 +359,7 @@ SCENARIOS = [
     mixed_tokens,
     reselection,
     left_out,
+    different_selections,
     aligner,
     aligner_of_shards,
 ]

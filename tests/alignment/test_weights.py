@@ -39,9 +39,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def build(selection, pool="mean", objective="cosine", dtype=torch.float64, head="linear") -> AlignmentLoss:
+def build(selection, pool="mean", objective="cosine", dtype=torch.float64, every_head=False) -> AlignmentLoss:
     torch.manual_seed(0)
-    return AlignmentLoss(WIDTH, TEACHERS, selection, pool, head, objective).to(dtype)
+    return AlignmentLoss(WIDTH, TEACHERS, selection, pool, "linear", objective, every_head=every_head).to(dtype)
 
 
 def every_layer(selection) -> LayerSelection:
@@ -136,7 +136,7 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind, pool", [("by-time", "mean"), ("by-time", None), ("own", "mean")])
+@pytest.mark.parametrize("kind, pool", [("by-time", "mean"), ("by-time", None), ("own", "mean"), ("own", None)])
 def test_another_map_is_other_numbers_in_the_same_graph(kind, pool):
     """Compiled once, without a host sync; new layers, scores and times change the values and nothing else."""
     torch._dynamo.reset()  # what other tests compiled counts towards Dynamo's limit
@@ -147,7 +147,7 @@ def test_another_map_is_other_numbers_in_the_same_graph(kind, pool):
         return graph.forward
 
     selection = SELECTIONS[kind]
-    loss_fn = build(every_layer(selection), pool, dtype=torch.float32)
+    loss_fn = build(every_layer(selection), pool, dtype=torch.float32, every_head=True)
     hidden, targets = draw(pool, torch.float32)
     speech = torch.tensor([name == "speech" for name in NAMES])
     arguments = (hidden, targets, MASK, {"speech": speech, "audio": ~speech}, None, T.float())
@@ -189,6 +189,22 @@ def test_only_the_heads_of_a_teacher_s_own_layers_exist_and_run():
     with pytest.raises(ValueError, match=r"selection: layer 1 has no head, only \[0, 2\]"):
         loss_fn.select(LayerSelection((1,), (1.0,)))
     assert loss_fn.active_heads[0] == ("speech", 2)  # a refused selection changes nothing
+
+
+def test_every_head_may_run_frame_by_frame():
+    """Heads of layers that are not selected have a weight of 0, and a gradient of exactly zero."""
+    loss_fn, plain = (
+        build(LayerSelection.uniform(LAYERS), None, every_head=True),
+        build(LayerSelection.uniform(LAYERS), None),
+    )
+    hidden, targets = draw(None)
+    for module in (loss_fn, plain):
+        module.select(OWN)
+        module(hidden, targets, MASK, NAMES)[0].backward()
+    assert loss_fn.active_heads == tuple((name, layer) for name in TEACHERS for layer in LAYERS)
+    for mine, theirs in zip(loss_fn.heads.parameters(), plain.heads.parameters()):
+        torch.testing.assert_close(mine.grad, torch.zeros_like(mine) if theirs.grad is None else theirs.grad)
+    assert sum(p.grad is None for p in plain.heads.parameters()) == 2 * 3  # three heads of weight and bias did not run
 
 
 def test_by_flow_time_all_heads_run_frame_by_frame():

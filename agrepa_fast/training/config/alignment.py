@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...alignment.heads import HEADS
-from ...alignment.loss import OBJECTIVES
 from ...alignment.policy import POLICIES
 from ...alignment.schedule import TIMESTEP_WEIGHTS
 from ...alignment.selection import WEIGHTINGS
+from ...alignment.similarity import OBJECTIVES
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, DISTINCT, NOT_EMPTY, Allowed, Section, between, from_below, one_of
 from .names import MODULE_NAME
