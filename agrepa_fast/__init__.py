@@ -22,7 +22,9 @@ from .alignment.policy import choose_layers, layer_sensitivity, select_layers  #
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
 from .alignment.selection import LayerSelection, read_selection, write_selection  # noqa: E402
+from .attribution import export  # noqa: E402
 from .attribution.adaptive import adaptive_scores  # noqa: E402
+from .attribution.files import read_scores  # noqa: E402
 from .attribution.foreign.hidden import HiddenStates  # noqa: E402
 from .attribution.foreign.register import Adapter, register_adapter  # noqa: E402
 from .attribution.gradients import first_order_scores, gradient_norm_scores  # noqa: E402
@@ -30,7 +32,7 @@ from .attribution.graph import release_graphs  # noqa: E402
 from .attribution.plan import AblationPlan  # noqa: E402
 from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scd import Stored, plot_scd, write_scd  # noqa: E402
-from .attribution.scores import LayerScores, read_scores  # noqa: E402
+from .attribution.scores import LayerScores  # noqa: E402
 from .attribution.statistics import bootstrap_top_k, rank_stability  # noqa: E402
 from .attribution.stored import dissociation, lasp, linear_cka, pooled_hidden  # noqa: E402
 from .models.conditioning import TokenConditioner  # noqa: E402
@@ -63,6 +65,7 @@ __all__ = [
     "choose_layers",
     "data",
     "dissociation",
+    "export",
     "first_order_scores",
     "gradient_norm_scores",
     "integrations",

@@ -13,8 +13,7 @@ class FixedBuffers(nn.Module):
     """A module whose own buffers move between devices, and do not change otherwise.
 
     nn.Module treats buffers as parameters: `.half()` and `.to(dtype)` convert them, and `to_empty` leaves them
-    uninitialised,
-    although no state dict restores a buffer that is not persistent.
+    uninitialised, although no state dict restores a buffer that is not persistent.
     """
 
     def constants(self) -> dict[str, Tensor]:

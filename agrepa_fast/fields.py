@@ -219,8 +219,8 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
         if plain and value in NULL:
             raise UserError(f"{path}: expected str, got null (write '' for empty text)")
         if len(value) > LONGEST_TEXT or any(unicodedata.category(letter) in UNFIT for letter in value):
-            most = f"at most {LONGEST_TEXT:,} characters, none of them a control character"
-            raise UserError(f"{path}: expected {most}, got {shown(value)}")
+            limit = f"at most {LONGEST_TEXT:,} characters, none of them a control character"
+            raise UserError(f"{path}: expected {limit}, got {shown(value)}")
         return str(value)
     raise UserError(f"{path}: expected {hint.__name__}, got {shown(value)}")
 

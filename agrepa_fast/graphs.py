@@ -31,8 +31,7 @@ def run_aside(work: Callable[[], Any], device: torch.device) -> None:
     """Run `work` on the side stream, after the current stream's work; the current stream then waits for it.
 
     The last runs before a recording must be on that stream: kernels are compiled, libraries take their workspaces, and
-    autograd
-    remembers the stream of a parameter's gradient.
+    autograd remembers the stream of a parameter's gradient.
     """
     current, aside = torch.cuda.current_stream(device), side_stream(device)
     aside.wait_stream(current)
@@ -48,15 +47,13 @@ class Recording:
 
     Args:
         work: static device work, which neither waits for the device nor compiles anything. torch.compile is told to
-            raise if
-            it would compile, because a compilation breaks a recording with a less legible error.
+            raise if it would compile, because a compilation breaks a recording with a less legible error.
         pool: another living recording to share memory with; the two must then never run at the same time.
         generators: the CUDA generators, besides the default one, from which `work` draws.
 
     Raises:
         RuntimeError: the work cannot be recorded. CUDA's allocator and generators may be unusable from then on, so the
-            process
-            should end.
+            process should end.
     """
 
     def __init__(

@@ -31,8 +31,7 @@ class Provider:
     Attributes:
         name: its name in tables, unique in the problem.
         role: "ours" (exactly one), "engine" (another way through this library), "rival", or "published" (the form that
-            the
-            method's authors released).
+            the method's authors released).
         make: builds everything and returns the call; the call returns the outputs that the gate checks. May raise
             `Unavailable`.
         capturable: the call never waits for the device, so a CUDA graph may record it.

@@ -148,8 +148,8 @@ def run(
         resumed: the result of an earlier process to go on with; its problems are not run again.
         barred: (case, key, provider, reason) of captures that failed in an earlier process.
         restart: called with the file and all barred captures when a capture fails, to go on in a new process, because
-            after
-            the failure this process's allocator still believes that it is capturing. None skips the rest of the run.
+            after the failure this process's allocator still believes that it is capturing. None skips the rest of the
+            run.
     """
     began = time.perf_counter() - (0.0 if resumed is None else resumed["seconds"])
     result = _begin(chosen, device, scale) if resumed is None else {**resumed, "skipped": []}
@@ -164,13 +164,13 @@ def run(
             reason = spoiled or f"the budget of {budget:.0f} s was spent"
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             continue
-        own = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
+        reasons = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
         try:
             seconds = seconds_for(case, problem.params, device.type)
-            entry = run_problem(case, problem, device, scale, result["roofline"], own, seconds)
+            entry = run_problem(case, problem, device, scale, result["roofline"], reasons, seconds)
         except CaptureFailed as error:
             print(f"\n{case} {problem.key}: {error}", flush=True)
-            if restart is not None and error.name not in own:
+            if restart is not None and error.name not in reasons:
                 _save(result, out, began, device)
                 restart(out, [*(tuple(item) for item in barred), (case, problem.key, error.name, str(error))])  # type: ignore[list-item]
             spoiled = f"after a failed capture nothing in the same process can be trusted ({error})"[:300]

@@ -1,8 +1,7 @@
 """Pictures of results as PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
 
 Each file holds a digest of what it shows. So an outdated picture is found without comparing pixels, which differ
-between
-versions of matplotlib.
+between versions of matplotlib.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ Curve = tuple[list[float], list[float]]
 
 def curves(result: Mapping[str, Any], column: str) -> dict[str, dict[str, Curve]]:
     """{axis: {provider: (sizes, values)}} of the scaling case, by size; column "median_us" or "peak_bytes"."""
-    found: dict[str, dict[str, Curve]] = {}
+    by_axis: dict[str, dict[str, Curve]] = {}
     problems = [p for p in result["problems"] if p["case"] == "scaling" and p["gate"]["passed"]]
     for problem in sorted(problems, key=lambda p: p["params"]["size"]):
         for row in problem["rows"]:
             if row["role"] != "again" and row[column]:
-                sizes, values = found.setdefault(problem["params"]["axis"], {}).setdefault(row["provider"], ([], []))
+                sizes, values = by_axis.setdefault(problem["params"]["axis"], {}).setdefault(row["provider"], ([], []))
                 sizes.append(problem["params"]["size"])
                 values.append(row[column])
-    return found
+    return by_axis
 
 
 def speedups(result: Mapping[str, Any]) -> Figure:
@@ -101,10 +100,10 @@ def roofline(result: Mapping[str, Any]) -> Figure:
         axes.annotate(f"{name} {rate / 1e12:.3g} TFLOP/s", (high, rate), ha="right", va="bottom", fontsize=7)
     axes.annotate(f"copy {copy / 1e9:.3g} GB/s", (low, low * copy), va="bottom", fontsize=7)
     for case, mark in zip(dict.fromkeys(p["case"] for p in points), "osD^vP*"):
-        own = [(p, x) for p, x in zip(points, intensities) if p["case"] == case]
+        of_case = [(p, x) for p, x in zip(points, intensities) if p["case"] == case]
         axes.plot(
-            [x for _, x in own],
-            [p["flops"] / ours(p)["median_us"] * 1e6 for p, _ in own],
+            [x for _, x in of_case],
+            [p["flops"] / ours(p)["median_us"] * 1e6 for p, _ in of_case],
             mark,
             markersize=5,
             label=case,
@@ -129,10 +128,10 @@ def scaling(result: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(2.8 * max(len(axes_names), 1) + 0.6, 5), layout="constrained")
     grid = figure.subplots(2, max(len(axes_names), 1), squeeze=False)
     for line, (column, unit, factor) in enumerate(columns):
-        found = curves(result, column)
+        by_axis = curves(result, column)
         for place, axis in enumerate(axes_names):
             axes = grid[line][place]
-            for (provider, (sizes, values)), colour in zip(found.get(axis, {}).items(), ("#2a7f62", "#b4452f")):
+            for (provider, (sizes, values)), colour in zip(by_axis.get(axis, {}).items(), ("#2a7f62", "#b4452f")):
                 label = f"{provider}, p = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 else provider
                 axes.plot(sizes, [value * factor for value in values], "o-", color=colour, markersize=4, label=label)
             axes.set_xscale("log", base=2)
@@ -186,8 +185,8 @@ def stored_digest(path: Path) -> str | None:
         content = path.read_bytes()
     except OSError:
         return None
-    found = re.search(rb"agrepa-bench:([0-9a-f]{16})", content)
-    return found[1].decode() if found else None
+    match = re.search(rb"agrepa-bench:([0-9a-f]{16})", content)
+    return match[1].decode() if match else None
 
 
 def draw(name: str, result: Mapping[str, Any], path: Path) -> None:

@@ -44,8 +44,7 @@ def check(
         reference: the same of the reference (float64 if the case can afford it).
         bounds: {name of the output: largest relative rms error}.
         expression: outputs of the plain PyTorch expression in the same dtype, or None. With it the error may also be at
-            most
-            twice the expression's (or one ulp of the dtype if that is more).
+            most twice the expression's (or one ulp of the dtype if that is more).
     """
     if len(outputs) != len(bounds):
         return Check(False, None, f"{len(outputs)} outputs, expected {len(bounds)}: {', '.join(bounds)}")

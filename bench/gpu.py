@@ -1,12 +1,9 @@
 """`make gpu`: doctor, headline problems, tests and all other problems on a machine with a GPU, in under nine minutes.
 
 `python -m agrepa_fast.bench.gpu [FOLDER]` leaves gpu-NAME.json and gpu-NAME.log in FOLDER (default: bench/results of
-the
-checkout). The order is: doctor; the headline problems, within four minutes; the tests, those first that are likeliest
-to
-fail; all other problems. Both files grow as results come, so a run that is cut short leaves what it measured. It needs
-the
-checkout, torch and triton; the tests also need pytest, and are left out without it.
+the checkout). The order is: doctor; the headline problems, within four minutes; the tests, those first that are
+likeliest to fail; all other problems. Both files grow as results come, so a run that is cut short leaves what it
+measured. It needs the checkout, torch and triton; the tests also need pytest, and are left out without it.
 """
 
 from __future__ import annotations
@@ -137,8 +134,7 @@ def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
     """Run `python -m MODULE ...` from the checkout, with its output on the screen and in the log.
 
     When its time is up it gets SIGINT, so that its traceback says where it is. It runs in a process group of its own,
-    which is
-    killed afterwards: a process that is left would disturb later timings.
+    which is killed afterwards: a process that is left would disturb later timings.
     """
     _say(f"\n$ python -m {' '.join(module)}", log)
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -67,8 +67,7 @@ class CaptureFailed(Exception):
     """A call that was declared capturable was not.
 
     The allocator and the random number generators of the process may still believe that a capture is under way, so no
-    later
-    measurement in this process can be trusted.
+    later measurement in this process can be trusted.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -80,8 +79,7 @@ def order(names: Sequence[str], round_number: int) -> list[str]:
     """The order of a round: it is rotated by one every second round, and every odd round runs backwards.
 
     Over 2 n rounds each of the n variants is equally often in each place, and precedes each other one as often as it
-    follows
-    it. So neither drift nor neighbours favour a variant.
+    follows it. So neither drift nor neighbours favour a variant.
     """
     shift = (round_number // 2) % len(names)
     rotated = [*names[shift:], *names[:shift]]
@@ -92,8 +90,7 @@ def noise_floor(first: Timing, second: Timing) -> float:
     """The largest relative difference that means nothing, from two timings of the same work in the same rounds.
 
     It is the largest of: the difference of the two medians; three standard errors of the median of the rounds' log
-    ratios (the
-    normal one, 1.2533 s / sqrt(n), with s from the median absolute deviation); 1 %.
+    ratios (the normal one, 1.2533 s / sqrt(n), with s from the median absolute deviation); 1 %.
     """
     ratios = [a / b for a, b in zip(first.samples, second.samples, strict=True)]
     centre = statistics.median(ratios)
@@ -196,10 +193,8 @@ def measure_cuda(
     """CUDA events around each call, after evicting the L2.
 
     If the fastest capturable variant takes less than 100 us, every capturable variant is replayed from a graph of ten
-    calls,
-    each between its own event nodes and after its own eviction, so that neither launches nor a warm cache are timed.
-    The eager
-    calls are timed beside the replays. Call it inside `lane`.
+    calls, each between its own event nodes and after its own eviction, so that neither launches nor a warm cache are
+    timed. The eager calls are timed beside the replays. Call it inside `lane`.
 
     Raises:
         CaptureFailed: a variant in `capturable` could not be captured.
@@ -336,13 +331,13 @@ Pool = tuple[int, int]
 
 def private_pools(device: torch.device) -> dict[Pool, int]:
     """{id: bytes} of the memory pools that CUDA graphs keep for themselves; empty on the CPU."""
-    found: dict[Pool, int] = {}
+    sizes: dict[Pool, int] = {}
     if device.type == "cuda":
         for segment in torch.cuda.memory_snapshot():
             pool = tuple(segment["segment_pool_id"])
             if segment["device"] == (device.index or 0) and pool != (0, 0):
-                found[pool] = found.get(pool, 0) + segment["total_size"]
-    return found
+                sizes[pool] = sizes.get(pool, 0) + segment["total_size"]
+    return sizes
 
 
 def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -> int:
@@ -357,8 +352,8 @@ def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -
         kept = call()
         torch.cuda.synchronize(device)
         del kept
-        own = sum(size for pool, size in private_pools(device).items() if pool in pools)
-        return torch.cuda.max_memory_allocated(device) - before + own
+        replayed = sum(size for pool, size in private_pools(device).items() if pool in pools)
+        return torch.cuda.max_memory_allocated(device) - before + replayed
     from torch.profiler import ProfilerActivity, profile
 
     with warnings.catch_warnings():

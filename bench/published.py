@@ -137,9 +137,9 @@ def published(model: DiT, keep_weights: bool) -> PublishedDiT:
     """The published form with the same weights, device and dtype."""
     network = PublishedDiT(model.config, keep_weights)
     released: dict[str, Tensor] = {}
-    own = model.state_dict()
+    state = model.state_dict()
     for name, sources in released_names(model.config).items():
-        released |= zip(sources, own[name].chunk(len(sources)))
+        released |= zip(sources, state[name].chunk(len(sources)))
     network.load_state_dict(released)
     parameter = next(model.parameters())
     return network.to(parameter.device, parameter.dtype)

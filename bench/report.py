@@ -42,11 +42,11 @@ def load(root: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a file that is no result, or a toy result, which means nothing.
     """
-    found = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
-    for name, result in found.items():
+    loaded = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
+    for name, result in loaded.items():
         if result["scale"] == "toy":
             raise UserError(f"bench/results/{name}.json: toy sizes say nothing about speed; run --quick or full sizes")
-    return found
+    return loaded
 
 
 def write_report(root: Path, check: bool = False) -> list[Path]:
@@ -205,24 +205,24 @@ def headline(stored: Stored) -> str:
     for kind, title in KINDS.items():
         of_kind = [r for r in stored.values() if r["environment"]["device_type"] == kind]
         for work, case, match, providers in HEADLINE:
-            found = []
+            measured = []
             for result in of_kind:
                 fitting = [
                     p
                     for p in result["problems"]
                     if p["case"] == case and all(p["params"].get(k) == v for k, v in match.items())
                 ]
-                found += [(result, p) for p in (fitting if case == "trainer" else fitting[:1])]
-            if not found:
+                measured += [(result, p) for p in (fitting if case == "trainer" else fitting[:1])]
+            if not measured:
                 rows.append([work, "", of_kind[0]["environment"]["device"] if of_kind else title, UNMEASURED, ""])
-            for result, problem in found:
-                said = [
+            for result, problem in measured:
+                words = [
                     f"{speedup(row)} against {row['provider']}"
                     for name in providers
                     for row in problem["rows"]
                     if row["provider"] in (name, f"{name}, float32") and row["speedup"] is not None
                 ]
-                verdicts = "; ".join(said) if problem["gate"]["passed"] else gate_line(problem)
+                verdicts = "; ".join(words) if problem["gate"]["passed"] else gate_line(problem)
                 device, median = result["environment"]["device"], ours(problem)["median_us"]
                 rows.append([work, _size(problem["params"]), device, duration(median), verdicts])
     return markdown(["work", "size", "device", "ours", "ours is"], rows)
@@ -230,9 +230,9 @@ def headline(stored: Stored) -> str:
 
 def _size(params: Mapping[str, Any]) -> str:
     """What distinguishes the problems of a case, in a few words."""
-    said = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
+    forms = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
     named = ("preset", "layers", "rows", "width", "frames", "batch", "lengths", "dtype")
-    return ", ".join(said.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
+    return ", ".join(forms.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
 
 
 def targets(stored: Stored) -> str:
@@ -256,9 +256,9 @@ def summary(stored: Stored) -> str:
             for row in problem["rows"]:
                 if row["speedup"] is not None:
                     tally.setdefault((problem["case"], row["provider"]), []).append((row["speedup"], row["verdict"]))
-        for (case, provider), found in tally.items():
-            mean = math.exp(sum(math.log(value) for value, _ in found) / len(found))
-            counts = [str(sum(word == wanted for _, word in found)) for wanted in ("win", "tie", "loss")]
+        for (case, provider), outcomes in tally.items():
+            mean = math.exp(sum(math.log(value) for value, _ in outcomes) / len(outcomes))
+            counts = [str(sum(word == wanted for _, word in outcomes)) for wanted in ("win", "tie", "loss")]
             rows.append([f"{name}: {case}", provider, *counts, f"{mean:.2f}x"])
     header = ["result and case", "against", "wins", "ties", "losses", "geometric mean"]
     return "\n\n".join([markdown(header, rows), *_missing(stored)])
@@ -277,9 +277,9 @@ def exponents(stored: Stored) -> str:
                 fitted = f"{figures.exponent(*held):.2f}" if held and len(set(held[0])) > 1 else "-"
                 span = f"{sizes[0]:g} to {sizes[-1]:g}"
                 ends = f"{duration(values[0])} to {duration(values[-1])}"
-                most = amount(held[1][-1]) if held else "-"
+                largest = amount(held[1][-1]) if held else "-"
                 rows.append(
-                    [f"{name}: {axis}", span, provider, ends, f"{figures.exponent(sizes, values):.2f}", most, fitted]
+                    [f"{name}: {axis}", span, provider, ends, f"{figures.exponent(sizes, values):.2f}", largest, fitted]
                 )
     header = ["result and axis", "sizes", "provider", "time", "p of time", "most memory", "p of memory"]
     return "\n\n".join([markdown(header, rows), *_missing(stored)])

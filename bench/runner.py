@@ -46,8 +46,7 @@ def run_problem(
 
     Args:
         barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
-            fails
-            with that reason if it consists of one.
+            fails with that reason if it consists of one.
         seconds: after so long no rival is built any more, and one that is being built is given up. Ours is always
             built.
 
@@ -142,10 +141,8 @@ def _run_alone(
     """Keep one provider in memory at a time: build, time and free each one, in order and then in reverse order.
 
     The middle of both passes is the same moment for every provider, so a steady drift favours none. Ours is the first
-    and, a
-    second time, the last; the difference of the two shows the drift within a pass. The second pass is left out if the
-    first
-    took more than half of the problem's time.
+    and, a second time, the last; the difference of the two shows the drift within a pass. The second pass is left out
+    if the first took more than half of the problem's time.
     """
     providers = sorted(with_again(gated.setup), key=lambda p: p.name != gated.setup.expression)
     effort = EFFORT[device.type][scale]
@@ -196,27 +193,26 @@ def _entry(rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> dict[
     """Speed-ups, verdicts and the noise floor from the rows of a problem.
 
     A speed-up compares times of the same timer: if ours is replayed from a graph and a row cannot be, it compares the
-    eager
-    calls of both.
+    eager calls of both.
     """
     ours = next(name for name, row in rows.items() if row["role"] == "ours")
     passed = ours in timings and AGAIN in timings
     floor: float | None = None
     if passed:
-        own, again = timings[ours], timings[AGAIN]
-        floor = protocol.noise_floor(own, again)
+        first, second = timings[ours], timings[AGAIN]
+        floor = protocol.noise_floor(first, second)
         for name, timing in timings.items():
             row = rows[name]
             if row["role"] in ("ours", "again", "copy"):
                 continue
-            mine, limit = own, floor
-            if timing.timer != own.timer:
-                mine, twice = (
-                    dataclasses.replace(t, samples=t.eager, timer="events") if t.eager else t for t in (own, again)
+            compared, limit = first, floor
+            if timing.timer != first.timer:
+                compared, compared_again = (
+                    dataclasses.replace(t, samples=t.eager, timer="events") if t.eager else t for t in (first, second)
                 )
-                limit = protocol.noise_floor(mine, twice)
+                limit = protocol.noise_floor(compared, compared_again)
                 timing = dataclasses.replace(timing, samples=timing.eager) if timing.eager else timing
-            row["speedup"] = timing.median / mine.median
+            row["speedup"] = timing.median / compared.median
             row["verdict"] = protocol.verdict(row["speedup"], limit)
     reasons = [r["reason"] for r in rows.values() if r["role"] in ("ours", "again") and r["reason"]]
     reason = None if passed else next(iter(reasons), "ours was not timed")
@@ -352,7 +348,7 @@ def _rates(problem: Problem, timing: Timing, roofline: dict[str, Any], copy: Tim
     another rate than the large ones of the roofline.
     """
     median = timing.median
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "median_us": median * 1e6,
         "p20_us": timing.percentile(0.2) * 1e6,
         "p80_us": timing.percentile(0.8) * 1e6,
@@ -365,13 +361,13 @@ def _rates(problem: Problem, timing: Timing, roofline: dict[str, Any], copy: Tim
         least, by = bound(problem.flops, problem.bytes, roofline, problem.dtype)
         if copy is not None:
             least = statistics.median(copy.samples if copy.timer == timing.timer else copy.eager)
-        found |= {
+        values |= {
             "gb_per_s": problem.bytes / median / 1e9,
             "tflop_per_s": problem.flops / median / 1e12,
             "roofline_share": least / median,
             "bound_by": by,
         }
-    return found
+    return values
 
 
 def _energy(call: Callable[[], object], device: torch.device) -> dict[str, Any]:

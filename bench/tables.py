@@ -75,11 +75,11 @@ def eager_cells(problem: Mapping[str, Any]) -> list[list[str]]:
     Empty if no row was replayed.
     """
     rows = [row for row in problem["rows"] if row.get("eager_us") is not None]
-    own = next((row["eager_us"] for row in rows if row["role"] == "ours"), None)
+    ours_us = next((row["eager_us"] for row in rows if row["role"] == "ours"), None)
     table = []
     for row in rows:
-        compared = own is not None and row["role"] not in ("ours", "again", "copy")
-        ratio = f"{row['eager_us'] / own:.2f}x" if compared else ""
+        compared = ours_us is not None and row["role"] not in ("ours", "again", "copy")
+        ratio = f"{row['eager_us'] / ours_us:.2f}x" if compared else ""
         launches = "" if row["launches"] is None else str(row["launches"])
         table.append([row["provider"], duration(row["eager_us"]), ratio, launches, duration(row["host_us"])])
     return table
@@ -135,13 +135,13 @@ def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         old, new = before["environment"][name], after["environment"][name]
         if old != new:
             lines.append(f"{name} differs: {_differing(old, new)}")
-    found = {(p["case"], p["key"]): p for p in after["problems"]}
+    remaining = {(p["case"], p["key"]): p for p in after["problems"]}
     header = ["case and problem", "provider", "before", "after", "speed-up", "floor", ""]
     rows = []
     tally = {"faster": 0, "slower": 0, "same": 0}
     missing = []
     for problem in before["problems"]:
-        other = found.pop((problem["case"], problem["key"]), None)
+        other = remaining.pop((problem["case"], problem["key"]), None)
         if other is None:
             missing.append(f"only before: {problem['case']} {problem['key']}")
             continue
@@ -164,7 +164,7 @@ def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
                     word,
                 ]
             )
-    missing += [f"only after: {case} {key}" for case, key in found]
+    missing += [f"only after: {case} {key}" for case, key in remaining]
     summary = ", ".join(f"{count} {word}" for word, count in tally.items())
     return "\n".join([*lines, *([markdown(header, rows)] if rows else []), *missing, summary])
 

@@ -46,16 +46,16 @@ class Target:
 
     def verdict(self, results: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
         """(measured, "met" or "not met") by the worst fitting problem of the device's results."""
-        found = [
+        values = [
             value
             for result in results
             if result["environment"]["device_type"] == self.device
             for problem in result["problems"]
             if self.fits(problem) and problem["gate"]["passed"] and (value := self.measure(problem)) is not None
         ]
-        if not found:
+        if not values:
             return UNMEASURED, ""
-        worst = max(found) if self.most else min(found)
+        worst = max(values) if self.most else min(values)
         met = worst <= self.wanted if self.most else worst >= self.wanted
         return f"{worst:.3g}", "met" if met else "not met"
 
@@ -89,8 +89,10 @@ def memory_of(provider: str) -> Callable[[Problem], float | None]:
     """Peak memory of ours relative to a provider's."""
 
     def measure(problem: Problem) -> float | None:
-        row, own = _row(problem, provider), ours(problem)["peak_bytes"]
-        return own / row["peak_bytes"] if row is not None and own is not None and row["peak_bytes"] else None
+        row, ours_bytes = _row(problem, provider), ours(problem)["peak_bytes"]
+        return (
+            ours_bytes / row["peak_bytes"] if row is not None and ours_bytes is not None and row["peak_bytes"] else None
+        )
 
     return measure
 

@@ -53,6 +53,8 @@ def select_layers(scores: LayerScores, k: int = 3, weighting: str = "share") -> 
             f"scores: expected LayerScores, as attribute_layers returns them, got a {type(scores).__name__}"
         )
     check_weighting(weighting)
+    if getattr(scores, "sets", None) is not None:
+        raise ValueError("scores: of sets of layers; choose from scores of single blocks (without sets= and spans=)")
     check_k(k)
     by_layer = mean_by_layer(scores)
     if not 1 <= k <= len(by_layer):

@@ -26,7 +26,8 @@ from .foreign.find import unwrapped
 from .foreign.guard import quiet, refuse_caches
 from .foreign.intercept import paused
 from .foreign.wrapped import reshard, resharded
-from .plan import AblationPlan, Sizes, split
+from .metrics import Metric, measure_with, metric_name
+from .plan import AblationPlan, Sizes, Unit, layer_sets, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
 ENGINES = ("auto", "graph", "prefix", "stacked", "loop")
@@ -38,7 +39,7 @@ def attribute_layers(
     model: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any],
     blocks: Sequence[int] | None = None,
-    metric: str = "rms",
+    metric: str | Metric = "rms",
     domains: Sequence[str] | None = None,
     branches: Sequence[str] | None = None,
     memory_budget: int | float | None = None,
@@ -48,6 +49,8 @@ def attribute_layers(
     block_list: str | Sequence[str] | None = None,
     mask: Tensor | None = None,
     batched: Sequence[str] | Mapping[str, bool] | None = None,
+    sets: Sequence[Sequence[int | str]] | None = None,
+    spans: int | None = None,
 ) -> LayerScores:
     """FoG-A (arXiv 2603.01006): how much the velocity changes when each layer is switched off.
 
@@ -63,7 +66,8 @@ def attribute_layers(
             Of another model's inputs, tensors whose first size is that of the first tensor carry the samples; an
             input called `mask` (bool [N, T]) says which frames count, one called `t` or `timestep` [N] the flow time.
         blocks: 0-based layers to score; None = all.
-        metric: "rms" or "squared"; see `scores.normalised_change`.
+        metric: "rms" or "squared"; see `scores.normalised_change`. Or a function of the baseline's and the ablated
+            output, both [B, ...], that returns [B] scores; see `attribution.metrics`.
         domains: the domain's name of each of the N samples, kept for per-domain statistics.
         branches: None to switch whole blocks off; ("attn", "ff") or one of them to switch branches off apart.
         engine: "prefix" (the staircase: shared prefixes, one batch), "graph" (the same as one CUDA graph, see
@@ -77,6 +81,8 @@ def attribute_layers(
             A `DiT` on the CPU runs no more than its caches hold.
         clips: an id for each of the N samples; samples of one id are the same clip at several t, and the standard
             error counts them as one.
+        sets: sets of layers (0-based, or names of blocks), each switched off as a whole: [[0, 1], [4]].
+        spans: every so many neighbouring blocks, in the order of the forward, switched off as a whole.
         block_list: dotted name(s) of another model's block lists; None = found under the usual names.
 
     Returns:
@@ -92,33 +98,42 @@ def attribute_layers(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
-    if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
+    if not callable(metric) and metric not in METRICS:
+        raise ValueError(f"metric: expected one of {METRICS} or a function of two outputs, got {metric!r}")
+    own = metric if callable(metric) else None
+    grouped = sets is not None or spans is not None
+    if grouped and (blocks is not None or branches is not None):
+        raise ValueError("sets, spans: whole blocks in groups; leave blocks= and branches= out")
     if max_samples is not None:
         whole_number("max_samples", max_samples, 1)
     model = unwrapped(model, DiT)
     if not isinstance(model, DiT):
         refuse_caches(model)
-    own = isinstance(model, DiT)
+    is_dit = isinstance(model, DiT)
     reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
     # A probe of a `DiT` uses parameters outside of the forward, in which FSDP2 would gather them.
-    with probing(model), contextlib.nullcontext() if own else quiet(model), resharded(model, gather=own):
+    with probing(model), contextlib.nullcontext() if is_dit else quiet(model), resharded(model, gather=is_dit):
         network: _Native | _Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):
                 if value is not None:
                     raise ValueError(f"{option}: only for other models; a DiT knows its blocks and inputs")
-            network = _Native(model, inputs, engine)
+            network = _Native(model, inputs, engine, own)
         else:
             if branches is not None:
                 raise ValueError("branches: only a DiT knows its branches; other models are scored by whole blocks")
-            network = _Foreign(model, inputs, engine, block_list, batched, mask, alone=max_samples == 1)
+            network = _Foreign(model, inputs, engine, block_list, batched, mask, max_samples == 1, own)
         samples, mask, t = network.samples, network.mask, network.t
         if domains is not None and len(domains) != samples:
             raise ValueError(f"domains: expected {samples} names, got {len(domains)}")
         if clips is not None and len(clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(clips)}")
-        plan = AblationPlan.build(network.depth, blocks, branches)
+        if grouped:
+            known = {name: layer for layer, name in enumerate(network.names or ())}
+            groups = layer_sets(network.depth, sets, spans, known)
+            plan = AblationPlan.of_sets(network.depth, groups, early=isinstance(network, _Foreign))
+        else:
+            plan = AblationPlan.build(network.depth, blocks, branches)
         plans: tuple[AblationPlan, ...] = (plan,)
         at_once = min(max_samples or samples, network.at_once(plan))
         if memory_budget is not None:
@@ -130,10 +145,12 @@ def attribute_layers(
             measured = [network.measure(part, rows) for part in plans]
             # Of several parts of the plan, the first one's baseline stands for all; of several passes, its control.
             changes = [result[: len(part.units)] for part, result in zip(plans, measured)]
-            energy, *control = measured[0][len(plans[0].units) :]
-            passes.append(torch.cat([*changes, energy.unsqueeze(0)]))
+            energy, *rest = measured[0][len(plans[0].units) :]
+            floor = energy if own is None else rest.pop(0)
+            passes.append(torch.cat([*changes, energy.unsqueeze(0), floor.unsqueeze(0)]))
             if start == 0:
-                noise = control[0][0] / energy[0]
+                noise = rest[0][0] if rest else torch.full_like(energy[0], torch.nan)
+                noise = noise / energy[0] if own is None else noise
                 if network.engine != "graph":  # which holds the memory of every plan that it has captured
                     plans = tuple(dataclasses.replace(part, control=False) for part in plans)
         frames = passes[0].new_ones(samples) if mask is None else mask.sum(1)
@@ -141,7 +158,7 @@ def attribute_layers(
         facts = torch.cat([noise.double().expand(1, samples), facts.to(noise.device)])
         # The probe's one copy to the host.
         result = torch.cat([torch.cat(passes, dim=1).double(), facts]).cpu()
-    change, energy, noise, frames, flow_time = result[:-4], *result[-4:]
+    change, energy, floor, noise, frames, flow_time = result[:-5], *result[-5:]
     check_finite(plan, change, energy)
     check_frames(frames)
     if not energy.any():
@@ -150,22 +167,33 @@ def attribute_layers(
             "and set to 0; train before probing",
             stacklevel=2,
         )
+    units = list(plan.units)
+    if grouped:  # in the order in which they were given
+        units = [Unit.of_layers(group) for group in groups]
+        change = change[[plan.units.index(unit) for unit in units]]
+    if own is None:
+        floor = torch.zeros_like(energy)
+        noise = (noise * energy).nan_to_num(0.0)  # rounding is relative
+        change, floor, noise = (normalised_change(part, energy, str(metric)) for part in (change, floor, noise))
     scores = LayerScores(
-        layers=tuple(unit.layer for unit in plan.units),
-        by_sample=normalised_change(change, energy, metric),
-        metric=metric,
-        branches=None if branches is None else tuple(str(unit.branch) for unit in plan.units),
-        names=() if network.names is None else tuple(network.names[unit.layer] for unit in plan.units),
+        layers=tuple(unit.layer for unit in units),
+        by_sample=change,
+        metric=metric_name(metric),
+        branches=None if branches is None else tuple(str(unit.branch) for unit in units),
+        sets=tuple(unit.layers for unit in units) if grouped else None,
+        names=tuple(
+            unit.name if network.names is None else "+".join(network.names[layer] for layer in unit.layers)
+            for unit in units
+        ),
         engine=network.engine,
-        floor_by_sample=normalised_change(torch.zeros_like(energy), energy, metric),
-        # Rounding is relative: a sample with twice the energy gets twice the change.
-        noise_by_sample=normalised_change((noise * energy).nan_to_num(0.0), energy, metric),
+        floor_by_sample=floor,
+        noise_by_sample=None if noise.isnan().any() else noise,
         t=None if t is None else flow_time.float(),
         domains=None if domains is None else tuple(domains),
         clips=None if clips is None else tuple(clips),
         block_evaluations=(sum(map(network.evaluations, plans)) if network.engine in ("prefix", "graph") else None),
     )
-    if network.dtype.itemsize == 2 and energy.any():
+    if own is None and network.dtype.itemsize == 2 and energy.any():
         safe = SAFE_CHANGE_IN_16_BIT if metric == "rms" else SAFE_CHANGE_IN_16_BIT**2
         safe = max(safe, scores.noise_floor)
         low = [name for name, mean in zip(scores.names, scores.mean.tolist()) if mean < safe]
@@ -183,8 +211,11 @@ class _Native:
 
     names = None  # of its blocks: their numbers
 
-    def __init__(self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str) -> None:
-        self.model = model
+    def __init__(
+        self, model: DiT, inputs: Mapping[str, Any] | Sequence[Any], engine: str, metric: Metric | None
+    ) -> None:
+        self.model = model = native.whole(model)
+        self.metric = metric
         self.inputs = by_name(inputs)
         self.depth = model.depth
         self.samples = self.inputs["x_t"].shape[0]
@@ -193,7 +224,10 @@ class _Native:
         device = self.inputs["x_t"].device.type
         autocast = torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if autocast else self.inputs["x_t"].dtype
-        obstacle = graph.why_not(model, self.inputs) if engine in ("auto", "graph") else None
+        obstacle = None
+        if engine in ("auto", "graph"):
+            own = "it holds no metric that is a function" if metric is not None else None
+            obstacle = own or graph.why_not(model, self.inputs)
         if engine == "graph" and obstacle is not None:
             raise ValueError(f"engine: 'graph' cannot capture this probe: {obstacle}; engine='prefix' runs it eagerly")
         self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
@@ -222,6 +256,9 @@ class _Native:
         inputs = {name: value[rows] for name, value in self.inputs.items()}
         if self.engine == "graph":
             return graph.replayed(self.model, plan, inputs, partial(native.measure, self.model, plan))
+        if self.metric is not None:
+            control, velocity = native.ENGINES[self.engine](self.model, plan, inputs)
+            return measure_with(self.metric, velocity, inputs.get("mask"), control if plan.control else None)
         return native.measure(self.model, plan, inputs, self.engine)
 
 
@@ -239,9 +276,11 @@ class _Foreign:
         batched: Sequence[str] | Mapping[str, bool] | None,
         mask: Tensor | None,
         alone: bool,
+        metric: Metric | None,
     ) -> None:
         if engine == "graph":
             raise ValueError("engine: 'graph' is only for a DiT; other models are asked questions between their blocks")
+        self.metric = metric
         self.blocks = BlockModel(model, inputs, block_list, batched, mask, engine, alone)
         self.depth, self.samples, self.names = self.blocks.depth, self.blocks.samples, tuple(self.blocks.names)
         self.t, self.mask, self.dtype = self.blocks.t, self.blocks.mask, self.blocks.dtype
@@ -264,6 +303,8 @@ class _Foreign:
         mask = None if self.mask is None else self.mask[rows].to(velocity.device)
         if mask is not None and velocity.shape[2] != mask.shape[1]:
             velocity = velocity.mT  # channels first
+        if self.metric is not None:
+            return measure_with(self.metric, velocity, mask, None)
         # Frames and bins; an image or a vector counts as one frame.
         velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
         change, energy = ops.velocity_delta(velocity.contiguous(), mask)

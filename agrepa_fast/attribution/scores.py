@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,6 +78,7 @@ class LayerScores:
         names: of the units: for another model its own ("single_transformer_blocks.7"), whose layers are numbered in
             the order of its forward; for a `DiT` "0", "1", ... or "0.attn", "0.ff", ....
         engine: what ran: see `attribute_layers`.
+        sets: the layers of each unit where sets or spans were switched off (`layers` has the first of each), or None.
     """
 
     layers: tuple[int, ...]
@@ -96,6 +93,7 @@ class LayerScores:
     noise_by_sample: Tensor | None = None
     names: tuple[str, ...] = ()
     engine: str | None = field(default=None, compare=False)
+    sets: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
@@ -109,6 +107,8 @@ class LayerScores:
             unit, sample = (~self.by_sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"by_sample: the score of unit {unit} and sample {sample} is not finite")
         units, samples = self.by_sample.shape
+        if self.sets is not None and tuple(members[:1] for members in self.sets) != tuple((n,) for n in self.layers):
+            raise ValueError(f"sets: expected {units} sets that begin with {self.layers}, got {self.sets}")
         if len(self.layers) != units:
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
         if self.branches is not None and len(self.branches) != units:
@@ -129,7 +129,9 @@ class LayerScores:
             raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
     def _numbers(self) -> tuple[str, ...]:
-        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches."""
+        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches; "0+1", "4+5", ... for sets."""
+        if self.sets is not None:
+            return tuple("+".join(map(str, members)) for members in self.sets)
         if self.branches is None:
             return tuple(map(str, self.layers))
         return tuple(f"{layer}.{branch}" for layer, branch in zip(self.layers, self.branches))
@@ -210,6 +212,7 @@ class LayerScores:
             noise_by_sample=None if self.noise_by_sample is None else self.noise_by_sample[index],
             names=self.names,
             engine=self.engine,
+            sets=self.sets,
         )
 
     def table(self) -> str:
@@ -224,16 +227,16 @@ class LayerScores:
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample),
-        name (of the unit)."""
+        """One row per unit and sample: layer ("0+3" for a set), branch, sample, t, domain, score, clip, noise (of the
+        sample), name (of the unit)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
-            for u, layer in enumerate(self.layers):
+            for u, layers in enumerate(self.sets or ((layer,) for layer in self.layers)):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
                         (
-                            layer,
+                            "+".join(map(str, layers)),
                             "" if self.branches is None else self.branches[u],
                             n,
                             "" if self.t is None else repr(self.t[n].item()),
@@ -271,6 +274,8 @@ class LayerScores:
             state["names"] = list(self.names)
         if self.engine is not None:
             state["engine"] = self.engine
+        if self.sets is not None:
+            state["sets"] = [list(members) for members in self.sets]
         return state
 
     @classmethod
@@ -284,7 +289,7 @@ class LayerScores:
             raise ValueError(f"scores: expected a mapping of their fields, got {type(state).__name__}")
 
         def entry(name: str, convert: Callable[[Any], Any], required: bool = False) -> Any:
-            if name not in state and name not in ("noise_by_sample", "names", "engine"):  # of older versions
+            if name not in state and name not in ("noise_by_sample", "names", "engine", "sets"):  # of older versions
                 raise ValueError(f"scores: {name} is missing")
             value = state.get(name)
             if value is None and not required:
@@ -307,6 +312,7 @@ class LayerScores:
             noise_by_sample=entry("noise_by_sample", _numbers),
             names=entry("names", _tuple_of(str)) or (),
             engine=entry("engine", _text),
+            sets=entry("sets", lambda sets: tuple(map(_tuple_of(int), sets))),
         )
 
     def plot(self) -> Figure:
@@ -314,66 +320,6 @@ class LayerScores:
         from .pictures import plot_scores
 
         return plot_scores(self)
-
-
-def read_scores(path: str | Path) -> LayerScores:
-    """Read a CSV that `LayerScores.to_csv` wrote (the metric is not in it: "rms" is assumed).
-
-    Raises:
-        UserError: names the file and line that does not fit.
-    """
-    units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-    times: dict[int, Any] = {}
-    domains: dict[int, Any] = {}
-    clips: dict[int, Any] = {}
-    noises: dict[int, Any] = {}
-    names: dict[tuple[int, str], str] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or not set(COLUMNS) <= set(reader.fieldnames):
-                raise UserError(f"{path}:1: expected the columns {','.join(COLUMNS)}")
-            for row in reader:
-                try:
-                    unit, sample, score, t = _parse(row)
-                    if sample in units[unit]:
-                        raise ValueError(f"a second score of sample {sample} for layer {row['layer']}{row['branch']}")
-                    facts = (
-                        (times, t),
-                        (domains, row["domain"]),
-                        (clips, int(row["clip"]) if row.get("clip") else None),
-                        (noises, float(row["noise"]) if row.get("noise") else None),
-                    )
-                    if any(known.setdefault(sample, value) != value for known, value in facts):
-                        raise ValueError(f"sample {sample} has another t, domain, clip or noise in an earlier line")
-                    units[unit][sample] = score
-                    if names.setdefault(unit, row.get("name") or "") != (row.get("name") or ""):
-                        raise ValueError(f"layer {row['layer']}{row['branch']} has another name in an earlier line")
-                except ValueError as error:
-                    raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    samples = sorted(times)
-    if not units or any(sorted(scores) != samples for scores in units.values()):
-        raise UserError(f"{path}: expected a score for each of the {len(samples)} samples of every layer")
-    branches = tuple(branch for _, branch in units)
-    if any(branches) != all(branches):
-        raise UserError(f"{path}: expected a branch in every row or in none")
-    known_times = [t for t in (times[n] for n in samples) if t is not None]
-    return LayerScores(
-        tuple(layer for layer, _ in units),
-        torch.tensor([[s[n] for n in samples] for s in units.values()], dtype=torch.float64),
-        branches=branches if any(branches) else None,
-        t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
-        domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
-        clips=tuple(clips[n] for n in samples) if None not in clips.values() else None,
-        noise_by_sample=(
-            torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
-        ),
-        names=tuple(names.values()) if all(names.values()) else (),
-    )
 
 
 def _numbers(values: Any) -> Tensor:
@@ -393,15 +339,3 @@ def _tuple_of(kind: type) -> Callable[[Any], Any]:
         return tuple(values)
 
     return convert
-
-
-def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:
-    """One line of the CSV -> (layer, branch), sample, score, t; ValueError says what does not fit."""
-    if None in row or None in row.values():  # a line longer or shorter than the header
-        raise ValueError(f"expected {len(COLUMNS)} fields")
-    layer, score = int(row["layer"]), float(row["score"])
-    if layer < 0:
-        raise ValueError(f"expected a 0-based layer, got {layer}")
-    if not math.isfinite(score):
-        raise ValueError(f"the score is not finite: {row['score']}")
-    return (layer, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None

@@ -74,18 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
     if scores.t is not None:
         plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
         written += " foga_map.png"
-    found = []
+    compared = []
     if scores.branches is None:
-        found = write_scd(out, scores, stored, k, step)
+        compared = write_scd(out, scores, stored, k, step)
         written += " foga_layers.csv" + (" foga_map.csv foga_map.json" if scores.t is not None else "")
-    if found:
-        plot_scd(found).savefig(out / "scd.png", dpi=150)
+    if compared:
+        plot_scd(compared).savefig(out / "scd.png", dpi=150)
         written += " lasp_layers.csv scd.csv scd.json scd.png"
     print(scores.table())
     low = [name for name, above in zip(scores.names, scores.above_floor.tolist()) if not above]
     print(f"a layer without effect would score {scores.noise_floor:.2g}; not above it: {', '.join(low) or 'none'}")
     print(f"selected (0-based): {described(selection)}")
-    for entry in found:
+    for entry in compared:
         result = entry.result
         print(
             f"{entry.domain}: {result.overlap:.0%} of the {k} most used layers are among the most stored, "

@@ -81,8 +81,7 @@ def read_header(path: str | Path) -> Header:
 
     Raises:
         UserError: as `read_audio`, as far as it shows without decoding: missing, empty, unreadable, truncated, without
-            samples,
-            at an absurd rate, longer than 100 hours.
+            samples, at an absurd rate, longer than 100 hours.
     """
     with _opened(Path(path)) as file:
         return _header(Path(path), file)
@@ -92,15 +91,12 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
     """One sound file as mono float32 [S] at `sample_rate` Hz.
 
     Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
-    average has
-    less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a ratio with
-    a
-    denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
+    average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a
+    ratio with a denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
 
     Raises:
         UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-            after
-            resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
+            after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
     """
     path = Path(path)
     with _opened(path) as file:
@@ -188,10 +184,10 @@ def _claimed_share(log: str) -> float:
 
     libsndfile writes it into its log, and then reads only what is there.
     """
-    found = _CLAIM.search(log)
-    if found is None:
+    match = _CLAIM.search(log)
+    if match is None:
         return 1.0
-    claimed, real = int(found[1]), int(found[2])
+    claimed, real = int(match[1]), int(match[2])
     # A program that writes to a pipe cannot know the size: 0xffffffff (ffmpeg) or 0x7ffff000 and more (SoX).
     return claimed / max(real, 1) if real < claimed < UNKNOWN_SIZE else 1.0
 
@@ -199,8 +195,8 @@ def _claimed_share(log: str) -> float:
 def _nist_frames(path: Path) -> int:
     """The number of frames that the text header of a NIST SPHERE file claims; 0 if it gives none."""
     with open(path, "rb") as file:
-        found = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
-    return int(found[1]) if found else 0
+        match = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _cut_ogg(path: Path) -> bool:

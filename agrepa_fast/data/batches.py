@@ -1,8 +1,7 @@
 """Samples to fixed-shape batches: mel [B, T, M], mask and prompt [B, T], tokens [B, S, K], audio [B, n].
 
 T is one of a few bucket lengths. Batch number `step` depends only on (seed, step), so a run resumes exactly from its
-step
-number, with any number of worker processes.
+step number, with any number of worker processes.
 """
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: in
     """Batch number `step`. Crop and prompt of a clip depend on (seed, step, index) alone.
 
     A clip that cannot be read is replaced by the next one of the batch, or if none of the batch can be read by another
-    one of
-    its bucket (`BucketBatches.stand_ins`). `Batch.skipped` names it.
+    one of its bucket (`BucketBatches.stand_ins`). `Batch.skipped` names it.
 
     Raises:
         UserError: none of these can be read.

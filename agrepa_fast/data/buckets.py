@@ -12,19 +12,14 @@ class BucketBatches:
 
     Args:
         lengths: frames of each clip. A clip goes into the shortest of `buckets` that holds it. Every batch of a bucket
-            of T
-            frames has B = max(1, frames_per_batch // T) clips, so there are as many shapes as buckets. An epoch covers
-            every
-            clip; the last batch of a bucket is filled up from the bucket's beginning.
+            of T frames has B = max(1, frames_per_batch // T) clips, so there are as many shapes as buckets. An epoch
+            covers every clip; the last batch of a bucket is filled up from the bucket's beginning.
         balance: draw every domain equally often over an epoch, and spread each evenly over the batches of a bucket.
-            Clips of
-            small domains then come several times. A batch holds clips of one bucket, so if all short clips are of one
-            domain,
-            the batches of short clips are too.
+            Clips of small domains then come several times. A batch holds clips of one bucket, so if all short clips are
+            of one domain, the batches of short clips are too.
         domains: the domain of each clip.
         tokens: number of tokens of each clip. All batches of a bucket are padded to the largest of its clips, so that
-            they
-            have one shape.
+            they have one shape.
         world_size: number of ranks. At each step all of them get the same bucket, and different parts of its order.
 
     Raises:
@@ -116,12 +111,12 @@ class BucketBatches:
         """
         frames, indices = self.batch(step)
         rng = np.random.default_rng([self.seed, step, self.rank])
-        found: list[int] = []
+        clips: list[int] = []
         for other, groups in reversed(self._buckets):
-            if other <= frames and len(found) < count:
+            if other <= frames and len(clips) < count:
                 members = np.setdiff1d(np.concatenate([members for members, _ in groups]), indices)
-                found += rng.permutation(members)[: count - len(found)].tolist()
-        return found
+                clips += rng.permutation(members)[: count - len(clips)].tolist()
+        return clips
 
     def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The batches of all ranks together, in order; the same on every rank."""

@@ -39,8 +39,7 @@ def find_columns(names: Sequence[str], place: str) -> dict[str, int]:
 
     Raises:
         UserError: begins with `place`; the audio file or the text is missing, two columns mean the same, or a name
-            looks like a
-            misspelt one.
+            looks like a misspelt one.
     """
     lowered = [name.strip().lower() for name in names]
     columns: dict[str, int] = {}

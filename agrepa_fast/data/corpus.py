@@ -29,12 +29,9 @@ def write_corpus(
     """Write `speech` spoken clips and `audio` sound events of 0.5 to 2 s; return the path of metadata.csv.
 
     The folder gets wav/*.wav (16-bit mono at `sample_rate` Hz), metadata.csv (`audio_file|text|domain|speaker`, the two
-    domains
-    alternating) and corpus.json. A spoken clip has one to three of 20 words in one of six voices; a sound event is of
-    one of 13
-    classes, with a caption. Clip i depends on the seed and i alone, so a larger corpus begins with the clips of a
-    smaller one.
-    A folder that holds the same corpus is reused. The folder appears complete or not at all.
+    domains alternating) and corpus.json. A spoken clip has one to three of 20 words in one of six voices; a sound event
+    is of one of 13 classes, with a caption. Clip i depends on the seed and i alone, so a larger corpus begins with the
+    clips of a smaller one. A folder that holds the same corpus is reused. The folder appears complete or not at all.
 
     Raises:
         UserError: the folder holds anything else.
@@ -125,12 +122,12 @@ def _write_wav(path: Path, waveform: Array, rate: int) -> None:
 
 def _holds(folder: Path, record: dict[str, int]) -> bool:
     try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        recorded = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     clips = record["speech"] + record["audio"]
     complete = (folder / "metadata.csv").is_file() and len(list((folder / "wav").glob("*.wav"))) == clips
-    return found == record and complete
+    return recorded == record and complete
 
 
 def _describe(record: dict[str, int]) -> str:

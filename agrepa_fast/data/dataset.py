@@ -60,17 +60,14 @@ class ClipDataset:
     Args:
         vocabularies: for each name, the vocabulary sizes of K streams (the same K for all).
         vocabulary_of: {domain: name}; "text" for a domain that is not named. A clip without a token file uses the bytes
-            of its
-            text, which only a vocabulary `(256,)` can hold.
+            of its text, which only a vocabulary `(256,)` can hold.
         prompt_share: the length of the reference prefix, as a share of the crop, is drawn uniformly from this range.
         domains: the names, in order, that `Batch.domain` indexes. Give a validation set those of the training set; the
-            default
-            is those of the clips, sorted.
+            default is those of the clips, sorted.
 
     A cropped clip keeps the tokens that the crop spans: of S tokens over L frames, a crop from frame a to b keeps
-    tokens
-    floor(S a / L) to ceil(S b / L), so tokens that are stretched over the crop stay aligned. An uncropped clip keeps
-    all.
+    tokens floor(S a / L) to ceil(S b / L), so tokens that are stretched over the crop stay aligned. An uncropped clip
+    keeps all.
     """
 
     def __init__(
@@ -146,8 +143,8 @@ class ClipDataset:
         """Drop the clips that cannot be read, and return them with the reasons.
 
         It reads headers, texts and token files. It decodes sound if the header does not give its length (MP3), and in
-        data sets of
-        at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and `load_batch` replaces it.
+        data sets of at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and `load_batch`
+        replaces it.
 
         Args:
             max_share: the largest share of clips, from 0 to 1, that may be unreadable.

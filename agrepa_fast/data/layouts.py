@@ -90,8 +90,7 @@ def read_by_stem(
     """Match rows to the sound files in the table's folder by stem: ID, YID, ID_start or ID_start_end.
 
     A name that is the path of a file means that file. Rows without a file are left out with a warning. labels: the text
-    is a
-    list of labels, separated by commas.
+    is a list of labels, separated by commas.
 
     Raises:
         UserError: no row has a file, or several files fit one row.
@@ -105,14 +104,14 @@ def read_by_stem(
         name, start = row["audio_file"], row.pop("start", None)
         if not name:
             raise UserError(f"{path}:{number}: the first column is empty")
-        found = [path.parent / name] if name in by_path else _match(files, name, start)
-        if len(found) > 1:
-            shown = ", ".join(file.name for file in found[:3])
+        fitting = [path.parent / name] if name in by_path else _match(files, name, start)
+        if len(fitting) > 1:
+            shown = ", ".join(file.name for file in fitting[:3])
             raise UserError(f"{path}:{number}: {name} fits several files ({shown})")
-        if not found:
+        if not fitting:
             missing += 1
             continue
-        row["audio_file"] = str(found[0].relative_to(path.parent))
+        row["audio_file"] = str(fitting[0].relative_to(path.parent))
         row["domain"] = row.get("domain") or "audio"
         if labels:
             each = [names.get(label.strip(), label.strip()) for label in row["text"].split(",")]
@@ -154,12 +153,14 @@ def _match(files: dict[str, list[tuple[Path, str | None]]], name: str, start: st
     suffix = Path(name).suffix.lower()
     if suffix in AUDIO_SUFFIXES:
         name = Path(name).name[: -len(suffix)]
-    found = [*files.get(name, []), *files.get(f"Y{name}", [])]
-    exact = [path for path, at in found if at is None]
+    candidates = [*files.get(name, []), *files.get(f"Y{name}", [])]
+    exact = [path for path, at in candidates if at is None]
     if exact or start is None:
-        return list(dict.fromkeys(exact or [path for path, _ in found]))
+        return list(dict.fromkeys(exact or [path for path, _ in candidates]))
     try:
         seconds = float(start)
     except ValueError:
         return []
-    return list(dict.fromkeys(path for path, at in found if at is not None and float(at) in (seconds, seconds * 1000)))
+    return list(
+        dict.fromkeys(path for path, at in candidates if at is not None and float(at) in (seconds, seconds * 1000))
+    )

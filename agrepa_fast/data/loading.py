@@ -35,8 +35,7 @@ def _workers(loader: torch.utils.data.DataLoader) -> Iterator[Batch | str]:
     """The batches of a loader. A dead worker is noticed within five seconds of asking for a batch.
 
     The DataLoader's handler of SIGCHLD is replaced: it would raise in whatever the main thread is doing, for instance
-    in the
-    middle of an optimizer step.
+    in the middle of an optimizer step.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
@@ -59,8 +58,7 @@ def iterate(
     """Batches number `start` to `stop` - 1 in order, the same for any number of worker processes.
 
     If a worker dies (out of memory, killed), all workers start again and the batches go on where they were; `notice` is
-    called
-    with the reason. The random state of the calling process is neither used nor changed.
+    called with the reason. The random state of the calling process is neither used nor changed.
 
     Raises:
         UserError: no clip of a batch can be read, or workers died MAX_RESTARTS times for one batch.

@@ -28,10 +28,8 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
     """The clips that a manifest file or folder lists, in order.
 
     - A file: a table as Python's csv module writes it, with a header that names the columns (`columns.ALIASES`;
-      separated by
-      `|`, tabs, commas or semicolons, whichever fits the header), JSONL with the same keys, an AudioSet list, or a
-      LibriSpeech
-      transcript.
+      separated by `|`, tabs, commas or semicolons, whichever fits the header), JSONL with the same keys, an AudioSet
+      list, or a LibriSpeech transcript.
     - A folder: one that holds metadata.csv or metadata.jsonl, a LibriSpeech tree (`*.trans.txt`), or a single list.
     - `ljspeech:PATH`: a list without header, or its folder.
     - `unquoted:PATH`: a table in which double quotes are part of the text.

@@ -94,8 +94,7 @@ class LogMel(nn.Module):
 
     `forward`: waveform [B, S] or [S], any float dtype, to [B, T, M] or [T, M] float32 with T = config.frames(S):
     `(log(max(mel(|STFT|), 1e-5)) - mean) / std`, with the HTK mel scale, no filter norm, a Hann window, and centred
-    frames with
-    reflected borders. It is computed in float32, also under autocast.
+    frames with reflected borders. It is computed in float32, also under autocast.
 
     Raises:
         UserError: torchaudio is missing. ValueError: a wrong rank, or a waveform shorter than `config.minimum_samples`.
@@ -144,8 +143,7 @@ class LogMel(nn.Module):
         """Normalised log-mel [T, M] to a waveform [S] float32 with S = (T - 1) * hop. Deterministic.
 
         The magnitude is the non-negative part of the filter bank's pseudo-inverse, sharpened by the multiplicative
-        least-squares
-        update of Lee and Seung (NeurIPS 2000). The phase is Griffin-Lim's.
+        least-squares update of Lee and Seung (NeurIPS 2000). The phase is Griffin-Lim's.
         """
         if mel.ndim != 2 or mel.shape[1] != self.config.mels:
             raise ValueError(f"mel must be [T, {self.config.mels}], got shape {tuple(mel.shape)}")

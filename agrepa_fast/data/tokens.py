@@ -51,15 +51,12 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     """Tokens of one clip from a .npy or .pt file as int64 [S, K], K = len(vocabularies).
 
     One vocabulary: the file holds S integers (or [S, 1]). Two: [S, 2], or flat and interleaved `[t1, b1, t2, b2, ...]`.
-    Stream
-    k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a tensor or a list of integers; neither kind of
-    file may
-    carry pickled objects.
+    Stream k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a tensor or a list of integers; neither
+    kind of file may carry pickled objects.
 
     Raises:
         UserError: the file is missing, unreadable, empty, damaged, of the wrong shape or type, out of range, or has
-            more than
-            2^24 tokens (62 hours at 75 a second).
+            more than 2^24 tokens (62 hours at 75 a second).
     """
     if len(vocabularies) not in (1, 2) or any(size < 1 for size in vocabularies):
         raise ValueError(f"vocabularies must be one or two positive sizes, got {list(vocabularies)}")

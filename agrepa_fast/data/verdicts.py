@@ -1,8 +1,7 @@
 """A memory of files that were fine at an earlier start, by path, size and time of change, so that none is read twice.
 
 The file of verdicts begins with a digest of its content. A damaged one is ignored and written anew; if it cannot be
-written,
-the next start only takes longer.
+written, the next start only takes longer.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ def verdict_file(paths: Iterable[Path]) -> Path | None:
 
     None if the user has no such folder, or if the files have no folder in common.
     """
-    given = os.environ.get("AGREPA_CACHE")
+    chosen = os.environ.get("AGREPA_CACHE")
     try:
-        folder = (
-            Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
-        )
+        folder = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast")
         common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     except (RuntimeError, ValueError):
         return None

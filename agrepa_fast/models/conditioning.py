@@ -73,8 +73,7 @@ class TokenConditioner(FixedBuffers):
 
         Args:
             tokens: [B, S, K] int64, each below its vocabulary's size (not checked, since that would wait for the
-                device). Tokens
-                beyond a sample's length are not read.
+                device). Tokens beyond a sample's length are not read.
             token_lengths: [B]; 0 means no tokens, which gives the null embedding, zeros.
             vocabulary: [B] index into `vocabularies`.
             mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.
@@ -102,17 +101,17 @@ class TokenConditioner(FixedBuffers):
         Raises:
             ValueError: names the missing key or the shape that does not fit.
         """
-        found = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
-        if not found:
+        names = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
+        if not names:
             raise ValueError("released checkpoint: no 'token_embedding_s3.weight' or 'token_embedding_as.weight'")
-        tables = {n: state_dict[f"token_embedding_{n}.weight"] for n in found}
-        conditioner = cls({n: table.shape[0] for n, table in tables.items()}, tables[found[0]].shape[1])
-        own = {}
-        for name in found:
+        tables = {n: state_dict[f"token_embedding_{n}.weight"] for n in names}
+        conditioner = cls({n: table.shape[0] for n, table in tables.items()}, tables[names[0]].shape[1])
+        renamed = {}
+        for name in names:
             if f"P_{name}.weight" not in state_dict:
                 raise ValueError(f"released checkpoint: no 'P_{name}.weight'")
-            own[f"tables.{name}.weight"] = tables[name]
-            own[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
+            renamed[f"tables.{name}.weight"] = tables[name]
+            renamed[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
             width = conditioner.width
             for key, expected in (
                 (f"token_embedding_{name}.weight", [tables[name].shape[0], width]),
@@ -122,7 +121,7 @@ class TokenConditioner(FixedBuffers):
                     raise ValueError(
                         f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
                     )
-        conditioner.load_state_dict(own)
+        conditioner.load_state_dict(renamed)
         return conditioner
 
 

@@ -221,8 +221,7 @@ class DiT(FixedBuffers):
             t: [B] in [0, 1], 0 = noise, 1 = data.
             cond: [B, T, C], or None for a model without a condition.
             mask: [B, T] bool, True = real frame. No frame attends to padded frames, and what x_t and cond hold there,
-                nan
-                included, does not change the others.
+                nan included, does not change the others.
             hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is returned too.
 
         Returns:
@@ -281,10 +280,8 @@ class DiT(FixedBuffers):
         """Load the network from a checkpoint in the layout of AG-REPA's released code.
 
         Sizes are read from the shapes, except the number of heads, which the shapes do not show. Token tables, teacher
-        projections
-        and alignment heads in the state dict belong to other modules and are ignored (`TokenConditioner.from_released`
-        reads the
-        tables).
+        projections and alignment heads in the state dict belong to other modules and are ignored
+        (`TokenConditioner.from_released` reads the tables).
 
         Raises:
             ValueError: names the first missing key, or the shape that does not fit.
@@ -307,7 +304,7 @@ class DiT(FixedBuffers):
         )
         model = cls(config)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        own = {}
+        renamed = {}
         for name, source in released_names(config).items():
             rows, *rest = shapes[name]
             expected = [rows // len(source), *rest]
@@ -318,8 +315,8 @@ class DiT(FixedBuffers):
                     raise ValueError(
                         f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
                     )
-            own[name] = torch.cat([state_dict[key] for key in source])
-        model.load_state_dict(own)
+            renamed[name] = torch.cat([state_dict[key] for key in source])
+        model.load_state_dict(renamed)
         return model
 
 

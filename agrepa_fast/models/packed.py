@@ -1,8 +1,8 @@
 """Attention over valid frames alone: all samples' valid frames in one row, with a block-diagonal mask between them.
 
 It uses xformers' memory-efficient attention and is for batches of very different lengths. The number of packed frames
-is
-read from the mask, which waits for the device once per forward; for batches in buckets of fixed lengths SDPA is better.
+is read from the mask, which waits for the device once per forward; for batches in buckets of fixed lengths SDPA is
+better.
 """
 
 from __future__ import annotations

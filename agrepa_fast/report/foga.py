@@ -49,7 +49,7 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
     selected = selection.teachers if selection else {"": None}
     rows, chosen = [], []
     for unit, name in enumerate(scores.names):
-        weights = [unit_weight(name, own) for own in selected.values()]
+        weights = [unit_weight(name, aligned) for aligned in selected.values()]
         cells = [escape(name), html.count(1 + int((means > means[unit]).sum()))]
         for mean, stderr in columns:
             spread = float(stderr[unit])

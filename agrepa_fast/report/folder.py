@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..attribution.scores import LayerScores, read_scores
+from ..attribution.files import read_scores
+from ..attribution.scores import LayerScores
 from ..errors import UserError
 from . import html
 from .log import Log, current_timeline, read_log
@@ -98,7 +99,7 @@ def _read_selection(path: Path) -> tuple[Selection | None, str]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if "teachers" in facts:
-            teachers = {str(name): _aligned(own) for name, own in facts.pop("teachers").items()}
+            teachers = {str(name): _aligned(entry) for name, entry in facts.pop("teachers").items()}
         else:
             teachers = {"": _aligned(facts)}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

@@ -17,11 +17,11 @@ def section(run: RunFolder) -> str:
     log, selection = run.log, run.selection
     parts = [run.selection_problem]
     if selection is not None:
-        for name, own in selection.teachers.items():
-            columns = [own.weights, *own.by_time.values()]
-            rows = [[str(layer), *(f"{w:.4f}" for w in row)] for layer, *row in zip(own.layers, *columns)]
+        for name, aligned in selection.teachers.items():
+            columns = [aligned.weights, *aligned.by_time.values()]
+            rows = [[str(layer), *(f"{w:.4f}" for w in row)] for layer, *row in zip(aligned.layers, *columns)]
             title = f"<h3>{escape(name)}</h3>" if name else ""
-            parts.append(title + html.table(["layer", "weight", *(f"at t {t:g}" for t in own.by_time)], rows))
+            parts.append(title + html.table(["layer", "weight", *(f"at t {t:g}" for t in aligned.by_time)], rows))
         parts.append(html.facts(selection.facts.items()))
     probes = [entry for entry in log if entry.get("event") == "probe"]
     if probes:
@@ -32,8 +32,12 @@ def section(run: RunFolder) -> str:
             rows.append(
                 [
                     html.shown(probe.get("step")),
-                    escape(by_teacher({name: _listed(own, "layers", str) for name, own in teachers.items()})),
-                    escape(by_teacher({name: _listed(own, "weights", html.shown) for name, own in teachers.items()})),
+                    escape(by_teacher({name: _listed(aligned, "layers", str) for name, aligned in teachers.items()})),
+                    escape(
+                        by_teacher(
+                            {name: _listed(aligned, "weights", html.shown) for name, aligned in teachers.items()}
+                        )
+                    ),
                     html.shown(probe.get("seconds")),
                     html.shown(probe.get("block_evaluations")),
                 ]

@@ -61,8 +61,8 @@ def section(run: RunFolder) -> str:
     tiles.append(html.tile(name, f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
 
     chosen = selection.teachers if selection else {}
-    layers = by_teacher({name: ", ".join(map(str, own.layers)) for name, own in chosen.items()})
-    weights = by_teacher({name: ", ".join(f"{w:.2f}" for w in own.weights) for name, own in chosen.items()})
+    layers = by_teacher({name: ", ".join(map(str, aligned.layers)) for name, aligned in chosen.items()})
+    weights = by_teacher({name: ", ".join(f"{w:.2f}" for w in aligned.weights) for name, aligned in chosen.items()})
     tiles.append(html.tile("Selected layers", escape(layers), f"weights {escape(weights)}" if weights else ""))
 
     train, valid = number(clips.get("train")), number(clips.get("valid"))

@@ -103,8 +103,7 @@ def resample_audio(audio: Tensor, lengths: Tensor, source: int, target: int) -> 
 
     Returns:
         audio [B, ceil(n target / source)] and lengths ceil(length target / source). The ringing of the filter behind a
-        sample's
-        end is cut, so that the sample is as it would be alone.
+        sample's end is cut, so that the sample is as it would be alone.
 
     Raises:
         UserError: torchaudio is not installed, or does not fit torch.

@@ -85,16 +85,16 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
         with library.safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        found = json.loads(header["key"])
+        written = json.loads(header["key"])
         if header.get("format") != FORMAT:
             raise KeyError("format")
         features = tensors["features"]
     except (OSError, KeyError, ValueError, library.SafetensorError) as error:
         raise UserError(f"{path}: not a feature file ({error})") from None
     for name, wanted in asdict(key).items():
-        if found.get(name) != wanted:
+        if written.get(name) != wanted:
             raise UserError(
-                f"{path}: made with {name} {found.get(name)!r}, this run has {wanted!r}: extract the features again"
+                f"{path}: made with {name} {written.get(name)!r}, this run has {wanted!r}: extract the features again"
             )
     scale = tensors.get("scale")
     if features.dim() != (2 if key.rate else 1) or (features.dtype == torch.int8) != (scale is not None):

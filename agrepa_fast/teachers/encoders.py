@@ -28,29 +28,23 @@ class TransformersTeacher(Teacher):
     """A frozen audio encoder of the transformers library.
 
     - Whisper gets the window it was trained on (30 s, padded with silence). The ceil(n / 320) frames with audio are
-      returned,
-      at 50 Hz.
+      returned, at 50 Hz.
     - wav2vec 2.0, HuBERT and WavLM give floor((n - 400) / 320) + 1 frames at 50 Hz; a clip too short for one frame gets
       none.
       Frame i is centred 2.5 ms after (i + 0.5) / rate. Encoders whose group norm would include the padding, and
-      relatives
-      that cannot mask it, run one clip at a time.
+      relatives that cannot mask it, run one clip at a time.
     - AST's class and distillation tokens are dropped, and its patches averaged over frequency: one frame per
-      `time_stride` of
-      10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a frame is centred 37.5 ms
-      after
-      (i + 0.5) / rate.
+      `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a frame is
+      centred 37.5 ms after (i + 0.5) / rate.
 
     Preprocessing is the model's own, from `preprocessor_config.json` beside the weights. If that is missing, or for a
-    model
-    object, it is the library's default for the architecture.
+    model object, it is the library's default for the architecture.
 
     Args:
         model: a folder, a hub name, or a built model (its head or decoder is left out). A built model is frozen in
             place.
         layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1; negative ones
-            count
-            from the end. None: the encoder's final output, after its last norm.
+            count from the end. None: the encoder's final output, after its last norm.
         revision: branch, tag or commit on the hub; only with a hub name.
         dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype of a built
             model.
@@ -58,8 +52,7 @@ class TransformersTeacher(Teacher):
 
     Raises:
         UserError: transformers is not installed; nothing can be loaded at `model`; the weights are pickled or do not
-            fill the
-            encoder; the architecture is not supported; or there is no such layer or dtype.
+            fill the encoder; the architecture is not supported; or there is no such layer or dtype.
     """
 
     def __init__(

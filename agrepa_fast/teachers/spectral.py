@@ -49,20 +49,15 @@ class SpectralTeacher(Teacher):
     """Twenty mel-frequency cepstral coefficients with the size of their first and second differences.
 
     16 kHz, Hann window of 25 ms, hop 20 ms, 40 HTK mel bands up to 8 kHz, log, orthonormal DCT-II with coefficient 0
-    (the
-    loudness). Frame i is centred at (i + 0.5) * 20 ms. Channels: 0-19 cepstra, 20-39 |delta|, 40-59 |delta of delta|. A
-    delta
-    is the regression slope over five frames, `sum_k k c[i+k] / 10` for k in -2..2; the first and the last frame of the
-    clip
-    are repeated beyond its ends.
+    (the loudness). Frame i is centred at (i + 0.5) * 20 ms. Channels: 0-19 cepstra, 20-39 |delta|, 40-59 |delta of
+    delta|. A delta is the regression slope over five frames, `sum_k k c[i+k] / 10` for k in -2..2; the first and the
+    last frame of the clip are repeated beyond its ends.
 
     The differences are absolute values: over a clip, signed ones sum to almost nothing (last minus first), and absolute
-    ones
-    to how much each coefficient changes. So a frame does not tell whether it rises or falls.
+    ones to how much each coefficient changes. So a frame does not tell whether it rises or falls.
 
     Every channel is shifted and scaled by a fixed mean and standard deviation (`MEAN`, `STD`). Otherwise the loudness
-    would
-    decide the cosine, and two unrelated clips would be near 1.
+    would decide the cosine, and two unrelated clips would be near 1.
 
     Raises:
         UserError: torchaudio is not installed, or does not fit torch.

@@ -79,8 +79,8 @@ def save_checkpoint(
         for part, tensors in weights.items():
             name = f"{part}.safetensors"
             # Cloned: safetensors refuses tensors that share memory.
-            own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            safetensors.torch.save_file(own, building / name)
+            copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            safetensors.torch.save_file(copies, building / name)
         name = "state.pt"
         _save_state(dict(state), building / name)
         name = "config.yaml"
@@ -202,9 +202,9 @@ def _flaw(path: Path) -> str | None:
         if not set(FILES) <= set(files):
             return f"{path / MANIFEST}: damaged"
         for name, written in files.items():
-            found = (path / name).stat()
+            status = (path / name).stat()
             # The size first: it costs nothing, and most damage shows in it.
-            size_fits = stat.S_ISREG(found.st_mode) and found.st_size == written["bytes"]
+            size_fits = stat.S_ISREG(status.st_mode) and status.st_size == written["bytes"]
             if not size_fits or _fingerprint(path / name) != written:
                 return f"{path / name}: damaged (not the bytes that were written)"
     except FileNotFoundError as error:
@@ -335,15 +335,15 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) 
     Raises:
         UserError: names the first key that is missing, unexpected or of another shape.
     """
-    own = module.state_dict()
-    for key, value in own.items():
+    expected = module.state_dict()
+    for key, value in expected.items():
         if key not in tensors:
             raise UserError(f"{path}: no tensor {key!r}; is it a checkpoint of another configuration?")
         if value.shape != tensors[key].shape:
             raise UserError(f"{path}: {key} is {list(tensors[key].shape)}, the configuration needs {list(value.shape)}")
         if value.dtype != tensors[key].dtype:
             raise UserError(f"{path}: {key} is {tensors[key].dtype}, expected {value.dtype}")
-    extra = [key for key in tensors if key not in own]
+    extra = [key for key in tensors if key not in expected]
     if extra:
         raise UserError(f"{path}: unexpected tensor {extra[0]!r}; is it a checkpoint of another configuration?")
     module.load_state_dict(dict(tensors))

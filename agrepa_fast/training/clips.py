@@ -79,8 +79,7 @@ def split_clips(
     """Read the manifests, drop duplicates, and hold clips out (by `identity.held_out`, or those of `data.valid`).
 
     A held-out sound is never trained on. `recorded` is the split of the checkpoint that a run resumes from: a clip that
-    it
-    knows, by sound or by path, stays on its side.
+    it knows, by sound or by path, stays on its side.
 
     Raises:
         UserError: a manifest that does not fit; or clips that differ from `recorded`, unless accept_changes.

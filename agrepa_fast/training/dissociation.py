@@ -46,7 +46,7 @@ def stored_by_layer(
         targets, mask = teacher_targets(teachers, batch, config)
         inputs = probe_inputs(batch.mel, cond, batch.mask, grid[len(grid) // 2 :][:1], generator)
         hidden = pooled_hidden(backbone.network, inputs).float()
-    found = []
+    stored = []
     for number, domain in enumerate(dataset.domains):
         clips = (batch.domain == number).nonzero().flatten()
         speaks = [name for name, table in domain_tables(config, dataset.domains).items() if table[number]]
@@ -56,5 +56,5 @@ def stored_by_layer(
         fitted = torch.arange(clips.numel(), device=device) % 2 == 0
         cosines = lasp(hidden[:, clips], features, fitted)
         cka = linear_cka(hidden[:, clips], features)
-        found.append(Stored(domain, speaks[0], cosines.cpu(), cka.cpu(), int(fitted.sum())))
-    return found
+        stored.append(Stored(domain, speaks[0], cosines.cpu(), cka.cpu(), int(fitted.sum())))
+    return stored

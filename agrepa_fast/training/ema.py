@@ -12,8 +12,7 @@ class Ema:
     """`module` is a copy that follows the original, and starts at its values.
 
     torch's AveragedModel reads from the device at every update how often it has averaged. That waits for the device,
-    and
-    cannot be captured in a CUDA graph.
+    and cannot be captured in a CUDA graph.
     """
 
     def __init__(self, original: nn.Module, decay: float) -> None:

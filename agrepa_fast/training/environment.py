@@ -76,5 +76,5 @@ def metadata_version(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages that are installed."""
-    own = {"python": platform.python_version(), "agrepa-fast": __version__}
-    return own | {name: metadata_version(name) or "not installed" for name in PACKAGES}
+    always = {"python": platform.python_version(), "agrepa-fast": __version__}
+    return always | {name: metadata_version(name) or "not installed" for name in PACKAGES}

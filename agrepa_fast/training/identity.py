@@ -1,8 +1,7 @@
 """Identities of clips: digests that find duplicates, decide what is held out, and show whether a run's data changed.
 
 A record of n clips is an int64 tensor [n, 3]: digests of the sound, of the whole clip (sound, text, domain, tokens),
-and
-of the file's path.
+and of the file's path.
 """
 
 from __future__ import annotations
@@ -53,9 +52,8 @@ def file_digest(path: Path) -> int:
     """Digest of a file's size and of 16 KiB at its beginning, in its middle and at its end.
 
     It reads three blocks instead of the whole file: the 360,000 ten-second clips of 1,000 hours are then 17 GB of
-    reading
-    instead of 100 to 170. Files that agree in these blocks may differ elsewhere, so `drop_duplicates` reads such files
-    whole. A file that cannot be read gets the digest of its path.
+    reading instead of 100 to 170. Files that agree in these blocks may differ elsewhere, so `drop_duplicates` reads
+    such files whole. A file that cannot be read gets the digest of its path.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -88,8 +86,7 @@ def drop_duplicates(clips: Iterable[Known]) -> tuple[list[Known], list[tuple[Kno
     """The clips without repetitions, and each repetition with the clip that it repeats.
 
     A repetition has the text, domain, tokens and sound of an earlier clip: the same file by any path, or a file with
-    the
-    same bytes. One sound with several texts is several clips.
+    the same bytes. One sound with several texts is several clips.
     """
     kept: list[Known] = []
     repeated: list[tuple[Known, Known]] = []
@@ -122,9 +119,8 @@ def held_out(clips: Sequence[Known], share: float) -> set[int]:
     """Digests of the sounds to hold out: those whose digest, read as a fraction of 1, is below `share`.
 
     The fraction depends on the sound's bytes alone. So a sound stays on its side when clips are added, moved or listed
-    in
-    another order. Small domains are an exception until they grow: of two or more sounds at least one is held out (the
-    lowest) and at least one is not (the highest); a single sound is trained on.
+    in another order. Small domains are an exception until they grow: of two or more sounds at least one is held out
+    (the lowest) and at least one is not (the highest); a single sound is trained on.
     """
     by_domain: dict[str, set[int]] = defaultdict(set)
     for known in clips:

@@ -69,14 +69,14 @@ def score_layers(
         clips = list(range(len(indices))) * len(probe.t_grid)
         # With fewer samples than ranks, every rank takes all samples.
         parts = world_size() if len(clips) >= world_size() else 1
-        mine = slice(rank() if parts > 1 else 0, None, parts)
+        rows = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
             backbone.network,
-            {name: value[mine] for name, value in inputs.items()},
+            {name: value[rows] for name, value in inputs.items()},
             metric=probe.metric,
-            domains=domains[mine],
+            domains=domains[rows],
             branches=branches,
-            clips=clips[mine],
+            clips=clips[rows],
             max_samples=len(indices),
         )
     if parts > 1:
@@ -199,8 +199,7 @@ def text_batch(
 
     Raises:
         UserError: a text that is empty or not valid Unicode, a length that does not fit, a vocabulary that is not text,
-            or
-            an unreadable reference.
+            or an unreadable reference.
     """
     vocabulary = config.data.vocabulary_of.get(domain, "text")
     if vocabulary not in config.data.vocabularies or config.data.vocabularies[vocabulary] != (BYTE_VOCABULARY,):
@@ -220,9 +219,9 @@ def text_batch(
     if frames > config.dit.max_frames:
         longest = config.dit.max_frames / config.mel.frame_rate
         raise UserError(f"--seconds: reference and {seconds:g} s are more than the model's {longest:.1f} s")
-    for option, given in (("--text", text), ("--reference-text", reference_text)):
+    for option, value in (("--text", text), ("--reference-text", reference_text)):
         try:
-            encode_text(given)
+            encode_text(value)
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
     words = " ".join(part for part in (reference_text, text) if part)

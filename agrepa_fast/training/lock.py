@@ -112,9 +112,9 @@ def _holder(path: Path) -> str:
     words = "another process"
     while True:
         try:
-            found = json.loads(path.read_bytes()[:1000])
-            pid, host = int(found["pid"]), str(found["host"])
-            words = f"process {pid} on {host}, since {found['since']},"
+            holder = json.loads(path.read_bytes()[:1000])
+            pid, host = int(holder["pid"]), str(holder["host"])
+            words = f"process {pid} on {host}, since {holder['since']},"
             if host != platform.node() or _alive(pid):
                 return words
         except (OSError, ValueError, TypeError, KeyError):

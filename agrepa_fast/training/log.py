@@ -25,8 +25,7 @@ class RunLog:
         Args:
             run_dir: None writes nothing.
             resume: step and `position` of the checkpoint that the run resumes from. What was logged after it is
-                dropped,
-                because those steps come again.
+                dropped, because those steps come again.
         """
         self.position = 0  # bytes written so far
         self._file: Any = None

@@ -38,10 +38,10 @@ class Nvml:
         if self.handle is None:
             return None
         try:
-            found = self.nvml.nvmlSystemGetDriverVersion()
+            version = self.nvml.nvmlSystemGetDriverVersion()
         except self.nvml.NVMLError:
             return None
-        return found.decode() if isinstance(found, bytes) else found
+        return version.decode() if isinstance(version, bytes) else version
 
     def clock(self, domain: str) -> int | None:
         """The present clock in MHz; domain "SM" or "MEM"."""

@@ -129,8 +129,7 @@ class Objective(nn.Module):
 
     Args:
         generator: draws t, noise and condition dropout on the batch's device. It is the same on every rank: a rank
-            takes its
-            rows of the numbers for the global batch, so that they do not depend on the number of ranks.
+            takes its rows of the numbers for the global batch, so that they do not depend on the number of ranks.
     """
 
     def __init__(
@@ -231,8 +230,7 @@ class Objective(nn.Module):
         """Cosine of the gradients of the two losses at each aligned hidden state: {"gradient_cosine/<layer>": scalar}.
 
         It is nan for a layer on which no aligned target depends. Parameters' gradients and flags stay as they are. Call
-        it in
-        evaluation mode, since dropout would draw random numbers.
+        it in evaluation mode, since dropout would draw random numbers.
         """
         x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
         cond, _ = self.backbone.condition(inputs)
@@ -290,8 +288,7 @@ def teacher_targets(
     """Features of the batch's clean audio, {teacher: [B, W] or [B, T, W]}, and the frames to align [B, T].
 
     Pooled targets are means over the frames in which the teacher heard audio. Cached features are those of whole clips:
-    frames
-    are read at the times of the crop, and a pooled vector is used for any crop of its clip.
+    frames are read at the times of the crop, and a pooled vector is used for any crop of its clip.
     """
     mask = batch.mask & ~batch.prompt if config.alignment.mask == "span" else batch.mask
     targets = {}

@@ -1,8 +1,7 @@
 """The training state in state.pt: taken from a trainer, checked when it is read, and given back.
 
 A file is checked in full before anything uses it. So a checkpoint of another version, or one that was edited, is
-refused
-in one line that names the key.
+refused in one line that names the key.
 """
 
 from __future__ import annotations
@@ -33,15 +32,19 @@ READABLE = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_format(found: Mapping[str, Any], file: Path) -> None:
+def check_format(header: Mapping[str, Any], file: Path) -> None:
     """Refuse a checkpoint of another format.
 
     Raises:
         UserError: names both formats and versions.
     """
-    if type(found.get("format")) is not int or found["format"] not in READABLE:
-        by = f"agrepa-fast {found['version'][:20]}" if isinstance(found.get("version"), str) else "an older agrepa-fast"
-        number = f"format {found['format']!r}"[:30] if "format" in found else "a format without a number"
+    if type(header.get("format")) is not int or header["format"] not in READABLE:
+        by = (
+            f"agrepa-fast {header['version'][:20]}"
+            if isinstance(header.get("version"), str)
+            else "an older agrepa-fast"
+        )
+        number = f"format {header['format']!r}"[:30] if "format" in header else "a format without a number"
         raise UserError(
             f"{file}: made by {by} in {number}, this is {__version__} and reads the checkpoint formats "
             f"{', '.join(map(str, READABLE))}: use the version that made it, or train anew"
@@ -122,8 +125,8 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
 
 def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> None:
     optimizer = trainer.optimizer
-    own = optimizer.state_dict()["param_groups"]
-    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in own]:
+    groups = optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise UserError(f"{file}: the optimizer has other groups of parameters than this configuration")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entry in saved["state"].items():
@@ -137,7 +140,7 @@ def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> 
                     f"its parameter {expected.dtype} {list(expected.shape)}"
                 )
     # Keep this run's groups: their settings depend on the device and on the configuration.
-    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": own})
+    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
 
 
 # --- checks of what was read --------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def _tensor(value: Any, dtype: torch.dtype, *shape: int | None) -> bool:
         and value.dtype == dtype
         and value.layout == torch.strided
         and value.dim() == len(shape)
-        and all(size is None or size == found for size, found in zip(shape, value.shape))
+        and all(size is None or size == actual for size, actual in zip(shape, value.shape))
     )
 
 
@@ -200,8 +203,11 @@ def _rng(value: Any) -> bool:
         isinstance(value, list)
         and len(value) > 0
         and all(
-            isinstance(own, list) and len(own) == 2 and _random(own[0]) and (own[1] is None or _random(own[1]))
-            for own in value
+            isinstance(states, list)
+            and len(states) == 2
+            and _random(states[0])
+            and (states[1] is None or _random(states[1]))
+            for states in value
         )
     )
 

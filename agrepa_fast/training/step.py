@@ -1,8 +1,7 @@
 """One optimizer step without a host sync: forward, loss, backward, clip, AdamW, EMA, metrics.
 
 Everything that changes from step to step is in tensors. So the step can run as it is ("eager"), with forward and
-backward
-compiled ("compile"), or as one captured CUDA graph for each batch shape ("graph").
+backward compiled ("compile"), or as one captured CUDA graph for each batch shape ("graph").
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class TrainStep:
     """`step(inputs, align_weight, lr)` trains on one batch, or on several whose gradients are averaged.
 
     A step whose gradient norm is not finite is dropped on the device by AdamW's own `found_inf`. All ranks drop it
-    alike,
-    because the norm is that of the averaged gradients. `skipped` counts such steps.
+    alike, because the norm is that of the averaged gradients. `skipped` counts such steps.
 
     Args:
         objective, optimizer, ema: are updated in place.
@@ -122,8 +120,7 @@ class TrainStep:
         """Prepare for another set of active heads: freeze the other heads, and build DDP anew.
 
         The loss would give inactive heads zero gradients, and DDP would average those zeros over the ranks in every
-        step. With
-        frame-wise heads on every layer that is more traffic than the network's own gradients.
+        step. With frame-wise heads on every layer that is more traffic than the network's own gradients.
         """
         self._topology = topology
         active = self.objective.alignment.active_heads if aligned else ()
@@ -137,12 +134,12 @@ class TrainStep:
     def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         last = len(inputs) - 1
-        for number, given in enumerate(inputs):
+        for number, batch in enumerate(inputs):
             local = isinstance(self._forward, DistributedDataParallel) and number < last
             with self._forward.no_sync() if local else contextlib.nullcontext():
-                draws = self.objective.draw(given)
+                draws = self.objective.draw(batch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, metrics = self._forward(given, draws, self.align_weight if aligned else None)
+                    loss, metrics = self._forward(batch, draws, self.align_weight if aligned else None)
                 (loss / len(inputs)).backward()
             if aligned:
                 self.objective.observe(metrics)
@@ -165,14 +162,14 @@ class TrainStep:
         self.skipped.copy_(torch.stack([row, torch.maximum(row, self.skipped[1]), self.skipped[2] + bad]))
         self.meter.add({**metrics, "grad_norm": norm})
 
-    def _replay(self, given: StepInputs, aligned: bool) -> None:
+    def _replay(self, inputs: StepInputs, aligned: bool) -> None:
         """Run the step on the static inputs of this shape: eagerly WARMUP times, then recorded, then replayed."""
-        key = (given.layout(), self._topology)
+        key = (inputs.layout(), self._topology)
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = _Shape(given.clone())
+            shape = self._shapes[key] = _Shape(inputs.clone())
         else:
-            shape.static.copy_(given)
+            shape.static.copy_(inputs)
         # Warm-up and recording run on the tensors of the replays. torch.compile guards the strides of a tensor and
         # which arguments are the same tensor; if these differed, it would compile during the recording.
         if shape.warm < WARMUP:

@@ -1,8 +1,7 @@
 """The training loop: warm up, probe, choose layers, align, let the alignment decay. It fills a run's folder.
 
 Random numbers depend on the step number or on torch's global generators, whose state is in the checkpoint. So on the
-CPU
-a run that was interrupted and resumed ends with the same bits as one that was not.
+CPU a run that was interrupted and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def _build(
     shapes = [(entry, hidden), (hidden, hidden)] if part == "head" else []
     shapes.append((hidden, teacher))
     names, values = ["hidden"], [torch.randn(batch, frames, shapes[0][0], device=device)]
-    for i, (given, wanted) in enumerate(shapes):
+    for i, (inner, outer) in enumerate(shapes):
         names += [f"weight{i}", f"bias{i}"]
-        values += [torch.randn(wanted, given, device=device) * given**-0.5, 0.1 * torch.randn(wanted, device=device)]
+        values += [torch.randn(outer, inner, device=device) * inner**-0.5, 0.1 * torch.randn(outer, device=device)]
     kind = dtype_of(dtype)
     inputs = tuple(value.to(kind).requires_grad_(mode == "both") for value in values)
     target = torch.randn(batch, frames, teacher, device=device).to(kind)

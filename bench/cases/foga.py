@@ -47,11 +47,11 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
             return [problem("compact", COMPACT, 1, 64, "float32")]
         loops = ("SDPA loop", "released loop")
         return [problem("compact", COMPACT, 4, 256, "float32"), problem("deep", DEEP, 4, 256, "float32", loops)]
-    found = [problem("paper", PAPER, 4, 938, "bfloat16"), problem("compact", COMPACT, 4, 256, "bfloat16")]
+    chosen = [problem("paper", PAPER, 4, 938, "bfloat16"), problem("compact", COMPACT, 4, 256, "bfloat16")]
     if scale == "full":  # run the slow rivals only once
         rivals = ("SDPA loop", "compiled loop")
-        found += [problem("paper", PAPER, batch, 938, "bfloat16", rivals) for batch in (2, 8)]
-    return found
+        chosen += [problem("paper", PAPER, batch, 938, "bfloat16", rivals) for batch in (2, 8)]
+    return chosen
 
 
 def problem(
@@ -120,10 +120,10 @@ def build(
         every call.
         """
         network = published(model, keep_weights)
-        given = inputs
+        converted = inputs
         if cast:
             network.to(dtype_of(dtype))
-            given = {name: value if name == "t" else value.to(dtype_of(dtype)) for name, value in inputs.items()}
+            converted = {name: value if name == "t" else value.to(dtype_of(dtype)) for name, value in inputs.items()}
         # The authors probe a network in training mode (only there does torch keep attention's weights); the
         # dropout that comes with it is left out, so that the numbers can be compared.
         network.train(keep_weights)
@@ -136,7 +136,7 @@ def build(
 
         def run() -> Outputs:
             with context():
-                return (foga_loop(network, given, **options),)
+                return (foga_loop(network, converted, **options),)
 
         return run
 
@@ -201,7 +201,7 @@ def _captum(network: PublishedDiT, inputs: dict[str, Tensor], dtype: str) -> Run
             warnings.simplefilter("ignore")
             before: dict[int, Tensor] = {}
             handles = [
-                block.register_forward_pre_hook(lambda _, given, layer=layer: before.update({layer: given[0]}))
+                block.register_forward_pre_hook(lambda _, arguments, layer=layer: before.update({layer: arguments[0]}))
                 for layer, block in enumerate(network.blocks)
             ]
             base, _ = network(**inputs)

@@ -2,8 +2,7 @@
 
 x [B, T, D] and mask [B, T] -> mean over valid frames [B, D]; velocity [S, B, T, M] -> change [S - 1, B], energy [B]; y,
 target [B, T, W] -> 1 - cos, mean over the valid rows. Least bytes: the inputs once, and in backward the gradient (and
-the
-inputs again if it depends on them).
+the inputs again if it depends on them).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 x, branch [B, T, D]; gate, shift, scale [B, D]; rows = B T. Least bytes: every tensor of R D elements once (forward of
 gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx,
-dbranch),
-and the modulation and its gradients.
+dbranch), and the modulation and its gradients.
 """
 
 from __future__ import annotations
@@ -170,10 +169,10 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     Raises:
         Unavailable: its package, or this version of it, does not have the function.
     """
-    found = getattr(optional(module), name, None)
-    if found is None:
+    attribute = getattr(optional(module), name, None)
+    if attribute is None:
         raise Unavailable(f"the installed {module.partition('.')[0]} has no {name}")
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = attribute
     return function
 
 

@@ -76,8 +76,8 @@ def _build(config: DiTConfig, batch: int, frames: int, points: int, dtype: str, 
 
     def cast() -> Run:
         network = published(model, keep_weights=False).eval().to(dtype_of(dtype))
-        start, given, empty = (value.to(dtype_of(dtype)) for value in (noise, cond, null))
-        return lambda: (euler(network, start, given, empty, points),)
+        start, condition, empty = (value.to(dtype_of(dtype)) for value in (noise, cond, null))
+        return lambda: (euler(network, start, condition, empty, points),)
 
     def reference() -> Outputs:
         network = published(model, keep_weights=False).double().eval()

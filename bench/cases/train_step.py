@@ -1,12 +1,9 @@
 """One training step on cached teacher features: forward, flow-matching and alignment loss, backward, clip, AdamW.
 
 Least work: three times the forward's operations (backward has two products for each). Every provider starts from the
-same
-weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which has
-heads
-on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper size one
-provider
-is in memory at a time.
+same weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which
+has heads on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper
+size one provider is in memory at a time.
 """
 
 from __future__ import annotations
@@ -45,10 +42,10 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
         return [_problem("toy", TOY, 2, 16, align, "float32") for align in ("on", "off", "cost")]
     if device.type == "cpu":
         sizes = [("demo", 4, 128)] if scale == "quick" else [("demo", 6, 128), ("small", 4, 256)]
-        found = [
+        chosen = [
             _problem(name, PRESETS[name], b, t, align, "float32") for name, b, t in sizes for align in ("on", "off")
         ]
-        return found if scale == "quick" else [*found, _problem("small", PRESETS["small"], 4, 256, "cost", "float32")]
+        return chosen if scale == "quick" else [*chosen, _problem("small", PRESETS["small"], 4, 256, "cost", "float32")]
     sizes = [("paper", 16, 938), ("small", 16, 938)] if scale == "full" else [("small", 16, 938)]
     return [_problem(name, PRESETS[name], b, t, align, "bfloat16") for name, b, t in sizes for align in ("on", "off")]
 
@@ -171,21 +168,21 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
 
     def straight(keep_weights: bool, wrap: str | None = None, cast: bool = False) -> Run:
         network = published(origin, keep_weights)
-        alignment, given = heads(), data
+        alignment, batch = heads(), data
         if cast:
             network.to(dtype_of(dtype))
             alignment = None if alignment is None else alignment.to(dtype_of(dtype))
-            given = dataclasses.replace(data.to(dtype_of(dtype)), t=data.t)
+            batch = dataclasses.replace(data.to(dtype_of(dtype)), t=data.t)
         loss: Callable[..., Tensor] = loss_published
         if wrap == "model":
             network = compiled(network)  # type: ignore[assignment]
         elif wrap == "blocks":
             block = compiled(type(network.blocks[0]).forward)
             call = lambda module, x, embedded: block(module, x, embedded)  # noqa: E731
-            loss = lambda net, alignment, given: loss_published(  # noqa: E731
-                functools.partial(net, run_block=call), alignment, given
+            loss = lambda net, alignment, batch: loss_published(  # noqa: E731
+                functools.partial(net, run_block=call), alignment, batch
             )
-        return _step(network, alignment, given, loss, "float32" if keep_weights or cast else dtype, device)
+        return _step(network, alignment, batch, loss, "float32" if keep_weights or cast else dtype, device)
 
     def reference() -> Outputs:
         network = published(origin, keep_weights=False).double()
@@ -195,8 +192,8 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
         # Blocks are computed again in backward; in float64 their activations would fill a card at paper size.
         recomputed = functools.partial(network, run_block=functools.partial(checkpoint, use_reentrant=False))
 
-        def loss(_: nn.Module, alignment: AlignmentLoss | None, given: Data) -> Tensor:
-            return loss_published(recomputed, alignment, given)
+        def loss(_: nn.Module, alignment: AlignmentLoss | None, batch: Data) -> Tensor:
+            return loss_published(recomputed, alignment, batch)
 
         return _step(network, alignment, data.to(torch.float64), loss, "float32", device)()
 
@@ -233,8 +230,8 @@ def _build_cost(config: DiTConfig, batch: int, frames: int, dtype: str, device: 
             alignment.select(selected(config.depth))
         seen: list[Tensor] = []
 
-        def loss(*given: Any) -> Tensor:
-            total, flow = loss_ours(*given)
+        def loss(*arguments: Any) -> Tensor:
+            total, flow = loss_ours(*arguments)
             seen[:] = [flow.detach()]
             return total
 

@@ -1,13 +1,10 @@
 """What each change of our trainer to a straightforward step is worth, one after the other.
 
 All providers have the same model, loss, random numbers and clips; from the second one on each keeps the changes of the
-one
-before. mel [B, T, M], tokens [B, S, 1], pooled features of two teachers. Dropout is 0, so that losses can be compared.
-"equal" is one step on clips of equal length. "mixed" is four steps of B clips each: the straightforward form shuffles
-the
-clips and pads a batch to T; the trainer batches the clips of each quarter of T, as its buckets do. The learning rate is
-0,
-so that the order of the steps cannot matter; no provider gets cheaper by it.
+one before. mel [B, T, M], tokens [B, S, 1], pooled features of two teachers. Dropout is 0, so that losses can be
+compared. "equal" is one step on clips of equal length. "mixed" is four steps of B clips each: the straightforward form
+shuffles the clips and pads a batch to T; the trainer batches the clips of each quarter of T, as its buckets do. The
+learning rate is 0, so that the order of the steps cannot matter; no provider gets cheaper by it.
 """
 
 from __future__ import annotations
@@ -52,8 +49,8 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
         if scale == "quick":
             return [_problem("demo", 4, QUICK_FRAMES, "equal", "float32")]
         return [_problem("small", 4, 256, lengths, "float32") for lengths in ("equal", "mixed")]
-    found = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
-    return found + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
+    chosen = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
+    return chosen + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
 
 
 def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, changes: tuple[str, ...] = ()) -> Problem:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from agrepa_fast.attribution.scores import read_scores
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.cli import main
 from agrepa_fast.errors import UserError
 from agrepa_fast.teachers import build_teacher

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from agrepa_fast import LayerSelection, read_selection
 from agrepa_fast.alignment.selection import write_selection
-from agrepa_fast.attribution.scores import read_scores
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.cli import main
 from agrepa_fast.errors import UserError
 from agrepa_fast.report import read_log

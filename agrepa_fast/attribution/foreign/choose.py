@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .find import Found, Group, has_matrix, is_substantial, keeps_shape
 from .record import Call
@@ -85,6 +85,9 @@ class Choice:
         ]
         if not self.named and not all(site.aside for site in singles):
             singles = [site for site in singles if not site.aside]
+        for site in singles:
+            if site.unclear:
+                raise ValueError(site.unclear)
         self._who_adds(singles)
         blocks += [Block(site.name, (site,)) for site in singles]
         order = {call.module: call.order for call in reversed(self.calls)}
@@ -157,19 +160,35 @@ class Choice:
                 site.adds = adds
 
     def _adds(self, kind: type[nn.Module], calls: Sequence[Call], of: Mapping[nn.Module, Site]) -> bool:
-        pairs = [(a, b) for i, (a, b) in enumerate(itertools.pairwise(calls)) if i % 2 == 1 or len(calls) == 2]
-        run = self._zeroing({a.key for a, _ in pairs}, {call.key for call in calls})
-        same = False
-        for a, b in pairs:
-            entry = run.entries.get(a.key, {}).get(next(iter(of[a.module].state.values())))
-            path = next(iter(of[b.module].state.values()))
-            following = run.entries.get(b.key, {}).get(path)
-            if entry is None or following is None:
+        """Whether the forward adds the results of blocks of one class: what the next one gets when one returns zeros.
+
+        They are the state where that depends neither on the noise nor on the block before; they are added where it is
+        what entered, or that with something else added to it which is the same whatever entered.
+        """
+        path = {call.key: next(iter(of[call.module].state.values())) for call in calls}
+        pairs = list(itertools.pairwise(calls))
+        single = pairs[1::2] or pairs
+        runs = [self._zeroing({a.key for a, _ in part}, set(path)) for part in (single, pairs)]
+
+        def entering(run: Zeroing, call: Call) -> Tensor | None:
+            return run.entries.get(call.key, {}).get(path[call.key])
+
+        added = []
+        for before, after in pairs:
+            (x, y), (x_all, y_all) = ((entering(run, before), entering(run, after)) for run in runs)
+            if x is None or y is None or x_all is None or y_all is None:
                 continue
-            if independent(following, self.watcher.argument_dims[b.key][path]):
+            dim = self.watcher.argument_dims[after.key][path[after.key]]
+            if independent(y_all, dim) or ((before, after) in single and independent(y, dim)):
                 return False
-            same |= unchanged(entry, following)
-        if same:
+            if (before, after) in single:
+                if unchanged(x, y):
+                    added.append(True)
+                elif x.shape == y.shape == x_all.shape and not torch.equal(x, x_all):
+                    if torch.equal(y, y_all):
+                        return False
+                    added.append(torch.allclose(y - x, y_all - x_all, rtol=1e-3, atol=1e-4 * float(x.abs().max())))
+        if any(added):
             return True
         raise ValueError(
             f"{self.kind}: cannot tell what forward does with the results of {of[calls[0].module].name} and its like: "

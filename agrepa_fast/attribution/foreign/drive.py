@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from ..plan import AblationPlan
+from ..plan import AblationPlan, Unit
 from .examine import Examination
 from .record import Call, flat, overridden, record
 from .register import adapter_of
@@ -61,18 +61,19 @@ class BlockModel:
         self.dtype, self.noise = self.known.dtype, self.known.noise
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
-        self._without: tuple[int, Tensor] | None = None
+        self._without: tuple[Unit, Tensor] | None = None
 
     def evaluations(self, plan: AblationPlan) -> int:
-        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored."""
+        """Block evaluations of the staircase: L (L + 1) / 2 where each of L blocks runs once and all are scored.
+
+        The stream of a set of blocks joins after the first of them, and runs the others with what it is given."""
         block_of = {block.sites[0].module: layer for layer, block in enumerate(self.blocks)}
-        scored = {unit.layer for unit in plan.units}
-        seen: set[int] = set()
-        total = 0
+        last_stream = {layer: stream for stream, unit in enumerate(plan.units, 1) for layer in unit.layers}
+        joined, total = 1, 0
         for call in self.known.calls:
             if call.module in block_of:
-                total += 1 + len(seen)
-                seen |= {block_of[call.module]} & scored
+                total += joined
+                joined = max(joined, 1 + last_stream.get(block_of[call.module], 0))
         return total
 
     def run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
@@ -99,10 +100,13 @@ class BlockModel:
                 self.engine = following
 
     def _run(self, plan: AblationPlan, rows: Tensor) -> Tensor:
-        units = [self.blocks[unit.layer].sites for unit in plan.units]
+        units = [self._sites(unit) for unit in plan.units]
         if self.engine == "loop":
             return self._loop(units, rows)
         return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
+
+    def _sites(self, unit: Unit) -> list[Site]:
+        return [site for layer in unit.layers for site in self.blocks[layer].sites]
 
     def _loop(self, units: Sequence[Sequence[Site]], rows: Tensor) -> Tensor:
         velocities = [self.known.subject.forward(rows)]
@@ -129,13 +133,12 @@ class BlockModel:
                 )
             if row == self.known.first and self.engine != "loop":
                 unit = plan.units[0]
-                if self._without is None or self._without[0] != unit.layer:
-                    alone = self._ablated(self.blocks[unit.layer].sites, torch.tensor([row]))
-                    self._without = unit.layer, alone[0]
+                if self._without is None or self._without[0] != unit:
+                    self._without = unit, self._ablated(self._sites(unit), torch.tensor([row]))[0]
                 if not self.known.subject.same(self._without[1], velocity[1, i]):
                     raise NotAStaircase(
-                        f"{self.known.kind}: the velocity without {self.names[unit.layer]} is not what the model "
-                        f"itself gives without it (sample {row})"
+                        f"{self.known.kind}: the velocity without {', '.join(self.names[n] for n in unit.layers)} is "
+                        f"not what the model itself gives without it (sample {row})"
                     )
 
 

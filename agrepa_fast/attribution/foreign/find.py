@@ -9,7 +9,7 @@ forward does not call itself but takes apart (`Group`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,12 +69,15 @@ def is_leaf(module: nn.Module) -> bool:
     return not [name for name in module._modules if name != "parametrizations"]
 
 
+def is_builtin(module: nn.Module) -> bool:
+    """Whether the module is a single layer of torch: a Linear, convolution, norm or activation, also if adapted."""
+    kinds = type(getattr(module, "base_layer", module)).__mro__
+    return is_leaf(module) and any(k.__module__.startswith("torch.nn.modules") for k in kinds if k is not nn.Module)
+
+
 def is_substantial(module: nn.Module) -> bool:
-    """Whether the module may be a block by itself: no Linear, convolution, norm or activation."""
-    if not is_leaf(module):
-        return True
-    builtin = any(k.__module__.startswith("torch.nn.modules") for k in type(module).__mro__ if k is not nn.Module)
-    return not builtin and not hasattr(module, "base_layer") and has_matrix(module)
+    """Whether the module may be a block by itself: it has parts, or a matrix of its own."""
+    return not is_leaf(module) or (not is_builtin(module) and not hasattr(module, "base_layer") and has_matrix(module))
 
 
 def has_matrix(module: nn.Module) -> bool:
@@ -97,12 +100,12 @@ def keeps_shape(call: Call, leading: bool = True) -> bool:
 
 
 class _Search:
-    def __init__(self, model: nn.Module, calls: Sequence[Call], builtin: bool) -> None:
+    def __init__(self, model: nn.Module, calls: Sequence[Call], substantial: Callable[[nn.Module], bool]) -> None:
         self.names = names_of(model)
         self.calls: dict[nn.Module, list[Call]] = {}
         for call in calls:
             self.calls.setdefault(call.module, []).append(call)
-        self.substantial = has_matrix if builtin else is_substantial
+        self.substantial = substantial
         self.found = Found()
         self.singles: list[nn.Module] = []
         self.seen: set[nn.Module] = set()
@@ -129,6 +132,12 @@ class _Search:
             elif self.names[child]:
                 self.visit_single(child)
 
+    def open(self, member: nn.Module) -> None:
+        if isinstance(member, nn.Sequential):
+            self.visit_list(member)
+        else:
+            self.descend(member)
+
     def visit_single(self, module: nn.Module) -> None:
         before = self.count()
         self.descend(module)
@@ -138,6 +147,7 @@ class _Search:
     def visit_list(self, container: nn.Module) -> None:
         members = self.members(container)
         blocks_among = any(self.can_be_off(m) and self.substantial(m) for m in members)
+        staged = any(map(self.is_stage, members))
         scripted = [m for m in container.children() if isinstance(m, torch.jit.ScriptModule)]
         if blocks_among and scripted:
             raise ValueError(
@@ -150,15 +160,24 @@ class _Search:
             self.seen.add(member)
             if member not in self.calls:
                 self.visit_group(member)
-            elif self.is_stage(member):
-                self.descend(member)
-            elif self.can_be_off(member) and blocks_among:
+                continue
+            if self.is_stage(member):
+                self.open(member)
+                continue
+            block = self.can_be_off(member) and blocks_among and self.is_block(member, container)
+            before = self.count()
+            if staged or not block:
+                self.open(member)
+            if self.count() > before:
+                continue
+            if block:
                 self.found.blocks[self.names[member]] = member
-            else:
-                before = self.count()
-                self.descend(member)
-                if self.count() == before and self.substantial(member):
-                    self.found.left_out[self.names[member]] = member
+            elif self.substantial(member):
+                self.found.left_out[self.names[member]] = member
+
+    def is_block(self, member: nn.Module, container: nn.Module) -> bool:
+        """Whether a member of a list with blocks is one, too; a norm or an activation between or behind them is not."""
+        return self.substantial(member) or not (is_builtin(member) or isinstance(container, nn.Sequential))
 
     def visit_group(self, member: nn.Module) -> None:
         parts = set(member.modules())
@@ -175,7 +194,7 @@ class _Search:
         """Whether nearly all of a list's member is a list of blocks in turn."""
         size = _size(member)
         for part in member.modules():
-            if part is member or not isinstance(part, nn.ModuleList | nn.Sequential):
+            if not isinstance(part, nn.ModuleList | nn.Sequential):
                 continue
             inner = [m for m in part if self.can_be_off(m) and self.substantial(m)]
             alike = len(inner) > 1 and len({type(m) for m in inner}) == 1
@@ -196,8 +215,9 @@ class _Search:
 def find(model: nn.Module, calls: Sequence[Call]) -> Found:
     """Blocks and groups of a model by the calls of one forward, in the order of their first calls."""
     found = Found()
-    for builtin in (False, True):  # lists of bare Linears only where there is nothing else
-        search = _Search(model, calls, builtin)
+    # Lists of bare Linears, or of modules without weights, only where there is nothing else.
+    for substantial in (is_substantial, has_matrix, lambda module: not is_builtin(module)):
+        search = _Search(model, calls, substantial)
         search.descend(model)
         search.add_singles()
         found = search.found
@@ -218,7 +238,7 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
     chosen = [block_list] if isinstance(block_list, str) else list(block_list)
     modules = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
     lists = {name: m for name, m in modules.items() if isinstance(m, LISTS) and name and len(m)}
-    search = _Search(model, calls, True)
+    search = _Search(model, calls, has_matrix)
     found = search.found
     taken: set[nn.Module] = set()
     for name in chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set)
+LARGEST = 2**26  # bytes of a tensor that is kept to be put back; larger ones are packed weights
 
 
 def refuse_caches(model: nn.Module) -> None:
@@ -51,8 +53,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
                 vars(module)["forward"] = original
         for module, name, child in wrapped:
             module._modules[name] = child._modules["_orig_mod"]
-        # Compiled functions that a forward calls. Outside of a compiled region, as a probe is.
-        with torch.compiler.set_stance("force_eager"):
+        # Compiled functions that a forward calls; importing Dynamo, where nothing is compiled, would take a second.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        with eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -69,7 +72,9 @@ class _Snapshot:
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[Tensor, int, Tensor]] = {}
         for attributes in self._attributes:
-            for value in attributes.values():
+            for name, value in attributes.items():
+                if name == "_parameters":
+                    continue  # of hooks that gather sharded or offloaded weights
                 if isinstance(value, CONTAINERS):
                     self._contents.append((value, value.copy()))
                     parts = value.values() if isinstance(value, dict) else value
@@ -78,7 +83,9 @@ class _Snapshot:
                 self._keep(value)
 
     def _keep(self, value: Any) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_inference():
+            return
+        if value.nbytes <= LARGEST:
             self._tensors[id(value)] = value, value._version, value.detach().clone()
 
     def restore(self) -> None:

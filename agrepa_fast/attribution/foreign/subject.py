@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .inputs import Inputs
 from .register import Adapter
@@ -25,6 +26,8 @@ class Subject:
     ) -> None:
         self.model, self.adapter, self.kind = model, adapter, type(model).__name__
         args, kwargs = arguments(inputs)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            raise TypeError("inputs: expected at least one tensor with the samples first")
         self.inputs = Inputs(args, kwargs, bound(model, args, kwargs), batched)
 
     def forward(self, rows: Tensor, repeats: int = 1, replace: Mapping[str, Any] | None = None) -> Tensor:

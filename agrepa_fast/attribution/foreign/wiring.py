@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Site:
         chained: whether a later module of its class takes its results as they are.
         aside: whether it reads the noisy state and returns another one, as a branch for control signals does.
         adds: whether the forward adds the results to the state: then zeros, not the arguments, switch it off.
+        unclear: why its state is not known, where it is not.
         whole: template of the result (spec and leaves without tensors) where every tensor of it is state.
     """
 
@@ -44,6 +46,7 @@ class Site:
     adds: bool = False
     merges: bool = False
     aside: bool = False
+    unclear: str = ""
     whole: tuple[TreeSpec, list[Any]] | None = None
 
     def off(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -99,9 +102,8 @@ class Watcher:
         self.calls: list[Call] = []
         self.moved: dict[tuple[int, int], list[str]] = {}  # of each call, the arguments that depend on the noise
         self.argument_dims: dict[tuple[int, int], dict[str, int]] = {}
-        self.joining: set[str] = (
-            set()
-        )  # names of sites without the noise whose results are in a later block's arguments
+        # Names of sites without the noise whose results are in the arguments of one with it.
+        self.joining: set[str] = set()
         self._aside: dict[str, Tensor] = {}
         self._before: dict[type[nn.Module], tuple[Call, dict[str, Any], dict[str, Any]]] = {}
         self._links: dict[tuple[int, int], dict[str, str]] = {}
@@ -190,14 +192,16 @@ class Watcher:
             ]
             places = [p for p in places if p in moved] or places
             if len(places) > 1 and len(tensors) > 1:
-                raise ValueError(
+                site.unclear = (
                     f"{site.name} returns {len(tensors)} tensors and result {j} fits {len(places)} of its arguments: "
                     "wrap the block in a module with one state"
                 )
             if places:
                 state[j] = places[0]
         site.state = site.state or state
-        site.aside |= bool(moved) and moved[0] in constant and moved[0] not in state.values()
+        # What comes first is what a block works on: a decoder's layer takes its state and then the encoder's.
+        leading = [p for p in call.arguments if p in state.values() or (p in moved and p in constant)]
+        site.aside |= bool(leading) and leading[0] not in state.values()
         if site.whole is not None:
             template = site.whole[1]
             opaque = any(leaf is not None and not isinstance(leaf, int | float | bool | str) for leaf in template)
@@ -213,11 +217,10 @@ def _moved(leaf: Tensor, dim: int) -> bool:
     if not leaf.is_floating_point():
         return False
     parts = leaf.unflatten(dim, (4, -1)).movedim(dim, 0)
-    first, disturbed, again = (parts[i].double() for i in (FIRST, DISTURBED, AGAIN))
-    rounding = (again - first).square().sum().sqrt()
-    return bool(
-        (disturbed - first).square().sum().sqrt() > 8 * rounding + 4 * torch.finfo(leaf.dtype).eps * first.norm()
-    )
+    wide = torch.promote_types(leaf.dtype, torch.float32)
+    norm = partial(torch.linalg.vector_norm, dtype=wide)
+    rounding = 8 * norm(parts[AGAIN] - parts[FIRST]) + 4 * torch.finfo(leaf.dtype).eps * norm(parts[FIRST])
+    return bool(norm(parts[DISTURBED] - parts[FIRST]) > rounding)
 
 
 class Zeroing:

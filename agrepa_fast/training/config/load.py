@@ -20,8 +20,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a preset or a YAML file, changed by `section.field=value` (values are YAML).
 
     A YAML file may start from a preset with `preset: NAME`; fields that it does not name keep their defaults. Checks
-    that
-    concern several fields run after all changes, so the order of the changes does not matter.
+    that concern several fields run after all changes, so the order of the changes does not matter.
 
     Raises:
         UserError: an unknown preset, file, section or field, or a value that does not fit, by name.

@@ -69,9 +69,9 @@ class RunConfig(Section, name=""):
                 f"got {seconds:g}"
             )
         if self.max_frames > MOST_FRAMES:
-            most = math.floor(MOST_FRAMES / mel.frame_rate * 1e4) / 1e4
+            limit = math.floor(MOST_FRAMES / mel.frame_rate * 1e4) / 1e4
             raise UserError(
-                f"data.max_seconds: expected at most {most} ({MOST_FRAMES:,} frames of {grid}), got {seconds:g}"
+                f"data.max_seconds: expected at most {limit} ({MOST_FRAMES:,} frames of {grid}), got {seconds:g}"
             )
 
     def _check_alignment(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from agrepa_fast import attribute_layers
+from agrepa_fast import LayerScores, LayerSelection, attribute_layers, select_layers
 from agrepa_fast.attribution.foreign import register
 from agrepa_fast.attribution.foreign.register import Adapter, register_adapter
+from agrepa_fast.attribution.pictures import plot_scores
+from agrepa_fast.attribution.scores import read_scores
 
 from .models import DEPTH, FRAMES, WIDTH, Chain, build, draw
 
@@ -429,3 +433,107 @@ def test_adapters_are_checked_where_they_are_registered():
         register_adapter(build(Chain), Adapter())
     with pytest.raises(TypeError, match="expected an Adapter, got str"):
         register_adapter(Chain, "blocks")
+
+
+class Nested(Base):
+    """As a Swin: stages of several blocks, one of a single block, with a norm behind them in the same list."""
+
+    def build(self):
+        stages = [nn.Sequential(Plain(), Plain()), nn.Sequential(Plain()), nn.LayerNorm(WIDTH)]
+        self.features = nn.Sequential(*stages)
+
+    def body(self, h):
+        return self.features(h)
+
+
+def test_blocks_of_stages_are_scored_each():
+    equals_loop(build(Nested), draw(), ["features.0.0", "features.0.1", "features.1.0"], returns_input)
+
+
+class Crossing(Base):
+    """An encoder that the noisy state goes through, and a decoder of learned queries that reads it."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Plain()
+
+        def forward(self, x, memory):
+            return self.inner(x) + memory.mean(1, keepdim=True).sin()
+
+    def build(self):
+        self.encoder = nn.ModuleList([Plain(), Plain()])
+        self.decoder = nn.ModuleList([self.Layer(), self.Layer()])
+        self.queries = nn.Parameter(torch.zeros(4, WIDTH))
+
+    def body(self, h):
+        for block in self.encoder:
+            h = block(h)
+        x = self.queries.expand(len(h), -1, -1)
+        for layer in self.decoder:
+            x = layer(x, h)
+        return x
+
+
+def test_a_decoder_that_reads_the_state_is_scored():
+    names = ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
+    equals_loop(build(Crossing), draw(), names, returns_input)
+
+
+class Controlled(Base):
+    """As Wan VACE: blocks that read the state, keep one of their own and return a hint that the forward adds."""
+
+    class Control(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.hint = Plain(), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, h, control):
+            control = self.inner(control + h)
+            return self.hint(control), control
+
+    def build(self):
+        self.controls = nn.ModuleList([self.Control(), self.Control(), self.Control()])
+        self.blocks = nn.ModuleList([Plain(), Plain(), Plain()])
+
+    def body(self, h):
+        control, hints = torch.zeros_like(h), []
+        for block in self.controls:
+            hint, control = block(h, control)
+            hints.append(hint)
+        for block, hint in zip(self.blocks, hints):
+            h = block(h) + hint
+        return h
+
+
+def test_a_branch_for_control_signals_is_named():
+    with pytest.warns(UserWarning, match=r"also passes through controls\.0, .*controls\.2, which are not scored"):
+        equals_loop(build(Controlled), draw(), ["blocks.0", "blocks.1", "blocks.2"], returns_input)
+
+
+def test_names_go_into_tables_files_pictures_and_selections(tmp_path):
+    model = build(Concatenated)
+    scores = attribute_layers(model, draw())
+    assert all(name in scores.table() for name in STREAMS)
+    scores.to_csv(tmp_path / "scores.csv")
+    assert read_scores(tmp_path / "scores.csv").names == scores.names
+    again = LayerScores.from_state(json.loads(json.dumps(scores.state())))
+    assert (again.names, again.engine) == (scores.names, "prefix")
+    selection = select_layers(scores, k=2)
+    assert selection.names == tuple(scores.names[layer] for layer in selection.layers)
+    selection.to_json(tmp_path / "selection.json")
+    read = LayerSelection.from_json(tmp_path / "selection.json")
+    assert read == selection
+    assert list(read.modules(model).values()) == [model.get_submodule(name) for name in selection.names]
+    with pytest.raises(ValueError, match=f"selection: AddedOutside has no module '{selection.names[0]}'"):
+        read.modules(build(AddedOutside))
+    with pytest.raises(ValueError, match="it has no names"):
+        LayerSelection.uniform([0]).modules(model)
+    ticks = [tick.get_text() for tick in plot_scores(scores, selection).axes[0].get_xticklabels()]
+    assert ticks == STREAMS
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", ""], "ab", [1, 2]])
+def test_names_of_a_selection_must_fit_its_layers(names):
+    with pytest.raises(ValueError, match="names: expected one name for each of 2 layers"):
+        LayerSelection.from_state({"layers": [0, 1], "weights": [0.5, 0.5], "names": names})
