@@ -54,8 +54,9 @@ class ProbePlan:
             raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum!r}")
         if not self.margin >= 0:
             raise ValueError(f"margin: expected a number of at least 0, got {self.margin!r}")
-        if self.options.get("metric", METRICS[0]) not in METRICS:
-            raise ValueError(f"options: metric: expected one of {', '.join(METRICS)}, got {self.options['metric']!r}")
+        metric = self.options.get("metric", METRICS[0])
+        if not callable(metric) and metric not in METRICS:
+            raise ValueError(f"options: metric: expected one of {', '.join(METRICS)}, got {metric!r}")
 
 
 class LayerChoice:
