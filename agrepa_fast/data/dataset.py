@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .audio import check_minimum, read_audio, read_header, resampled_length
+from .features import FeatureSource, Frames
 from .manifest import Clip
 from .mel import LogMel, MelConfig
 from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
@@ -43,6 +44,7 @@ class Sample(TypedDict):
     clip: Clip
     index: int
     start: int  # of the crop, in mel frames of the clip
+    features: dict[str, Frames | None]  # {teacher: extracted features of the crop}, for each of the set's sources
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class ClipDataset:
     to the name its clips use ("text" when not given). A clip without a token file uses the bytes of its text,
     which only a `(256,)` vocabulary can hold. prompt_share: the reference prefix is a share of the crop
     drawn uniformly from this range. domains: the names and order that `Batch.domain` counts in; give the
-    training set's to a validation set (default: those of the clips, sorted).
+    training set's to a validation set (default: those of the clips, sorted). sounds: digests of the clips' sounds,
+    by which extracted features are found. `sources` ({teacher: where its extracted features are}) is empty at first;
+    what is set there comes with every sample.
 
     A cropped clip keeps the part of its tokens that the crop spans: of S tokens over L frames, a crop from
     frame a to b keeps tokens floor(S a / L) to ceil(S b / L), so tokens stretched over the crop stay
@@ -78,6 +82,7 @@ class ClipDataset:
         vocabulary_of: Mapping[str, str] | None = None,
         prompt_share: tuple[float, float] = (0.0, 0.5),
         domains: Sequence[str] | None = None,
+        sounds: Mapping[Path, int] | None = None,
         cache: bool = True,
     ) -> None:
         if not clips:
@@ -100,6 +105,8 @@ class ClipDataset:
         self._vocabulary_of = {domain: (vocabulary_of or {}).get(domain, "text") for domain in self.domains}
         for clip in self.clips:
             self._check_vocabulary(clip)
+        self.sounds = dict(sounds or {})
+        self.sources: dict[str, FeatureSource] = {}
         self._log_mel = LogMel(mel_config)
         self._samples: dict[Path, int] = {}
         self._token_counts: dict[Clip, int] = {}
@@ -117,10 +124,19 @@ class ClipDataset:
 
         Reads the header of every file that `check` has not already read; UserError for one that cannot be read.
         """
-        for clip in self.clips:
-            if clip.path not in self._samples:
-                self._samples[clip.path] = self._measure(clip.path)
-        return [min(self.mel_config.frames(self._samples[clip.path]), self.max_frames) for clip in self.clips]
+        return [min(self.mel_config.frames(self.samples_of(clip)), self.max_frames) for clip in self.clips]
+
+    def samples_of(self, clip: Clip) -> int:
+        """Samples of a whole clip at the rate of the mels."""
+        if clip.path not in self._samples:
+            self._samples[clip.path] = self._measure(clip.path)
+        return self._samples[clip.path]
+
+    def drop(self, reasons: Mapping[Clip, str]) -> list[Skipped]:
+        """Take clips out of the set; returns them as skipped, for these reasons."""
+        skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
+        self.clips = [clip for clip in self.clips if clip not in reasons]
+        return skipped
 
     @property
     def token_lengths(self) -> list[int]:
@@ -157,23 +173,18 @@ class ClipDataset:
             for clip, waveform in zip(fine, waveforms):
                 if isinstance(waveform, Tensor):
                     self._keep(clip.path, waveform)
-        skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
-        if len(skipped) > max_share * len(self.clips) or len(skipped) == len(self.clips):
-            first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
-            more = ", ..." if len(skipped) > 3 else ""
-            raise UserError(
-                f"{len(skipped)} of {len(self.clips)} clips cannot be read, "
-                f"at most {max_share:.0%} may be: {first}{more}"
-            )
-        self.clips = [clip for clip in self.clips if clip not in reasons]
+        total = len(self.clips)
+        skipped = self.drop(reasons)
+        check_share(skipped, total, max_share, "cannot be read")
         return skipped
 
     def readable(self, index: int) -> bool:
-        """Whether the sound of clip `index` can be decoded; a warning names it the first time that it cannot."""
+        """Whether clip `index` can be decoded and has its features; a warning names it the first time if not."""
         clip = self.clips[index]
         if clip.path not in self._unreadable:
             try:
                 self._waveform(clip.path)
+                self._features(clip, 0.0, 0.0)
             except UserError as error:
                 self._unreadable.add(clip.path)
                 _log.warning("%s: %s; another clip stands in", clip.source, error)
@@ -182,7 +193,7 @@ class ClipDataset:
     def item(self, index: int, generator: torch.Generator) -> Sample:
         """The sample of clip `index`; `generator` decides the crop and the prompt length.
 
-        UserError when the clip or its tokens cannot be read.
+        UserError when the clip, its tokens or its features cannot be read.
         """
         clip = self.clips[index]
         waveform = self._waveform(clip.path)
@@ -208,7 +219,14 @@ class ClipDataset:
             "clip": clip,
             "index": index,
             "start": start,
+            "features": self._features(
+                clip, start / self.mel_config.frame_rate, waveform.shape[0] / self.mel_config.sample_rate
+            ),
         }
+
+    def _features(self, clip: Clip, start: float, seconds: float) -> dict[str, Frames | None]:
+        sound = self.sounds.get(clip.path)
+        return {name: source.read(clip, sound, start, seconds) for name, source in self.sources.items()}
 
     def _check_vocabulary(self, clip: Clip) -> None:
         if clip.domain not in self._vocabulary_of:
@@ -317,6 +335,14 @@ class ClipDataset:
             return
         self._cache[path] = waveform
         self._cached_bytes += size
+
+
+def check_share(skipped: Sequence[Skipped], total: int, max_share: float, what: str) -> None:
+    """UserError when more than `max_share` of `total` clips, or all of them, are skipped; `what` says why."""
+    if len(skipped) > max_share * total or len(skipped) == total:
+        first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        raise UserError(f"{len(skipped)} of {total} clips {what}, at most {max_share:.0%} may be: {first}{more}")
 
 
 def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str]:

@@ -6,6 +6,7 @@ Audio [B, n] -> one hidden state [B, T', width]; T' counts only the frames that 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Teacher
+from .base import LayeredTeacher
 
 # Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
 WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
@@ -24,7 +25,7 @@ SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TransformersTeacher(Teacher):
+class TransformersTeacher(LayeredTeacher):
     """A frozen audio encoder of the transformers library.
 
     - Whisper sees the window it was trained on (30 s, the rest silence); of its output the
@@ -78,43 +79,48 @@ class TransformersTeacher(Teacher):
         model = model.base_model
         if config.model_type == "whisper":
             model = getattr(model, "encoder", model)
-        if layer is not None and not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-            raise UserError(
-                f"teacher {name!r}: layer {layer} does not exist; "
-                f"hidden states are numbered 0 to {config.num_hidden_layers}"
-            )
         extractor = _extractor(source, revision, config)
         stride = _stride(config, extractor)
         width = config.d_model if config.model_type == "whisper" else config.hidden_size
         rate = extractor.sampling_rate
-        super().__init__(name, width=width, rate=rate / stride, sample_rate=rate)
-        self.layer = layer
+        super().__init__(
+            name,
+            layers=config.num_hidden_layers,
+            layer=layer,
+            width=width,
+            rate=rate / stride,
+            sample_rate=rate,
+            longest=_longest(config, stride, rate),
+        )
         self.stride = stride
         self.extractor = extractor
         self.model = model if dtype is None else model.to(dtype)
         self.freeze()
 
-    def encode(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Teacher.encode`. UserError for a clip longer than the window of Whisper or AST."""
+    def encode_states(self, audio: Tensor, lengths: Tensor, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """See `LayeredTeacher`. UserError for a clip longer than the window of Whisper or AST."""
         counts = lengths.tolist()
         clips = [clip[:count].cpu().numpy() for clip, count in zip(audio, counts)]
         kind = self.model.config.model_type
         if kind == "whisper":
-            return self._whisper(clips, audio.device)
+            return self._whisper(clips, audio.device, layers)
         if kind == "audio-spectrogram-transformer":
-            return self._ast(clips, audio.device)
-        return self._waveform(clips, audio.device)
+            return self._ast(clips, audio.device, layers)
+        return self._waveform(clips, audio.device, layers)
 
-    def _hidden(self, inputs: Tensor, **masks: Tensor) -> Tensor:
-        """One hidden state [B, N, width] for the encoder's own input."""
+    def _hidden(self, inputs: Tensor, layers: Sequence[int | None], **masks: Tensor) -> Tensor:
+        """Hidden states beside each other, [B, N, layers * width], for the encoder's own input."""
         inputs = inputs.to(next(self.model.parameters()).dtype)
-        if self.layer is None:
-            return self.model(inputs, **masks).last_hidden_state
-        return self.model(inputs, output_hidden_states=True, **masks).hidden_states[self.layer]
+        if all(layer is None for layer in layers):
+            last = self.model(inputs, **masks).last_hidden_state
+            return torch.cat([last] * len(layers), -1)
+        output = self.model(inputs, output_hidden_states=True, **masks)
+        states = [output.last_hidden_state if layer is None else output.hidden_states[layer] for layer in layers]
+        return torch.cat(states, -1)
 
-    def _whisper(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _whisper(self, clips: list, device: torch.device, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        self._refuse_longer(clips)
         window = self.model.config.max_source_positions * self.stride
-        self._refuse_longer(clips, window)
         inputs = self.extractor(
             clips,
             sampling_rate=self.sample_rate,
@@ -123,14 +129,14 @@ class TransformersTeacher(Teacher):
             device=str(device),
         )
         return self._carrying_audio(
-            self._hidden(inputs.input_features.to(device)), [-(-len(clip) // self.stride) for clip in clips]
+            self._hidden(inputs.input_features.to(device), layers), [-(-len(clip) // self.stride) for clip in clips]
         )
 
-    def _ast(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _ast(self, clips: list, device: torch.device, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         config = self.model.config
         # Kaldi filter banks: whole windows of 25 ms only, every 10 ms.
         hop, span = self.sample_rate // 100, self.sample_rate // 40
-        self._refuse_longer(clips, (config.max_length - 1) * hop + span)
+        self._refuse_longer(clips)
         banks = [max(0, (len(clip) - span) // hop + 1) for clip in clips]
         silence = torch.zeros(span).numpy()
         inputs = self.extractor(
@@ -138,17 +144,17 @@ class TransformersTeacher(Teacher):
             sampling_rate=self.sample_rate,
             return_tensors="pt",
         )
-        tokens = self._hidden(inputs.input_values.to(device))
+        tokens = self._hidden(inputs.input_values.to(device), layers)
         bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         patches = tokens[:, 2:]  # after the class and the distillation token
         grid = patches.unflatten(1, (bands, patches.shape[1] // bands))
         return self._carrying_audio(grid.float().mean(1), [-(-bank // config.time_stride) for bank in banks])
 
-    def _waveform(self, clips: list, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _waveform(self, clips: list, device: torch.device, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         config = self.model.config
         counts = [self._frames(len(clip)) for clip in clips]
         frames = max(1, *counts)
-        features = torch.zeros(len(clips), frames, self.width, device=device)
+        features = torch.zeros(len(clips), frames, len(layers) * self.width, device=device)
         carrying = [index for index, count in enumerate(counts) if count > 0]
         batched = (
             config.model_type in MASKED
@@ -164,7 +170,7 @@ class TransformersTeacher(Teacher):
                 return_tensors="pt",
             )
             masks = {"attention_mask": inputs.attention_mask.to(device)} if batched else {}
-            hidden = self._hidden(inputs.input_values.to(device), **masks).float()
+            hidden = self._hidden(inputs.input_values.to(device), layers, **masks).float()
             features[group, : hidden.shape[1]] = hidden
         return self._carrying_audio(features, counts)
 
@@ -180,11 +186,11 @@ class TransformersTeacher(Teacher):
         index = torch.arange(frames, device=features.device)
         return features[:, :frames], index < torch.tensor(counts, device=features.device).unsqueeze(1)
 
-    def _refuse_longer(self, clips: list, window: int) -> None:
+    def _refuse_longer(self, clips: list) -> None:
         longest = max(len(clip) for clip in clips)
-        if longest > window:
+        if self.longest is not None and longest > round(self.longest * self.sample_rate):
             raise UserError(
-                f"teacher {self.name!r} hears at most {window / self.sample_rate:g} s, a clip has "
+                f"teacher {self.name!r} hears at most {self.longest:g} s, a clip has "
                 f"{longest / self.sample_rate:g} s: crop the clips or choose another teacher"
             )
 
@@ -282,3 +288,12 @@ def _stride(config: Any, extractor: Any) -> int:
     for step in config.conv_stride:
         stride *= step
     return stride
+
+
+def _longest(config: Any, stride: int, rate: int) -> float | None:
+    """Seconds of the longest clip that the model takes."""
+    if config.model_type == "whisper":
+        return config.max_source_positions * stride / rate
+    if config.model_type == "audio-spectrogram-transformer":
+        return ((config.max_length - 1) * (rate // 100) + rate // 40) / rate
+    return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .base import Teacher
+from .base import LayeredTeacher, Teacher
 
 
 def _spectral() -> Teacher:
@@ -59,6 +59,24 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
         options = {"model": str(folder) if folder.is_dir() else name, **options}
     _check_options(name, factory, options)
     return factory(**options).freeze()
+
+
+def build_teachers(wanted: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Teacher]:
+    """Teachers by name from {name: (source, options)}. Those that differ in `layer` alone share one encoder.
+
+    Raises:
+        UserError: as `build_teacher`.
+    """
+    teachers: dict[str, Teacher] = {}
+    shared: dict[str, Teacher] = {}
+    for name, (source, options) in wanted.items():
+        rest = {option: value for option, value in options.items() if option != "layer"}
+        one = shared.get(same := repr((source, sorted(rest.items()))))
+        if one is not None and isinstance(one, LayeredTeacher):
+            teachers[name] = one.at_layer(options.get("layer"))
+        else:
+            teachers[name] = shared[same] = build_teacher(source, **options)
+    return teachers
 
 
 def _is_hub_name(name: str) -> bool:

@@ -154,7 +154,7 @@ def load_data(
     if not split.valid:
         raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
     data = RunData(train, _dataset(split.valid, config, domains, skipped), skipped, split)
-    _same_on_all_ranks(data)
+    check_ranks(data)
     return data
 
 
@@ -190,13 +190,14 @@ def _dataset(
         vocabulary_of=config.data.vocabulary_of,
         prompt_share=config.data.prompt_share,
         domains=domains,
+        sounds={known.clip.path: known.identity.sound for known in clips},
     )
     memory = verdict_file(clip.path for clip in dataset.clips)
     skipped.extend(dataset.check(config.data.unreadable_share, memory=memory, progress=rank() == 0))
     return dataset
 
 
-def _same_on_all_ranks(data: RunData) -> None:
+def check_ranks(data: RunData) -> None:
     """Ranks with other clips would train on other batches than the plan says, and end at other steps.
 
     Raises:
@@ -238,13 +239,13 @@ def fixed_batches(
         by_bucket[min(bucket for bucket in config.bucket_frames if bucket >= length)].append(sample)
     if one_shape:
         samples = [sample for bucket in sorted(by_bucket) for sample in by_bucket[bucket]]
-        return [collate(samples, max(by_bucket), dataset.domains, dataset.mel_config)]
+        return [collate(samples, max(by_bucket), dataset.domains, dataset.mel_config, sources=dataset.sources)]
     batches = []
     for frames in sorted(by_bucket):
         size = max(1, config.data.frames_per_batch // frames)
         samples = by_bucket[frames]
         batches += [
-            collate(samples[i : i + size], frames, dataset.domains, dataset.mel_config)
+            collate(samples[i : i + size], frames, dataset.domains, dataset.mel_config, sources=dataset.sources)
             for i in range(0, len(samples), size)
         ]
     return batches

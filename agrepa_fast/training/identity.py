@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +110,31 @@ def _content(known: Known, contents: dict[int, bytes]) -> bytes:
     """SHA-256 of the whole file."""
     place = known.identity.place
     if place not in contents:
-        with open(known.clip.path, "rb") as file:
-            contents[place] = hashlib.file_digest(file, "sha256").digest()
+        contents[place] = _sha256(known.clip.path)
     return contents[place]
+
+
+def colliding(sounds: Mapping[Path, int]) -> dict[Path, Path]:
+    """Files of the same digest whose contents differ: {file: the first file with its digest}.
+
+    sounds: {file: its `file_digest`}. Files that are alone with their digest are not read.
+    """
+    groups: dict[int, list[Path]] = defaultdict(list)
+    for path, sound in sounds.items():
+        groups[sound].append(path)
+    found = {}
+    for paths in groups.values():
+        first = paths[0]
+        others = {path for path in paths[1:] if not (first.exists() and path.exists() and path.samefile(first))}
+        if others:
+            contents = {path: _sha256(path) for path in (first, *others)}
+            found.update({path: first for path in others if contents[path] != contents[first]})
+    return found
+
+
+def _sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def held_out(clips: Sequence[Known], share: float) -> set[int]:

@@ -44,6 +44,7 @@ class DataConfig(Section, name="data"):
     )
     unreadable_share: Annotated[float, between(0, 1), "more unreadable files than this share stop the run"] = 0.05
     allow_outside: Annotated[bool, "a manifest may name files outside its folder"] = False
+    features: Annotated[str, "folder of what `agrepa extract` writes; empty: features in train.out"] = ""
     workers: Annotated[int, between(0, 128), "processes that read ahead; 0: the training process reads"] = 0
 
     def check(self) -> None:
