@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .audio import check_minimum, read_audio, read_header, resampled_length
 from .features import FeatureSource, Frames
 from .manifest import Clip
 from .mel import LogMel, MelConfig
-from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
+from .tokens import BYTE_VOCABULARY, check_range, encode_text, read_tokens
 from .verdicts import Verdicts
 
 # Decoded waveforms and mels of whole clips kept in memory, per process: 1 GiB is 3 hours of sound at 24 kHz.
@@ -56,6 +56,14 @@ class Skipped:
     reason: str
 
 
+class TokenSource(Protocol):
+    """Where extracted tokens of clips are read from."""
+
+    def read(self, clip: Clip, sound: int | None) -> Tensor:
+        """[S, K] int64; `sound` is the digest of the clip's sound. UserError: the clip has none."""
+        ...
+
+
 class ClipDataset:
     """Clips as samples: a random crop of at most `max_frames` frames, its mel, tokens and prompt length.
 
@@ -64,7 +72,8 @@ class ClipDataset:
     which only a `(256,)` vocabulary can hold. prompt_share: the reference prefix is a share of the crop
     drawn uniformly from this range. domains: the names and order that `Batch.domain` counts in; give the
     training set's to a validation set (default: those of the clips, sorted). sounds: digests of the clips' sounds,
-    by which extracted features are found. `sources` ({teacher: where its extracted features are}) is empty at first;
+    by which extracted features are found; tokens: domain to the extracted tokens of its clips without a token file.
+    `sources` ({teacher: where its extracted features are}) is empty at first;
     what is set there comes with every sample.
 
     A cropped clip keeps the part of its tokens that the crop spans: of S tokens over L frames, a crop from
@@ -83,6 +92,7 @@ class ClipDataset:
         prompt_share: tuple[float, float] = (0.0, 0.5),
         domains: Sequence[str] | None = None,
         sounds: Mapping[Path, int] | None = None,
+        tokens: Mapping[str, TokenSource] | None = None,
         cache: bool = True,
     ) -> None:
         if not clips:
@@ -102,6 +112,7 @@ class ClipDataset:
         self.domains = tuple(sorted({clip.domain for clip in clips})) if domains is None else tuple(domains)
         if len({len(streams) for streams in self.vocabularies.values()}) != 1:
             raise ValueError(f"all vocabularies need the same number of streams, got {self.vocabularies}")
+        self._extracted_tokens = dict(tokens or {})
         self._vocabulary_of = {domain: (vocabulary_of or {}).get(domain, "text") for domain in self.domains}
         for clip in self.clips:
             self._check_vocabulary(clip)
@@ -239,6 +250,8 @@ class ClipDataset:
                 f"{clip.source}: domain {clip.domain!r} needs the vocabulary {name!r}, known are {known}: "
                 "say which vocabulary each domain uses"
             )
+        if clip.domain in self._extracted_tokens:
+            return
         if clip.tokens is None and self.vocabularies[name] != (BYTE_VOCABULARY,):
             raise UserError(
                 f"{clip.source}: {clip.path.name} has no token file, and the vocabulary {name!r} "
@@ -253,7 +266,13 @@ class ClipDataset:
             text = encode_text(clip.text)
         except UserError as error:
             raise UserError(f"{clip.path}: {error}") from error
-        tokens = text if clip.tokens is None else read_tokens(clip.tokens, self.vocabularies[name])
+        if clip.tokens is not None:
+            tokens = read_tokens(clip.tokens, self.vocabularies[name])
+        elif clip.domain in self._extracted_tokens:
+            tokens = self._extracted_tokens[clip.domain].read(clip, self.sounds.get(clip.path))
+            check_range(clip.path, tokens.numpy(), self.vocabularies[name])
+        else:
+            tokens = text
         self._token_counts[clip] = tokens.shape[0]
         return tokens, number
 

@@ -29,6 +29,8 @@ class Teacher(nn.Module):
         longest: seconds of the longest clip that it takes; None: any length.
     """
 
+    grain: int = 1  # frames that come out together: pieces of a recording hold a multiple of it
+
     def __init__(self, name: str, *, width: int, rate: float, sample_rate: int, longest: float | None = None) -> None:
         super().__init__()
         self.name = name
@@ -155,6 +157,16 @@ class LayeredTeacher(Teacher):
         layers = [teacher.layer for teacher in teachers if isinstance(teacher, LayeredTeacher)]
         features, mask = self.encode_states(audio, lengths, layers)
         return [(part, mask) for part in features.split(self.width, -1)]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of an option. UserError where there is none of that name."""
+    if name not in DTYPES:
+        raise UserError(f"teacher dtype {name!r}: choose {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def check_layer(name: str, layer: int | None, count: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import LayeredTeacher
+from .base import LayeredTeacher, torch_dtype
 
 # Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
 WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
@@ -22,7 +22,6 @@ WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2v
 # (data2vec-audio normalises between its stacked positional convolutions, which reads the padding.)
 MASKED = ("wav2vec2", "hubert", "wavlm")
 SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TransformersTeacher(LayeredTeacher):
@@ -64,9 +63,7 @@ class TransformersTeacher(LayeredTeacher):
         dtype: str | torch.dtype | None = None,
     ) -> None:
         if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise UserError(f"teacher dtype {dtype!r}: choose {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
+            dtype = torch_dtype(dtype)
         if revision is not None and (not isinstance(model, str) or Path(model).is_dir()):
             raise UserError(f"teacher revision {revision!r}: only a model named on the hub has revisions")
         source: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -33,7 +34,7 @@ def encode_clips(
     """The features of whole clips, however long: {name: [[frames, W] float32 on the CPU for each clip]}.
 
     A clip longer than what the teacher takes (PIECE_SECONDS where that is any length) is encoded in pieces. Each
-    piece is given one frame more of sound than is kept of it: encoders whose frames overlap need it.
+    piece is given a little more sound than is kept of it, at least a frame: encoders whose frames overlap need it.
 
     Args:
         teachers: with one encoder in common, or a single one. clips: [n] float32 each.
@@ -64,8 +65,8 @@ def encode_clips(
 def _piece(teacher: Teacher, sample_rate: int) -> tuple[int, int]:
     """Samples from one piece to the next, a whole number of the teacher's frames, and samples of a piece."""
     frame = Fraction(sample_rate) / Fraction(teacher.rate).limit_denominator(1_000_000)
-    # The fewest frames that are a whole number of samples.
-    unit = frame.denominator
+    # The fewest frames that are a whole number of samples and come out together.
+    unit = math.lcm(frame.denominator, teacher.grain)
     longest = teacher.longest or PIECE_SECONDS
     count = int(longest * sample_rate / frame / unit) * unit - unit
     if count < unit:

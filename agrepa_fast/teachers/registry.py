@@ -39,9 +39,9 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
     """Build a frozen teacher.
 
     Args:
-        name_or_path: a registered name ("spectral", or yours), the folder of a transformers model, or the
-            name of one on the hub ("openai/whisper-large-v3"). A registered name wins over a folder of that
-            name.
+        name_or_path: a registered name ("spectral", or yours), the folder of a transformers model, the name of
+            one on the hub ("openai/whisper-large-v3"), or a BEATs checkpoint (.pt). A registered name wins over a
+            folder of that name.
         options: handed to the teacher; for transformers models `layer`, `revision` and `dtype`.
 
     Raises:
@@ -50,13 +50,18 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
     name = str(name_or_path)
     factory = _FACTORIES.get(name)
     if factory is None:
-        folder = Path(name).expanduser()
-        if not folder.is_dir() and not _is_hub_name(name):
-            raise UserError(_unknown(name))
-        from .encoders import TransformersTeacher
+        path = Path(name).expanduser()
+        if path.suffix == ".pt":
+            from .beats import BeatsTeacher
 
-        factory = TransformersTeacher
-        options = {"model": str(folder) if folder.is_dir() else name, **options}
+            factory = BeatsTeacher
+        elif not path.is_dir() and not _is_hub_name(name):
+            raise UserError(_unknown(name))
+        else:
+            from .encoders import TransformersTeacher
+
+            factory = TransformersTeacher
+        options = {"model": str(path) if path.exists() else name, **options}
     _check_options(name, factory, options)
     return factory(**options).freeze()
 

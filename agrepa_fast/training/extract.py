@@ -37,11 +37,13 @@ from ..teachers.shards import (
     write_shard,
 )
 from ..teachers.store import Store
+from ..teachers.tokenizers import build_tokenizer, split_source
 from .clips import load_data
 from .config import RunConfig
 from .environment import pick_device
+from .extracted import feature_key, features_root, token_key, weights_digest
 from .identity import colliding
-from .teachers import alike, feature_key, features_root, weights_digest
+from .teachers import alike
 
 BATCH_SECONDS = 240.0  # of sound in one pass of a teacher, padding included
 BATCH_CLIPS = 32
@@ -81,9 +83,10 @@ class Extraction:
     """The extraction of some teachers' features of a run's clips.
 
     Args:
-        names: teachers of the run. part: (i, n), this process's shards: those whose number is i modulo n. int8: store
-            int8 with a scale for each frame, else float32. pool: store the mean of each clip's frames. verify: read the
-            shards that are there whole, and extract those again whose checksum does not fit.
+        names: teachers of the run. tokenizers: "s3", "beats", as data.tokens has them. part: (i, n), this process's
+            shards: those whose number is i modulo n. int8: store int8 with a scale for each frame, else float32.
+            pool: store the mean of each clip's frames. verify: read the shards that are there whole, and extract those
+            again whose checksum does not fit.
 
     Raises:
         UserError: an unknown teacher, a store that was made another way, clips that do not fit the configuration.
@@ -105,7 +108,7 @@ class Extraction:
             if name not in wanted:
                 raise UserError(f"--teacher {name}: the configuration has {', '.join(wanted)} (alignment.teachers)")
         self.config, self.part, self.pool = config, part, pool
-        self.int8, self.verify = int8, verify
+        self.verify = verify
         self.device = pick_device(config.train.device)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -117,28 +120,30 @@ class Extraction:
         self.pending = 0  # shards that are left to other processes
         chosen = {name: wanted[name] for name in names}
         teachers = build_teachers({name: (teacher.source, teacher.options) for name, teacher in chosen.items()})
-        self.targets = {
-            name: self._target(
-                f"--teacher {name}",
-                teachers[name].to(self.device),
-                feature_key(chosen[name], 0.0 if pool else float(teachers[name].rate)),
-                chosen[name].source,
-                chosen[name].domains,
-            )
-            for name in chosen
-        }
+        self.targets: dict[str, _Target] = {}
+        for name, teacher in teachers.items():
+            key = feature_key(chosen[name], 0.0 if pool else float(teacher.rate))
+            dtype = "int8" if int8 else "float32"
+            self.targets[name] = self._target(teacher, key, dtype, chosen[name].source, chosen[name].domains)
+        for name in tokenizers:
+            # The domains of each file with this tokenizer.
+            files: dict[str, list[str]] = {}
+            for domain, source in config.data.tokens.items():
+                if split_source(source)[0] == name:
+                    files.setdefault(source, []).append(domain)
+            if not files:
+                raise UserError(f"--tokens {name}: data.tokens has no {name}:FILE for any domain")
+            for source, domains in files.items():
+                tokenizer = build_tokenizer(source)
+                key = token_key(source, float(tokenizer.rate))
+                self.targets[source] = self._target(tokenizer, key, "int32", split_source(source)[1], domains)
 
-    def _target(self, option: str, teacher: Teacher, key: FeatureKey, source: str, domains: Sequence[str]) -> _Target:
-        info = StoreInfo(
-            key,
-            audio_rate=self.config.mel.sample_rate,
-            weights=weights_digest(source),
-            dtype="int8" if self.int8 else "float32",
-            width=teacher.width,
-        )
+    def _target(self, teacher: Teacher, key: FeatureKey, dtype: str, source: str, domains: Sequence[str]) -> _Target:
+        teacher = teacher.to(self.device)
+        info = StoreInfo(key, self.config.mel.sample_rate, weights_digest(source), dtype, teacher.width)
         sounds = {digest: s for digest, s in self.sounds.items() if not domains or s.clip.domain in domains}
         if not sounds:
-            raise UserError(f"{option}: no clip is of its domains ({', '.join(domains)})")
+            raise UserError(f"{key.teacher}: no clip is of its domains ({', '.join(domains)})")
         target = _Target(teacher, create_store(features_root(self.config), info), info, sounds)
         self._plan(target)
         return target
@@ -311,7 +316,7 @@ def run_sounds(config: RunConfig) -> tuple[dict[int, _Sound], list[Skipped]]:
     run_dir = Path(config.train.out) / config.train.name
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    data = load_data(config, run_dir)
+    data = load_data(config, run_dir, with_tokens=False)
     skipped = list(data.skipped)
     sounds: dict[int, _Sound] = {}
     same = colliding({**data.train.sounds, **data.valid.sounds})

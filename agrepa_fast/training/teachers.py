@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,14 +11,13 @@ from ..data.dataset import ClipDataset, Skipped, check_share
 from ..data.features import FeatureSource
 from ..errors import UserError
 from ..teachers.base import Teacher
-from ..teachers.cache import FeatureKey, FilesBesideAudio, feature_path
+from ..teachers.cache import FilesBesideAudio, feature_path
 from ..teachers.registry import build_teachers as build_live
 from ..teachers.shards import store_name
-from ..teachers.store import Store, StoredFeatures
+from ..teachers.store import StoredFeatures
 from .config import RunConfig, TeacherConfig
-from .identity import colliding, file_digest
-
-WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors")  # of a model's folder, what decides features
+from .extracted import feature_key, features_root, open_store
+from .identity import colliding
 
 
 def build_teachers(
@@ -72,26 +68,6 @@ def alike(path: Path, first: Path) -> str:
     return f"its beginning, middle and end are those of {first}, whose sound differs: its features cannot be told apart"
 
 
-def features_root(config: RunConfig) -> Path:
-    """The folder of the stores of a run."""
-    return Path(config.data.features or Path(config.train.out) / "features")
-
-
-def feature_key(teacher: TeacherConfig, rate: float = 0.0) -> FeatureKey:
-    """What decides the teacher's features."""
-    options = dict(teacher.options)
-    revision, layer = str(options.pop("revision", "")), str(options.pop("layer", ""))
-    return FeatureKey(teacher.source, revision, layer, json.dumps(options, sort_keys=True) if options else "", rate)
-
-
-def weights_digest(source: str) -> str:
-    """Digest of a teacher's local files; "" for a registered name or a name on the hub."""
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted({file for pattern in WEIGHTS for file in path.glob(pattern)})
-    digests = "".join(str(file_digest(file)) for file in files)
-    return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest() if files else ""
-
-
 def _extracted(name: str, teacher: TeacherConfig, config: RunConfig, first: Path) -> FeatureSource:
     """The features that this teacher, with exactly these options, has left in a store or beside the clips."""
     place = f"alignment.teachers.{name}"
@@ -102,16 +78,7 @@ def _extracted(name: str, teacher: TeacherConfig, config: RunConfig, first: Path
     if config.alignment.pool is None and existing == stores[1:]:
         raise UserError(f"{place}: its cached features are pooled; alignment.pool=null needs frames")
     if existing:
-        store = Store(existing[0])
-        for reason in store.broken.values():
-            warnings.warn(reason, stacklevel=2)
-        now = weights_digest(teacher.source)
-        if now and now != store.info.weights:
-            raise UserError(
-                f"{place}: {store.folder} was made with other weights than {teacher.source} has now: "
-                "delete it and extract again"
-            )
-        return StoredFeatures(store, teacher.domains)
+        return StoredFeatures(open_store(existing[0], teacher.source, place), teacher.domains)
     if not feature_path(first, name).exists():
         raise UserError(f"{place}: no features in {stores[0]}: run agrepa extract CONFIG --teacher {name}")
     beside = FilesBesideAudio(name, key, first, teacher.domains)
