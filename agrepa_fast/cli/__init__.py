@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ..bench.cli import main as bench  # it has commands of its own
 
             return bench(argv[1:])
-        arguments = parser().parse_args(argv)
+        arguments = _parse(argv)
         return arguments.run(arguments)
     except UserError as error:
         print(f"agrepa: error: {error}", file=sys.stderr)
@@ -43,6 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("agrepa: interrupted", file=sys.stderr)
         return 130
     return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options. Changes of the configuration (section.field=value) may stand anywhere on the line.
+
+    argparse alone takes them before the first option only."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    changes = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(arguments, "overrides")]
+    if len(changes) < len(rest):
+        whole.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in changes)}")
+    if changes:
+        arguments.overrides = [*arguments.overrides, *changes]
+    return arguments
 
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,10 +1,11 @@
-"""Teachers from transformers: Whisper, wav2vec 2.0 and its kin (HuBERT, WavLM, ...), and AST.
+"""Teachers from transformers: Whisper, wav2vec 2.0 and its kin (HuBERT, WavLM, MERT, ...), AST and CLAP.
 
 Audio [B, n] -> one hidden state [B, T', width]; T' counts only the frames that carry audio.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2v
 # Among them, those that honour an attention mask everywhere when their feature encoder has no group norm.
 # (data2vec-audio normalises between its stacked positional convolutions, which reads the padding.)
 MASKED = ("wav2vec2", "hubert", "wavlm")
-SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM)
+CLAP = ("clap", "clap_audio_model")
+SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM, *CLAP)
 
 
 class TransformersTeacher(LayeredTeacher):
@@ -32,6 +34,9 @@ class TransformersTeacher(LayeredTeacher):
     - wav2vec 2.0, HuBERT, WavLM give floor((n - 400) / 320) + 1 frames at 50 Hz; clips too short for one
       frame get none. Frame i is centred 2.5 ms after (i + 0.5) / rate. Feature encoders with group norm,
       whose statistics would include the padding, run one clip at a time; so do kin that cannot mask it.
+    - MERT, of which HuBERT's classes can load the 95M configuration, is one of these, at 24 kHz and 75 Hz.
+    - CLAP's audio tower: its last grid averaged over frequency, 3.2 Hz; a clip shorter than its window of 10 s is
+      repeated to fill it, as in its training. It has no `layer`.
     - AST's class and distillation tokens are dropped and its patches averaged over frequency: one frame per
       `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a
       frame is centred 37.5 ms after (i + 0.5) / rate.
@@ -76,6 +81,11 @@ class TransformersTeacher(LayeredTeacher):
         model = model.base_model
         if config.model_type == "whisper":
             model = getattr(model, "encoder", model)
+        if config.model_type in CLAP:
+            model = getattr(model, "audio_model", model)
+            config = model.config
+            if layer is not None:
+                raise UserError(f"teacher {name!r}: CLAP's hidden states differ in their grids: leave layer out")
         extractor = _extractor(source, revision, config)
         stride = _stride(config, extractor)
         width = config.d_model if config.model_type == "whisper" else config.hidden_size
@@ -87,7 +97,7 @@ class TransformersTeacher(LayeredTeacher):
             width=width,
             rate=rate / stride,
             sample_rate=rate,
-            longest=_longest(config, stride, rate),
+            longest=_longest(config, extractor),
         )
         self.stride = stride
         self.extractor = extractor
@@ -103,6 +113,8 @@ class TransformersTeacher(LayeredTeacher):
             return self._whisper(clips, audio.device, layers)
         if kind == "audio-spectrogram-transformer":
             return self._ast(clips, audio.device, layers)
+        if kind in CLAP:
+            return self._clap(clips, audio.device, layers)
         return self._waveform(clips, audio.device, layers)
 
     def _hidden(self, inputs: Tensor, layers: Sequence[int | None], **masks: Tensor) -> Tensor:
@@ -146,6 +158,26 @@ class TransformersTeacher(LayeredTeacher):
         patches = tokens[:, 2:]  # after the class and the distillation token
         grid = patches.unflatten(1, (bands, patches.shape[1] // bands))
         return self._carrying_audio(grid.float().mean(1), [-(-bank // config.time_stride) for bank in banks])
+
+    def _clap(self, clips: list, device: torch.device, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        self._refuse_longer(clips)
+        silence = torch.zeros(self.sample_rate // 10).numpy()
+        # A shorter clip is repeated until it fills the window, as in training.
+        inputs = self.extractor(
+            [clip if len(clip) else silence for clip in clips],
+            sampling_rate=self.sample_rate,
+            padding="repeatpad",
+            truncation="fusion" if self.model.config.enable_fusion else "rand_trunc",
+            return_tensors="pt",
+        )
+        mels = inputs.input_features.to(device, next(self.model.parameters()).dtype)
+        # No clip is longer than the window; the extractor calls a random one so.
+        longer = (
+            torch.zeros(len(clips), 1, dtype=torch.bool, device=device) if self.model.config.enable_fusion else None
+        )
+        grid = self.model(input_features=mels, is_longer=longer).last_hidden_state  # [B, width, bands, T']
+        frames = grid.float().mean(2).transpose(1, 2)
+        return self._carrying_audio(frames.repeat(1, 1, len(layers)), [-(-len(clip) // self.stride) for clip in clips])
 
     def _waveform(self, clips: list, device: torch.device, layers: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         config = self.model.config
@@ -208,7 +240,7 @@ def _check_architecture(name: str, config: Any) -> None:
 def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
     """The model at a folder or hub name, from safetensors, every weight of the encoder filled."""
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModel, HubertModel
     except ImportError as error:
         raise UserError(f"teacher {source!r} needs transformers: pip install 'agrepa-fast[teachers]'") from error
     folder = Path(source)
@@ -221,9 +253,10 @@ def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
                 "and are not read: convert them with model.save_pretrained(folder, safe_serialization=True)"
             )
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = _mert_config(folder) or AutoConfig.from_pretrained(source, revision=revision)
         _check_architecture(source, config)
-        model, report = AutoModel.from_pretrained(
+        kind: Any = HubertModel if config.model_type == "hubert" else AutoModel
+        model, report = kind.from_pretrained(
             source,
             config=config,
             revision=revision,
@@ -248,11 +281,35 @@ def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
     return model
 
 
+def _mert_config(folder: Path) -> Any:
+    """HuBERT's configuration for a folder of MERT, None for other models.
+
+    MERT comes with code of its own, which is not run: without the options below its network is HuBERT's.
+    """
+    from transformers import HubertConfig
+
+    try:
+        facts = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # AutoConfig says what is wrong
+    if not isinstance(facts, dict) or facts.get("model_type") != "mert_model":
+        return None
+    wanted = {"feature_extractor_cqt": False, "deepnorm": False, "attention_relax": -1.0}
+    for option, value in wanted.items():
+        if facts.get(option, value) != value:
+            raise UserError(
+                f"teacher {str(folder)!r}: MERT with {option} {facts[option]!r} needs its own code, not run"
+            )
+    rest = {name: value for name, value in facts.items() if name not in ("model_type", "architectures", "auto_map")}
+    return HubertConfig.from_dict(rest)
+
+
 def _extractor(source: str | None, revision: str | None, config: Any) -> Any:
     """The model's feature extractor, or the defaults of its architecture."""
     from transformers import (
         ASTFeatureExtractor,
         AutoFeatureExtractor,
+        ClapFeatureExtractor,
         Wav2Vec2FeatureExtractor,
         WhisperFeatureExtractor,
     )
@@ -272,6 +329,8 @@ def _extractor(source: str | None, revision: str | None, config: Any) -> Any:
         return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
     if config.model_type == "audio-spectrogram-transformer":
         return ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+    if config.model_type in CLAP:
+        return ClapFeatureExtractor()
     return Wav2Vec2FeatureExtractor()
 
 
@@ -281,16 +340,22 @@ def _stride(config: Any, extractor: Any) -> int:
         return 2 * extractor.hop_length  # the second convolution has stride 2
     if config.model_type == "audio-spectrogram-transformer":
         return extractor.sampling_rate // 100 * config.time_stride
+    if config.model_type in CLAP:
+        # The window's mel is laid out as a square of spec_size in rows, 4 of them for 64 bands; each stage halves it.
+        rows = config.spec_size // config.num_mel_bins
+        frames = rows * config.spec_size // config.patch_stride[1] // 2 ** (len(config.depths) - 1)
+        return extractor.max_length_s * extractor.sampling_rate // frames
     stride = 1
     for step in config.conv_stride:
         stride *= step
     return stride
 
 
-def _longest(config: Any, stride: int, rate: int) -> float | None:
+def _longest(config: Any, extractor: Any) -> float | None:
     """Seconds of the longest clip that the model takes."""
+    rate = extractor.sampling_rate
     if config.model_type == "whisper":
-        return config.max_source_positions * stride / rate
+        return config.max_source_positions * _stride(config, extractor) / rate
     if config.model_type == "audio-spectrogram-transformer":
         return ((config.max_length - 1) * (rate // 100) + rate // 40) / rate
-    return None
+    return float(extractor.max_length_s) if config.model_type in CLAP else None
