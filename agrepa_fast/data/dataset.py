@@ -140,7 +140,7 @@ class ClipDataset:
     def samples_of(self, clip: Clip) -> int:
         """Samples of a whole clip at the rate of the mels."""
         if clip.path not in self._samples:
-            self._samples[clip.path] = self._measure(clip.path)
+            self._samples[clip.path] = self._measure(clip)
         return self._samples[clip.path]
 
     def drop(self, reasons: Mapping[Clip, str]) -> list[Skipped]:
@@ -179,7 +179,7 @@ class ClipDataset:
         verdicts.save()
         fine = [clip for clip in self.clips if clip not in reasons]
         if sum(4 * self._samples[clip.path] for clip in fine) <= SMALL_BYTES:
-            waveforms = self._each(fine, lambda clip: self._decode(clip.path), progress)
+            waveforms = self._each(fine, self._decode, progress)
             reasons |= _reasons(fine, waveforms)
             for clip, waveform in zip(fine, waveforms):
                 if isinstance(waveform, Tensor):
@@ -194,7 +194,7 @@ class ClipDataset:
         clip = self.clips[index]
         if clip.path not in self._unreadable:
             try:
-                self._waveform(clip.path)
+                self._waveform(clip)
                 self._features(clip, 0.0, 0.0)
             except UserError as error:
                 self._unreadable.add(clip.path)
@@ -207,7 +207,7 @@ class ClipDataset:
         UserError when the clip, its tokens or its features cannot be read.
         """
         clip = self.clips[index]
-        waveform = self._waveform(clip.path)
+        waveform = self._waveform(clip)
         tokens, vocabulary = self._tokens(clip)
         total = self.mel_config.frames(waveform.shape[0])
         frames = min(total, self.max_frames)
@@ -293,7 +293,7 @@ class ClipDataset:
     def _examine(self, clip: Clip, verdicts: Verdicts) -> None:
         """Note the samples and tokens of a clip. Raises UserError where they cannot be read."""
         if clip.path not in self._samples:
-            self._samples[clip.path] = self._measure(clip.path, verdicts)
+            self._samples[clip.path] = self._measure(clip, verdicts)
         if clip.tokens is None:
             self._tokens(clip)
             return
@@ -306,32 +306,33 @@ class ClipDataset:
             encode_text(clip.text)
             self._token_counts[clip] = known[0]
 
-    def _measure(self, path: Path, verdicts: Verdicts | None = None) -> int:
+    def _measure(self, clip: Clip, verdicts: Verdicts | None = None) -> int:
         """Samples of a file at the rate of the mels."""
-        config = self.mel_config
-        known = verdicts.find(path, "sound", 2) if verdicts is not None else None
+        config, path, pack = self.mel_config, clip.path, clip.pack
+        file = path if pack is None else pack.file
+        known = verdicts.find(path, "sound", 2, file) if verdicts is not None else None
         if known is None:
-            frames, rate, exact = read_header(path)
+            frames, rate, exact = read_header(path, pack)
             if not exact:
-                frames = read_audio(path, rate).shape[0]
+                frames = read_audio(path, rate, pack=pack).shape[0]
             if verdicts is not None:
-                verdicts.remember(path, "sound", frames, rate)
+                verdicts.remember(path, "sound", frames, rate, file=file)
         else:
             frames, rate = known
         samples = resampled_length(frames, rate, config.sample_rate)
         check_minimum(path, samples, config.sample_rate, config.minimum_samples)
         return samples
 
-    def _waveform(self, path: Path) -> Tensor:
-        if self._cache is not None and path in self._cache:
-            return self._cache[path]
-        waveform = self._decode(path)
-        self._keep(path, waveform)
+    def _waveform(self, clip: Clip) -> Tensor:
+        if self._cache is not None and clip.path in self._cache:
+            return self._cache[clip.path]
+        waveform = self._decode(clip)
+        self._keep(clip.path, waveform)
         return waveform
 
-    def _decode(self, path: Path) -> Tensor:
-        config = self.mel_config
-        waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples)
+    def _decode(self, clip: Clip) -> Tensor:
+        config, path = self.mel_config, clip.path
+        waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples, pack=clip.pack)
         # The plan of the batches is made from the lengths that are known by now.
         expected = self._samples.setdefault(path, waveform.shape[0])
         if abs(waveform.shape[0] - expected) > LENGTH_SECONDS * config.sample_rate:

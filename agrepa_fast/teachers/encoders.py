@@ -297,9 +297,7 @@ def _mert_config(folder: Path) -> Any:
     wanted = {"feature_extractor_cqt": False, "deepnorm": False, "attention_relax": -1.0}
     for option, value in wanted.items():
         if facts.get(option, value) != value:
-            raise UserError(
-                f"teacher {str(folder)!r}: MERT with {option} {facts[option]!r} needs its own code, not run"
-            )
+            raise UserError(f"teacher {str(folder)!r}: MERT with {option} {facts[option]!r} needs code that is not run")
     rest = {name: value for name, value in facts.items() if name not in ("model_type", "architectures", "auto_map")}
     return HubertConfig.from_dict(rest)
 

@@ -265,7 +265,7 @@ class Extraction:
         def read(digest: int) -> Tensor | UserError:
             try:
                 clip = sounds[digest].clip
-                return read_audio(clip.path, config.sample_rate, minimum_samples=config.minimum_samples)
+                return read_audio(clip.path, config.sample_rate, minimum_samples=config.minimum_samples, pack=clip.pack)
             except UserError as error:
                 return error.with_traceback(None)
 
@@ -319,7 +319,8 @@ def run_sounds(config: RunConfig) -> tuple[dict[int, _Sound], list[Skipped]]:
     data = load_data(config, run_dir, with_tokens=False)
     skipped = list(data.skipped)
     sounds: dict[int, _Sound] = {}
-    same = colliding({**data.train.sounds, **data.valid.sounds})
+    clips = [*data.train.clips, *data.valid.clips]
+    same = colliding(clips, {**data.train.sounds, **data.valid.sounds})
     for dataset in (data.train, data.valid):
         for clip in dataset.clips:
             if clip.path in same:

@@ -50,7 +50,7 @@ def _without_features(dataset: ClipDataset, sources: Mapping[str, FeatureSource]
     stores = {name: source for name, source in sources.items() if isinstance(source, StoredFeatures)}
     if not stores:
         return []
-    reasons = {path: alike(path, first) for path, first in colliding(dataset.sounds).items()}
+    reasons = {path: alike(path, first) for path, first in colliding(dataset.clips, dataset.sounds).items()}
     for name, source in stores.items():
         for clip in dataset.clips:
             sound = dataset.sounds[clip.path]
