@@ -55,7 +55,7 @@ class Row:
 
     def read(self, start: int, count: int) -> bytes:
         """See `Pack`."""
-        return bytes(_table(self.spec).bytes_of(self.number)[start : start + count])
+        return bytes(_bytes(self.spec, self.number)[start : start + count])
 
 
 class Table:
@@ -113,11 +113,11 @@ class Table:
         """Bytes of a row's sound; 0 where the row has only a path."""
         chunk, at = self._part(number)
         if self.arrays:
-            return len(self.bytes_of(number))
+            return len(_bytes(self.spec, number))
         value = chunk.field("bytes")[at] if chunk[at].is_valid else None
         return len(value.as_buffer()) if value is not None and value.is_valid else 0
 
-    def bytes_of(self, number: int) -> Any:
+    def bytes_of(self, number: int) -> memoryview:
         """The bytes of a row's sound file, without a copy where the table holds them."""
         chunk, at = self._part(number)
         if not self.arrays:
@@ -127,8 +127,9 @@ class Table:
         written = io.BytesIO()
         rate = int(sound.get("sampling_rate") or 0)
         if rate > 0 and samples.ndim in (1, 2):
-            # Channels come first in such arrays; a sound file has them last.
-            import_soundfile().write(written, samples.T, rate, format="WAV", subtype="FLOAT")
+            # Channels come first in such arrays; a sound file has them last. AU holds floats, and no time of writing:
+            # the same row is the same file.
+            import_soundfile().write(written, samples.T, rate, format="AU", subtype="FLOAT")
         return memoryview(written.getvalue())
 
 
@@ -136,6 +137,12 @@ class Table:
 def _table(spec: str) -> Table:
     """One table of each split in each process."""
     return Table(spec)
+
+
+@lru_cache(maxsize=8)
+def _bytes(spec: str, number: int) -> memoryview:
+    """The bytes of a row's sound file: those of the last rows, as a file is read in parts."""
+    return _table(spec).bytes_of(number)
 
 
 def _is_path(name: str) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from agrepa_fast.data import archives
+from agrepa_fast.data import archives, hub
 from agrepa_fast.data.audio import read_audio, read_header
 from agrepa_fast.data.buckets import BucketBatches
 from agrepa_fast.data.dataset import ClipDataset
@@ -62,13 +62,21 @@ def shards(waves, tmp_path):
     return f"wds:{tmp_path}/shard-{{00..01}}.tar"
 
 
+def built(columns, features):
+    """A data set from plain columns: the library would encode sounds by torchcodec, a real one holds bytes."""
+    import pyarrow
+
+    rows = pyarrow.table(columns, schema=features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(rows), info=datasets.DatasetInfo(features=features))
+
+
 def table(waves, as_arrays=False):
     if as_arrays:
         sounds = [{"array": soundfile.read(path)[0].tolist(), "sampling_rate": 16000} for path, _ in waves]
         return datasets.Dataset.from_dict({"audio": sounds, "text": [text for _, text in waves]})
     sounds = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in waves]
     features = datasets.Features({"audio": datasets.Audio(decode=False), "text": datasets.Value("string")})
-    return datasets.Dataset.from_dict({"audio": sounds, "text": [text for _, text in waves]}, features)
+    return built({"audio": sounds, "text": [text for _, text in waves]}, features)
 
 
 @pytest.fixture
@@ -124,16 +132,25 @@ def test_arrays_are_sounds_too(waves, tmp_path):
         )
 
 
-def test_paths_in_a_table_and_splits_of_a_folder(waves, tmp_path):
+def test_paths_in_a_table_and_splits_of_a_folder(waves, tmp_path, monkeypatch):
     features = datasets.Features(
         {"speech": datasets.Audio(decode=False), "caption": datasets.Value("string"), "file": datasets.Value("string")}
     )
-    rows = {"speech": [str(path) for path, _ in waves], "caption": [text for _, text in waves], "file": ["x"] * 6}
-    both = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features).select([5, 0, 1])})
+    rows = {
+        "speech": [{"bytes": None, "path": str(path)} for path, _ in waves],
+        "caption": [text for _, text in waves],
+        "file": ["x"] * 6,
+    }
+    both = datasets.DatasetDict({"train": built(rows, features).select([5, 0, 1])})
     both.save_to_disk(str(tmp_path / "dict"))
     clips = read_manifest(f"hf:{tmp_path / 'dict'}:train")
-    assert [clip.path for clip in clips] == [waves[number][0] for number in (5, 0, 1)]
+    check_same(clips, [waves[number] for number in (5, 0, 1)])  # saved with the sounds' bytes
     assert {clip.domain for clip in clips} == {"audio"}
+    monkeypatch.setattr(hub, "_load", lambda *_: both["train"])
+    kept = read_manifest("hf:somebody/paths:train")  # in the cache of a script, with paths
+    assert [clip.path for clip in kept] == [waves[number][0] for number in (5, 0, 1)]
+    assert all(clip.pack is None for clip in kept)
+    monkeypatch.undo()
     with pytest.raises(UserError, match="the folder has the splits train"):
         read_manifest(f"hf:{tmp_path / 'dict'}:test")
 
@@ -266,14 +283,14 @@ def test_bad_names_of_data_sets(spec, message):
         read_manifest(spec)
 
 
-def test_a_row_without_a_sound_is_skipped(waves, tmp_path):
+def test_a_row_without_a_sound_is_skipped(waves, monkeypatch):
     features = datasets.Features({"audio": datasets.Audio(decode=False), "text": datasets.Value("string")})
     sounds = [
         {"bytes": waves[0][0].read_bytes(), "path": None},
         {"bytes": None, "path": None},
         {"bytes": b"junk", "path": None},
     ]
-    data = datasets.Dataset.from_dict({"audio": sounds, "text": ["a", "b", "c"]}, features)
-    data.save_to_disk(str(tmp_path / "x"))
-    skipped = dataset(read_manifest(f"hf:{tmp_path / 'x'}:train")).check(0.9)
+    data = built({"audio": sounds, "text": ["a", "b", "c"]}, features)
+    monkeypatch.setattr(hub, "_load", lambda *_: data)
+    skipped = dataset(read_manifest("hf:somebody/holes:train")).check(0.9)
     assert [item.reason.partition(" (")[0] for item in skipped] == ["the file is empty", "cannot be decoded"]
