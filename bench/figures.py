@@ -1,7 +1,8 @@
-"""Pictures of results, PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
+"""Pictures of results as PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
 
-Each file carries a digest of what it shows, so that a picture can be told from an outdated one without comparing
-pixels (which differ between versions of matplotlib).
+Each file holds a digest of what it shows. So an outdated picture is found without comparing pixels, which differ
+between
+versions of matplotlib.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from .targets import ours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 3  # counts up when a drawing changes, so that stored pictures count as outdated
+VERSION = 3  # raise it when a drawing changes, so that stored pictures count as outdated
 COLOURS = {"win": "#2a7f62", "tie": "#8a8a8a", "loss": "#b4452f"}
 INK, GRID = "#222222", "#dddddd"
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """p of value = c size^p, by least squares in the logarithms."""
+    """The exponent p of value = c size^p, by least squares of the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
@@ -53,7 +54,7 @@ def curves(result: Mapping[str, Any], column: str) -> dict[str, dict[str, Curve]
 
 
 def speedups(result: Mapping[str, Any]) -> Figure:
-    """A bar for each rival of each problem but the scaling ones: how many times faster ours is."""
+    """A bar for each rival of each problem, except scaling: how many times faster ours is."""
     from matplotlib.figure import Figure
 
     bars = [
@@ -84,7 +85,7 @@ def speedups(result: Mapping[str, Any]) -> Figure:
 
 
 def roofline(result: Mapping[str, Any]) -> Figure:
-    """Achieved rate of ours against operations per byte, under the copy and matmul rates of the same run."""
+    """Achieved rate of ours over operations per byte, below the copy and matmul rates of the same run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -120,7 +121,7 @@ def roofline(result: Mapping[str, Any]) -> Figure:
 
 
 def scaling(result: Mapping[str, Any]) -> Figure:
-    """Time and peak memory against layers, frames, batch and width, with the fitted exponent."""
+    """Time and peak memory over layers, frames, batch and width, with the fitted exponents."""
     from matplotlib.figure import Figure
 
     columns = (("median_us", "ms", 1e-3), ("peak_bytes", "MiB", 2.0**-20))
@@ -156,7 +157,7 @@ def _tidy(axes: Any, title: str, grid: str) -> None:
 
 
 def _short(problem: Mapping[str, Any]) -> str:
-    """The params' values without the dtype."""
+    """The values of the params without the dtype."""
     return " ".join(str(value) for name, value in problem["params"].items() if name != "dtype")
 
 
@@ -168,7 +169,7 @@ DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
 
 
 def drawn(result: Mapping[str, Any]) -> list[str]:
-    """The pictures that have something to show of a result."""
+    """The pictures for which a result has something to show."""
     scaled = any(problem["case"] == "scaling" for problem in result["problems"])
     return [name for name in DRAWINGS if name != "scaling" or scaled]
 
@@ -180,7 +181,7 @@ def digest(name: str, result: Mapping[str, Any]) -> str:
 
 
 def stored_digest(path: Path) -> str | None:
-    """The digest a picture carries; None where there is no picture or no digest."""
+    """The digest in a picture; None if there is no picture or no digest."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -190,7 +191,7 @@ def stored_digest(path: Path) -> str | None:
 
 
 def draw(name: str, result: Mapping[str, Any], path: Path) -> None:
-    """Draw to `path` (.png or .svg), with the digest inside.
+    """Draw to `path` (.png or .svg) and store the digest in it.
 
     Raises:
         UserError: matplotlib is not installed.

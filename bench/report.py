@@ -1,6 +1,6 @@
-"""Writes what the docs say about speed: tables between markers, figures in docs/figures, all from bench/results.
+"""Write what the docs say about speed from bench/results: tables between markers, figures in docs/figures.
 
-A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed.
+A table is between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or of a page in docs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Stored = Mapping[str, Mapping[str, Any]]  # {file name: result}
 
 
 def load(root: Path) -> dict[str, dict[str, Any]]:
-    """{stem: result} of bench/results/*.json, by name. Toy results mean nothing and are refused.
+    """{stem: result} of bench/results/*.json, sorted by name.
 
     Raises:
-        UserError: a file that is no result, or a toy one.
+        UserError: a file that is no result, or a toy result, which means nothing.
     """
     found = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
     for name, result in found.items():
@@ -50,10 +50,10 @@ def load(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_report(root: Path, check: bool = False) -> list[Path]:
-    """Bring tables and figures up to date; returns the files that were not. `check` changes nothing.
+    """Update tables and figures; return the files that were out of date. `check` changes nothing.
 
     Raises:
-        UserError: a marker that names no table, or a marker without an end.
+        UserError: a marker that names no table, or that has no end.
     """
     stored = load(root)
     blocks = tables(stored)
@@ -85,7 +85,11 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
 
 
 def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
-    """`text` with every marked block replaced; UserError names the file of a marker that does not fit."""
+    """`text` with every marked block replaced.
+
+    Raises:
+        UserError: a marker that does not fit; names its file.
+    """
     if len(OPENED.findall(text)) != len(MARK.findall(text)):
         raise UserError(f"{name}: a <!-- bench:NAME --> without its <!-- /bench -->")
 
@@ -98,7 +102,7 @@ def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
 
 
 def tables(stored: Stored) -> dict[str, str]:
-    """Every table the docs may ask for, by name."""
+    """Every table that the docs may ask for, by name."""
     blocks = {
         "machines": machines(stored),
         "roofline": rooflines(stored),
@@ -114,7 +118,7 @@ def tables(stored: Stored) -> dict[str, str]:
 
 
 def machines(stored: Stored) -> str:
-    """What every result was measured on."""
+    """The machine of every result."""
     rows = []
     for name, result in stored.items():
         e = result["environment"]
@@ -193,9 +197,10 @@ HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
 
 
 def headline(stored: Stored) -> str:
-    """The short table of the README: wins, ties and losses alike, the first fitting problem of each result.
+    """The short table of the README: wins, ties and losses, for the first fitting problem of each result.
 
-    Of the trainer's step every problem, since mixed lengths are another matter than equal ones."""
+    The trainer's step has all its problems in it, because mixed lengths differ from equal ones.
+    """
     rows = []
     for kind, title in KINDS.items():
         of_kind = [r for r in stored.values() if r["environment"]["device_type"] == kind]
@@ -224,14 +229,14 @@ def headline(stored: Stored) -> str:
 
 
 def _size(params: Mapping[str, Any]) -> str:
-    """What tells problems of one case apart, in a few words."""
+    """What distinguishes the problems of a case, in a few words."""
     said = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
     named = ("preset", "layers", "rows", "width", "frames", "batch", "lengths", "dtype")
     return ", ".join(said.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
 
 
 def targets(stored: Stored) -> str:
-    """Every target with what was measured."""
+    """Every target, and what was measured."""
     measured = list(stored.values())
     rows = []
     for target in TARGETS:
@@ -260,7 +265,7 @@ def summary(stored: Stored) -> str:
 
 
 def exponents(stored: Stored) -> str:
-    """p of time and memory as size^p, along each axis of the scaling case."""
+    """Exponents p of time and memory as size^p, along each axis of the scaling case."""
     rows = []
     for name, result in stored.items():
         time, memory = (figures.curves(result, column) for column in ("median_us", "peak_bytes"))
@@ -291,7 +296,7 @@ def pictures(stored: Stored) -> str:
 
 
 def case_tables(case: str, stored: Stored) -> str:
-    """All problems of a case, result by result, rival by rival."""
+    """All problems of a case, by result and by rival."""
     parts: list[str] = []
     for name, result in stored.items():
         problems: Sequence[Mapping[str, Any]] = [p for p in result["problems"] if p["case"] == case]

@@ -148,9 +148,24 @@ def where_counted(sample_weight: Tensor, counted: Tensor | None) -> Tensor:
     return sample_weight if counted is None else torch.where(counted, sample_weight, 0)
 
 
-def mean_of(loss: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean over the rows that count; 0 when there is none."""
-    return loss.mean() if rows is None else loss.sum() / rows.sum().clamp_min(1)
+def mean_of(loss: Tensor, rows: Tensor | None, dim: int | None = None) -> Tensor:
+    """Mean over the rows that count, along one dimension or all; 0 when there is none."""
+    return loss.mean(dim) if rows is None else loss.sum(dim) / rows.sum(dim).clamp_min(1)
+
+
+def means_of(
+    losses: Tensor, counted: Tensor | None, factor: Tensor | None, dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean of the losses that count, over `dim` or all, and the same with a factor on each loss."""
+    mean = mean_of(losses, counted, dim)
+    return mean, mean if factor is None else mean_of(losses * where_counted(factor, counted), counted, dim)
+
+
+def stacked(values: Sequence[Tensor | None], default: Tensor | None) -> Tensor | None:
+    """[len(values), ...] with `default` for None; None where all are None."""
+    if all(value is None for value in values):
+        return None
+    return torch.stack([default if value is None else value for value in values])  # type: ignore[misc]
 
 
 def similarity_of(loss: Tensor, rows: Tensor | None) -> Tensor:

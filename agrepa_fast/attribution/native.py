@@ -35,9 +35,10 @@ def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefi
 
 
 def nudged(x: Tensor) -> Tensor:
-    """x with every second channel a last bit away: an identity block that was switched off, as rounding sees it.
+    """Perturb every second channel by half an ulp; the resulting change of the velocity is the rounding noise floor.
 
-    Its own bits would go through the same roundings as the baseline's and show none of them."""
+    An unchanged copy would round exactly as the baseline does, and show nothing.
+    """
     second = torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
     return x + x * (second * (0.5 * torch.finfo(x.dtype).eps))
 

@@ -5,7 +5,7 @@ They read a `LayerScores` of U units (layers or branches), N samples: by_sample 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -85,10 +85,10 @@ def unit_weight(name: str, selection: Selected | None) -> float | None:
     return None
 
 
-def plot_scores(scores: LayerScores, selection: Selected | None = None) -> Figure:
+def plot_scores(scores: LayerScores, selection: Selected | Mapping[str, Selected] | None = None) -> Figure:
     """Bars of the mean score of each unit with its standard error, domains side by side.
 
-    `selection` marks its layers with a band and their weight.
+    `selection` marks its layers with a band and their weight; {teacher: selection} with a row of weights for each.
     """
     names, domains = scores.names, scores.by_domain()
     positions = torch.arange(len(names), dtype=torch.float64)
@@ -183,37 +183,45 @@ def legend_beside(figure: Figure, axes: Axes) -> None:
         text.set_parse_math(False)
 
 
-def _mark_selection(axes: Axes, names: tuple[str, ...], selection: Selected | None) -> None:
+def _mark_selection(axes: Axes, names: tuple[str, ...], selection: Selected | Mapping[str, Selected] | None) -> None:
+    """A band over each selected layer, and above the axes a row of weights for each selection."""
     if selection is None:
         return
+    by_label = selection if isinstance(selection, Mapping) else {"weight": selection}
     crowded = len({name.partition(".")[0] for name in names}) > 30
-    for layer in selection.layers:
-        units = [i for i, name in enumerate(names) if str(layer) in (name, name.partition(".")[0])]
-        if not units:
-            continue
-        axes.axvspan(units[0] - 0.48, units[-1] + 0.48, color=ACCENT, alpha=0.16, linewidth=0, zorder=0)
+    banded = set()
+    for number, (label, own) in enumerate(reversed([*by_label.items()])):
+        height = 3 + number * (20 if crowded else 11)  # in points, above the row of the selection below
+        for layer in own.layers:
+            units = [i for i, name in enumerate(names) if str(layer) in (name, name.partition(".")[0])]
+            if not units:
+                continue
+            if layer not in banded:
+                axes.axvspan(units[0] - 0.48, units[-1] + 0.48, color=ACCENT, alpha=0.16, linewidth=0, zorder=0)
+                banded.add(layer)
+            axes.annotate(
+                f"{unit_weight(names[units[0]], own):.2f}",
+                ((units[0] + units[-1]) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, height),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7 if crowded else 8.5,
+                fontweight="bold",
+                color=ACCENT,
+                rotation=90 if crowded else 0,
+            )
         axes.annotate(
-            f"{unit_weight(names[units[0]], selection):.2f}",
-            ((units[0] + units[-1]) / 2, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
+            label,
+            (0.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(-4, height),
             textcoords="offset points",
-            ha="center",
-            fontsize=7 if crowded else 8.5,
-            fontweight="bold",
+            ha="right",
+            fontsize=8.5,
             color=ACCENT,
-            rotation=90 if crowded else 0,
+            parse_math=False,
         )
-    axes.annotate(
-        "weight",
-        (0.0, 1.0),
-        xycoords="axes fraction",
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=ACCENT,
-    )
 
 
 def _score_label(scores: LayerScores) -> str:

@@ -1,6 +1,6 @@
 """Score every layer of a network: check the inputs, run the plan pass by pass, read the results off the device once.
 
-The device work is in `native` (a `DiT`; as a CUDA graph in `graph`) and in `adapters` (any other model).
+The device work is in `native` (a `DiT`; as a CUDA graph in `graph`) and in `foreign` (any other model).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.dit import DiT
 from . import graph, native
-from .adapters import BlockModel, NotAStaircase, eager
+from .foreign.drive import BlockModel, NotAStaircase, eager
 from .plan import AblationPlan, Sizes, split
 from .scores import METRICS, SAFE_CHANGE_IN_16_BIT, LayerScores, normalised_change, whole_number
 
@@ -50,7 +50,7 @@ def attribute_layers(
     several threads wait for each other.
 
     Args:
-        model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.adapters`); compiled
+        model: a `DiT`, or any module whose forward runs a list of blocks (see `attribution.foreign`); compiled
             ones run eagerly during the probe.
         inputs: what the model's forward takes, by name or in order; for a `DiT` x_t [N, T, M], t [N], cond, mask.
             Take x_t from the path (`agrepa_fast.models.flow.probe_inputs` folds a grid of t into N).

@@ -167,11 +167,13 @@ class LayerScores:
         # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
         return self.mean > self.noise_floor * (1 + 1e-6) + 1e-12
 
-    def domain(self, name: str) -> LayerScores:
-        """The scores of one domain's samples."""
-        if self.domains is None or name not in self.domains:
-            raise ValueError(f"domain: expected one of {sorted(set(self.domains or ()))}, got {name!r}")
-        return self._take([i for i, domain in enumerate(self.domains) if domain == name])
+    def domain(self, *names: str) -> LayerScores:
+        """The scores of the samples of one domain, or of several."""
+        known = sorted(set(self.domains or ()))
+        wrong = [name for name in names if name not in known]
+        if self.domains is None or wrong or not names:
+            raise ValueError(f"domain: expected one of {known}, got {', '.join(map(repr, wrong or names)) or 'none'}")
+        return self._take([i for i, domain in enumerate(self.domains) if domain in names])
 
     def by_domain(self) -> dict[str, LayerScores]:
         """{domain: scores}, in order of name; empty when the domains are unknown."""

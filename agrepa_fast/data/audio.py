@@ -1,6 +1,6 @@
-"""Reading and writing sound files: any format and rate in, mono float32 [S] at the wanted rate out.
+"""Read and write sound files: any format and rate in, mono float32 [S] at the wanted rate out.
 
-Every way a file can be unusable is a UserError that names the file and the reason.
+A file that cannot be used raises a UserError that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .packs import Pack, open_sound
 if TYPE_CHECKING:
     import soundfile
 
-# About 3 steps of a 16-bit file (-80 dB of full scale): below it there is nothing to learn from.
+# About 3 steps of a 16-bit file (-80 dB of full scale). A file whose samples are all below it is silent.
 SILENCE = 1e-4
-# 18 dB above full scale: no mix is as loud, but samples of an integer file that were written as floats are.
+# 18 dB above full scale. No mix is as loud; integer samples that were written as floats are.
 LOUDEST = 8.0
 CANCELLED = 0.01
-# What may be missing of what a header claims: some writers count a few bytes too many.
+# A file may lack so much of what its header claims, because some writers count a few bytes too many.
 ENOUGH_SECONDS = 0.01
 LONGEST_SECONDS = 360_000
 UNKNOWN_SIZE = 0x7FFFF000
@@ -39,37 +39,51 @@ LOWEST_RATE, HIGHEST_RATE = 2000, 768000
 
 
 def import_torchaudio() -> ModuleType:
-    """torchaudio, imported on first use. UserError when it is missing or does not fit this torch."""
+    """torchaudio, imported on first use.
+
+    Raises:
+        UserError: it is not installed, or it was built for another torch.
+    """
     try:
-        import torchaudio
-    except (ImportError, OSError, RuntimeError) as error:
-        # A torchaudio built for another CUDA than torch raises OSError or RuntimeError on import.
-        raise UserError(f"torchaudio cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        import torchaudio.functional
+    except ModuleNotFoundError as error:
+        raise UserError(f"torchaudio is not installed ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"torchaudio does not fit torch {torch.__version__} ({_line(error)}): "
+            "install the two together, in versions built for each other, from one index"
+        ) from error
     return torchaudio
 
 
 def import_soundfile() -> ModuleType:
-    """soundfile, imported on first use. UserError when it or its C library is missing."""
+    """soundfile, imported on first use.
+
+    Raises:
+        UserError: it or its C library is missing.
+    """
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise UserError(f"soundfile cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        raise UserError(f"soundfile cannot be imported ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
     return soundfile
 
 
 class Header(NamedTuple):
-    """What a file says of itself before it is decoded."""
+    """What the header of a file says, before decoding."""
 
     frames: int  # samples of each channel
     rate: int  # Hz
-    exact: bool  # whether decoding gives that many; MP3 may only estimate it
+    exact: bool  # whether decoding gives exactly so many; the header of an MP3 may only estimate it
 
 
 def read_header(path: str | Path, pack: Pack | None = None) -> Header:
     """The header of a sound file, checked against the size of the file. pack: where the file lies in a larger one.
 
-    UserError as for `read_audio`, as far as it can be told without decoding: missing, empty, unreadable, truncated,
-    without samples, at an absurd rate, longer than 100 hours.
+    Raises:
+        UserError: as `read_audio`, as far as it shows without decoding: missing, empty, unreadable, truncated, without
+            samples,
+            at an absurd rate, longer than 100 hours.
     """
     with _opened(Path(path), pack) as file:
         return _header(Path(path), pack, file)
@@ -78,12 +92,16 @@ def read_header(path: str | Path, pack: Pack | None = None) -> Header:
 def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, pack: Pack | None = None) -> Tensor:
     """One sound file as mono float32 [S] at `sample_rate` Hz. pack: where the file lies in a larger one.
 
-    WAV, FLAC, Ogg, MP3 and whatever else libsndfile reads; channels are averaged, or where they cancel out (the
-    average has less than 1 % of their power) the loudest is taken; other rates are resampled (windowed sinc; a ratio
-    with a denominator beyond 1000 is taken at the nearest ratio below it, off by less than one part in a million).
+    Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
+    average has
+    less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a ratio with
+    a
+    denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
 
-    UserError when the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-    after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
+    Raises:
+        UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
+            after
+            resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
     """
     path = Path(path)
     with _opened(path, pack) as file:
@@ -105,16 +123,16 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, 
 
 
 def resampled_length(frames: int, rate: int, sample_rate: int) -> int:
-    """How many samples `read_audio` makes of a file's frames."""
+    """Number of samples that `read_audio` makes of a file's frames."""
     if rate == sample_rate:
         return frames
     ratio = _ratio(sample_rate, rate)
-    # In float32, as torchaudio has it: it differs from exact arithmetic in files of 17 minutes and more.
+    # In float32, as torchaudio computes it. Files of 17 minutes and more differ from exact arithmetic.
     return int(torch.ceil(torch.as_tensor(ratio.numerator * frames / ratio.denominator)).long())
 
 
 def check_minimum(path: Path, samples: int, sample_rate: int, minimum_samples: int) -> None:
-    """UserError when a clip has too few samples."""
+    """Raise a UserError if a clip has too few samples."""
     if samples < minimum_samples:
         raise UserError(f"{path}: too short ({samples} samples at {sample_rate} Hz, {minimum_samples} needed)")
 
@@ -167,7 +185,10 @@ def _check_length(path: Path, claimed: int, frames: int, rate: int) -> None:
 
 
 def _claimed_share(log: str) -> float:
-    """How many times the sound in the file its header claims. libsndfile notes it in its log, and cuts the claim."""
+    """The length that the header claims, as a multiple of the sound in the file.
+
+    libsndfile writes it into its log, and then reads only what is there.
+    """
     found = _CLAIM.search(log)
     if found is None:
         return 1.0
@@ -195,7 +216,7 @@ def _cut_ogg(path: Path, pack: Pack | None) -> bool:
 
 
 def _mono(path: Path, channels: Tensor) -> Tensor:
-    """[S, C] to [S]. Checked before resampling, which would smear one bad sample over its neighbours."""
+    """[S, C] to [S]. It checks the samples before resampling, which would spread a bad one over its neighbours."""
     if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
     peaks = channels.abs().amax(0)
@@ -215,7 +236,9 @@ def _mono(path: Path, channels: Tensor) -> Tensor:
 def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     """Write [S] floats as a 16-bit PCM WAV, clipped to [-1, 1].
 
-    ValueError for a wrong shape or NaN, UserError when the file cannot be written."""
+    Raises:
+        ValueError: a wrong shape or NaN. UserError: the file cannot be written.
+    """
     soundfile = import_soundfile()
     if waveform.ndim != 1:
         raise ValueError(f"waveform must be [S], got shape {tuple(waveform.shape)}")
@@ -229,5 +252,5 @@ def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, so that the message stays one line."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Clips as samples: a crop's mel [T, M], tokens [S, K] and audio [n], read from their files."""
+"""A data set of clips: a sample is a crop's mel [T, M], tokens [S, K] and audio [n], read from its files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .verdicts import Verdicts
 CACHE_BYTES = 1 << 30
 # `check` decodes data sets up to this size (17 minutes at 16 kHz), which takes seconds and finds silent files at once.
 SMALL_BYTES = 64 << 20
-# How much shorter or longer a file may turn out than its header said.
+# A decoded file may be shorter or longer than its header says by so much.
 LENGTH_SECONDS = 0.01
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sample(TypedDict):
-    """One clip's crop. T here is its own length, not the bucket's."""
+    """One clip's crop. T is the crop's own length, not the bucket's."""
 
     mel: Tensor  # [T, M] float32
     prompt: int  # frames of the reference prefix
@@ -49,7 +49,7 @@ class Sample(TypedDict):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A clip left out because it cannot be read."""
+    """A clip that cannot be read, and why."""
 
     path: Path
     source: str
@@ -65,7 +65,7 @@ class TokenSource(Protocol):
 
 
 class ClipDataset:
-    """Clips as samples: a random crop of at most `max_frames` frames, its mel, tokens and prompt length.
+    """Clips as samples: a random crop of at most `max_frames` frames, with its mel, tokens and prompt length.
 
     vocabularies: name to the vocabulary size of each of K streams (K the same for all); vocabulary_of: domain
     to the name its clips use ("text" when not given). A clip without a token file uses the bytes of its text,
@@ -76,9 +76,10 @@ class ClipDataset:
     `sources` ({teacher: where its extracted features are}) is empty at first;
     what is set there comes with every sample.
 
-    A cropped clip keeps the part of its tokens that the crop spans: of S tokens over L frames, a crop from
-    frame a to b keeps tokens floor(S a / L) to ceil(S b / L), so tokens stretched over the crop stay
-    aligned. An uncropped clip keeps all.
+    A cropped clip keeps the tokens that the crop spans: of S tokens over L frames, a crop from frame a to b keeps
+    tokens
+    floor(S a / L) to ceil(S b / L), so tokens that are stretched over the crop stay aligned. An uncropped clip keeps
+    all.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class ClipDataset:
         self._token_counts: dict[Clip, int] = {}
         self._unreadable: set[Path] = set()
         self._cache: dict[Path, Tensor] | None = {} if cache else None
-        self._mels: dict[Path, Tensor] = {}  # of whole clips: a crop's is another one each time
+        self._mels: dict[Path, Tensor] = {}  # of whole clips; a crop differs each time
         self._cached_bytes = 0
 
     def __len__(self) -> int:
@@ -131,9 +132,12 @@ class ClipDataset:
 
     @property
     def lengths(self) -> list[int]:
-        """Frames of each clip, at most max_frames: what BucketBatches takes.
+        """Frames of each clip, at most max_frames, as `BucketBatches` takes them.
 
-        Reads the header of every file that `check` has not already read; UserError for one that cannot be read.
+        Reads the header of every file that `check` has not read.
+
+        Raises:
+            UserError: a header cannot be read.
         """
         return [min(self.mel_config.frames(self.samples_of(clip)), self.max_frames) for clip in self.clips]
 
@@ -151,7 +155,7 @@ class ClipDataset:
 
     @property
     def token_lengths(self) -> list[int]:
-        """Tokens that a crop of each clip has at most; reads those that `check` has not already read."""
+        """The largest number of tokens that a crop of each clip can have; reads those that `check` has not read."""
         longest = []
         for clip, frames in zip(self.clips, self.lengths):
             if clip not in self._token_counts:
@@ -164,13 +168,17 @@ class ClipDataset:
     def check(self, max_share: float, *, memory: Path | None = None, progress: bool = False) -> list[Skipped]:
         """Drop the clips that cannot be read, and return them with the reasons.
 
-        Headers, texts and token files are read; sound is decoded where the header does not tell its length (MP3), and
-        in data sets of at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and
-        `load_batch` puts another in its place.
+        It reads headers, texts and token files. It decodes sound if the header does not give its length (MP3), and in
+        data sets of
+        at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and `load_batch` replaces it.
 
-        memory: file that keeps what was found, for the next start (`verdicts.verdict_file`). progress: show a bar.
+        Args:
+            max_share: the largest share of clips, from 0 to 1, that may be unreadable.
+            memory: a file that remembers the files that were fine, for the next start (see `verdicts.verdict_file`).
+            progress: show a bar.
 
-        UserError when more than `max_share` (0 to 1) of the clips, or all of them, cannot be read.
+        Raises:
+            UserError: more than `max_share` of the clips, or all of them, cannot be read.
         """
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be between 0 and 1, got {max_share}")
@@ -222,7 +230,7 @@ class ClipDataset:
         share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
             "mel": self._mel(clip.path, waveform, whole=total == frames),
-            # Of the crop, never of the file: otherwise the prompt could reveal the whole target.
+            # A share of the crop and not of the file, so that the prompt cannot reveal the whole target.
             "prompt": int(share * frames),
             "tokens": tokens,
             "vocabulary": vocabulary,
@@ -277,13 +285,13 @@ class ClipDataset:
         return tokens, number
 
     def _each(self, clips: Sequence[Clip], read: Callable[[Clip], T], progress: bool) -> list[T | UserError]:
-        """What `read` returns for each clip, or the UserError that it raises; several threads call it."""
+        """What `read` returns for each clip, or the UserError that it raises. Several threads call it."""
 
         def result(clip: Clip) -> T | UserError:
             try:
                 return read(clip)
             except UserError as error:
-                # The traceback holds what was decoded so far.
+                # The traceback would keep the decoded sound in memory.
                 return error.with_traceback(None)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -291,7 +299,11 @@ class ClipDataset:
             return list(_bar(results, len(clips)) if progress else results)
 
     def _examine(self, clip: Clip, verdicts: Verdicts) -> None:
-        """Note the samples and tokens of a clip. Raises UserError where they cannot be read."""
+        """Note the number of samples and tokens of a clip.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         if clip.path not in self._samples:
             self._samples[clip.path] = self._measure(clip, verdicts)
         if clip.tokens is None:
@@ -340,7 +352,7 @@ class ClipDataset:
         return waveform[:expected]
 
     def _mel(self, path: Path, waveform: Tensor, whole: bool) -> Tensor:
-        """Log-mel of a crop; of a whole clip from the cache, where it has been computed before."""
+        """Log-mel of a crop. That of a whole clip is cached."""
         if path in self._mels:
             return self._mels[path]
         mel = self._log_mel(waveform)
@@ -366,7 +378,7 @@ def check_share(skipped: Sequence[Skipped], total: int, max_share: float, what: 
 
 
 def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str]:
-    """Why clips cannot be read: the results that are errors."""
+    """The results that are errors: why clips cannot be read."""
     return {
         clip: str(result).removeprefix(f"{clip.path}: ")
         for clip, result in zip(clips, results)
@@ -375,7 +387,7 @@ def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str
 
 
 def _bar(results: Iterable[T], total: int) -> Iterable[T]:
-    """The results, with a progress bar where they take longer than a second and tqdm is installed."""
+    """The results, with a progress bar if they take longer than a second and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,6 +1,6 @@
-"""Lists of clips: a table (CSV), a JSONL file, a LibriSpeech tree or an AudioSet folder to a list of `Clip`.
+"""Read manifests: a table (CSV), a JSONL file, a LibriSpeech tree or an AudioSet folder to a list of `Clip`.
 
-Only the list is read here; whether a sound file exists and decodes is found out when it is read.
+Only the manifest is read here. Whether a sound file exists and can be decoded shows when it is read.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
     `unquoted:PATH` a table in which double quotes are part of the text. `wds:PATTERN` is a WebDataset (`archives`),
     `hf:NAME_OR_FOLDER:split` a data set of the library datasets (`hub`).
 
-    Paths are relative to the manifest's folder and must stay inside it unless `allow_outside`.
+    Paths are relative to the manifest's folder and must stay inside it, unless `allow_outside`.
 
-    UserError, naming the file and line, for anything missing, empty, malformed or ambiguous.
+    Raises:
+        UserError: something is missing, empty, malformed or ambiguous; names the file and line.
     """
     kind, colon, rest = str(spec).partition(":")
     if colon and kind == ARCHIVES:
@@ -68,7 +69,7 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
 
 
 def _list_in(folder: Path, kind: str) -> Path:
-    """The list in a folder; the folder itself where it is a LibriSpeech tree."""
+    """The list in a folder; the folder itself if it is a LibriSpeech tree."""
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
             return folder / name
@@ -127,7 +128,7 @@ def _read_table(path: Path, text: str, first: str, allow_outside: bool, quoted: 
     audio, words = (header[columns[meaning]].lower() for meaning in ("audio_file", "text"))
     if audio == IDENTIFIER or (audio == "file_name" and words in CAPTIONS):
         return read_by_stem(path, rows, columns, labels=words == "labels")
-    # Common Voice keeps its sounds in the folder clips beside its lists, and does not say so in them.
+    # Common Voice keeps its sounds in a folder clips beside its lists, which do not mention it.
     folder = "clips" if (audio, words) == ("path", "sentence") and (path.parent / "clips").is_dir() else ""
     clips = []
     for number, cells in rows:
@@ -167,7 +168,7 @@ def _read_jsonl(path: Path, text: str, allow_outside: bool) -> Iterator[Clip]:
 
 
 def _json_object(line: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Names and values of one JSON object, in its order. A name that occurs twice is kept twice."""
+    """Names and values of one JSON object, in order. A name that occurs twice is kept twice."""
     pairs = json.loads(line, object_pairs_hook=_Pairs)
     if not isinstance(pairs, _Pairs):
         raise ValueError(f"but {type(pairs).__name__}")

@@ -1,7 +1,8 @@
-"""What is known of files from earlier starts: found again by path, size and time of change, so that none is read twice.
+"""A memory of files that were fine at an earlier start, by path, size and time of change, so that none is read twice.
 
-Only files that were fine are remembered. The file of verdicts begins with a digest of its content: a damaged one is
-ignored and written anew, and one that cannot be written costs time, nothing else.
+The file of verdicts begins with a digest of its content. A damaged one is ignored and written anew; if it cannot be
+written,
+the next start only takes longer.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Raise it when what is remembered, or what is refused, changes.
+# Raise this when something else is remembered or refused.
 VERSION = 1
-# A file may change again within one tick of its time of change: what is that fresh is not remembered.
+# A file can change twice within one tick of its time of change, so very fresh files are not remembered.
 SETTLED_NS = 2_000_000_000
 
 
 def verdict_file(paths: Iterable[Path]) -> Path | None:
-    """Where the verdicts on files below one folder are kept: in $AGREPA_CACHE, or agrepa-fast in the user's cache.
+    """The file that keeps the verdicts on files below one folder, in $AGREPA_CACHE or the user's cache folder.
 
     None where the user has no folder for it, or the files have no folder in common."""
     try:
@@ -40,7 +41,7 @@ def cache_folder() -> Path:
 
 
 class Verdicts:
-    """Numbers by file and kind of check. Several threads may use one; several processes may write one file."""
+    """Numbers by file and kind of check. Several threads may share one; several processes may write one file."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -62,7 +63,7 @@ class Verdicts:
             self._new[_key(path, kind)] = [*stamp, *numbers]
 
     def save(self) -> None:
-        """Write what is new, beside what others have written meanwhile."""
+        """Write what is new, and keep what others have written meanwhile."""
         if self.file is None or not self._new:
             return
         save_checked(self.file, {"version": VERSION, "files": {**_load(self.file), **self._new}})

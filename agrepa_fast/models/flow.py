@@ -16,19 +16,20 @@ SIGMA = 0.5
 
 
 def path(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Point on the path and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
+    """Point on the path, and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
     step = t[:, None, None].to(x.dtype)
     return torch.lerp(noise, x, step), x - noise
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
+    """Mean squared error of each sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
 
-    Masked frames give exactly zero loss and gradient, whatever they hold; no valid frame gives 0."""
+    Masked frames contribute exactly zero loss and gradient, whatever they hold. A sample without valid frames gives 0.
+    """
     error = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target
     if mask is None:
         return error.square().mean(dim=(-2, -1))
-    # Selected before the square, whose gradient at a masked nan would be nan.
+    # Select before squaring: the gradient of the square at a masked nan would be nan.
     error = torch.where(mask.unsqueeze(-1), error, 0).square().mean(-1)
     return error.sum(-1) / mask.sum(-1).clamp_min(1)
 
@@ -63,7 +64,7 @@ def probe_inputs(
 
 
 def sway(t: Tensor, coefficient: float = -1.0) -> Tensor:
-    """Sway sampling (F5-TTS, arXiv 2410.06885): t + c (cos(pi t / 2) - 1 + t); c < 0 lingers near noise."""
+    """Sway sampling (F5-TTS, arXiv 2410.06885): t + c (cos(pi t / 2) - 1 + t); c < 0 puts more steps near noise."""
     return t + coefficient * (torch.cos(math.pi / 2 * t) - 1 + t)
 
 

@@ -1,6 +1,6 @@
 """Teacher features beside the audio: `clip.wav` -> `clip.<name>.safetensors`, pooled [W] or frame by frame [T, W].
 
-The header holds a key: what the features were made with. Features made with anything else are refused.
+The header of a file holds a key: how the features were made. Features with another key are refused.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ FORMAT = "agrepa-fast features 1"
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What decides a teacher's features of a sound.
+    """Everything that decides a teacher's features of a sound.
 
     Attributes:
-        teacher: registered name, folder or hub name. revision: of its weights, "" where there is none.
-        layer: which hidden state, "" for the teacher's own output. preprocessing: anything else that changes the
-            features, such as the resampler. rate: feature frames per second, 0 for one pooled vector a clip.
+        teacher: registered name, folder or hub name.
+        revision: revision of its weights; "" if it has none.
+        layer: index of the hidden state; "" for the teacher's own output.
+        preprocessing: anything else that changes the features, such as the resampler.
+        rate: feature frames per second; 0 for one pooled vector a clip.
     """
 
     teacher: str
@@ -39,15 +41,15 @@ class FeatureKey:
 
 
 def feature_path(audio: str | Path, name: str) -> Path:
-    """Where the features of a sound file lie: beside it, with the name the run gives the teacher."""
+    """The file of a sound's features, beside the sound. `name` is the teacher's name in the run."""
     audio = Path(audio)
     return audio.with_name(f"{audio.stem}.{name}.safetensors")
 
 
 def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8: bool = False) -> None:
-    """Write the features of one clip, in their own dtype or as int8 with a float32 scale for each frame.
+    """Write the features of one clip, in their own dtype, or as int8 with a float32 scale for each frame.
 
-    features: [W] when key.rate is 0, else [T, W]; floating and finite.
+    features: [W] if key.rate is 0, else [T, W]; floating and finite.
 
     Raises:
         ValueError: features that do not fit the key. UserError: the file cannot be written.
@@ -70,10 +72,10 @@ def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8:
 
 
 def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | None]:
-    """The features of one clip as written, and the scale [T] (pooled: []) of int8 ones, else None.
+    """The features of one clip as they were written, and the scale [T] (pooled: []) of int8 ones, else None.
 
     Raises:
-        UserError: no such file, not a feature file, or one made with another key; names the file and the difference.
+        UserError: no such file, no feature file, or one with another key; names the file and the difference.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,7 +107,7 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
 class FilesBesideAudio:
     """A `data.features.FeatureSource`: features from one file beside each sound file.
 
-    The first clip's file says the width and the rate; every file must have been made with one key.
+    The first clip's file gives the width and the rate; all files must have the same key.
 
     Args:
         name: the teacher's name in the run, part of the files' names.
@@ -156,7 +158,7 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(features: Tensor, scale: Tensor | None) -> Tensor:
-    """What `read_features` gave, as float32: features [..., W], scale [...] or None."""
+    """The result of `read_features` as float32: features [..., W], scale [...] or None."""
     return features.float() if scale is None else features.float() * scale.unsqueeze(-1)
 
 

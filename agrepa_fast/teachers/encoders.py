@@ -1,6 +1,6 @@
 """Teachers from transformers: Whisper, wav2vec 2.0 and its kin (HuBERT, WavLM, MERT, ...), AST and CLAP.
 
-Audio [B, n] -> one hidden state [B, T', width]; T' counts only the frames that carry audio.
+Audio [B, n] -> one hidden state [B, T', width]. T' counts the frames that carry audio.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .base import LayeredTeacher, torch_dtype
 
 # Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
 WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
-# Among them, those that honour an attention mask everywhere when their feature encoder has no group norm.
+# Those of them that obey an attention mask everywhere if their feature encoder has no group norm.
 # (data2vec-audio normalises between its stacked positional convolutions, which reads the padding.)
 MASKED = ("wav2vec2", "hubert", "wavlm")
 CLAP = ("clap", "clap_audio_model")
@@ -41,22 +41,25 @@ class TransformersTeacher(LayeredTeacher):
       `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a
       frame is centred 37.5 ms after (i + 0.5) / rate.
 
-    Preprocessing is the model's own: `preprocessor_config.json` beside the weights; where it is missing (and
-    for a model object) the library's defaults for the architecture.
+    Preprocessing is the model's own, from `preprocessor_config.json` beside the weights. If that is missing, or for a
+    model
+    object, it is the library's default for the architecture.
 
     Args:
-        model: a folder, a hub name, or a built model (also with a head or a decoder, which are left out). A
-            built model is frozen in place.
-        layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1;
-            negative counts from the end. None: the encoder's final output, after its last norm.
+        model: a folder, a hub name, or a built model (its head or decoder is left out). A built model is frozen in
+            place.
+        layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1; negative ones
+            count
+            from the end. None: the encoder's final output, after its last norm.
         revision: branch, tag or commit on the hub; only with a hub name.
-        dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype
-            of a built model. Features come out float32 in any case.
+        dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype of a built
+            model.
+            Features are float32 in any case.
 
     Raises:
-        UserError: transformers is not installed, nothing loadable at `model`, pickled weights, weights that
-            do not fill the encoder, an architecture that is not supported, a layer or dtype that does not
-            exist.
+        UserError: transformers is not installed; nothing can be loaded at `model`; the weights are pickled or do not
+            fill the
+            encoder; the architecture is not supported; or there is no such layer or dtype.
     """
 
     def __init__(
@@ -204,13 +207,13 @@ class TransformersTeacher(LayeredTeacher):
         return self._carrying_audio(features, counts)
 
     def _frames(self, samples: int) -> int:
-        """Frames of the convolutional feature encoder; 0 for a clip shorter than its receptive field."""
+        """Number of frames of the convolutional feature encoder; 0 for a clip shorter than its receptive field."""
         for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride):
             samples = max(0, (samples - kernel) // stride + 1)
         return samples
 
     def _carrying_audio(self, features: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Cut [B, T, W] to the longest count, and mark each sample's own frames."""
+        """Cut [B, T, W] to the largest count, and mark each sample's own frames."""
         frames = min(features.shape[1], max(1, *counts))
         index = torch.arange(frames, device=features.device)
         return features[:, :frames], index < torch.tensor(counts, device=features.device).unsqueeze(1)
@@ -238,7 +241,7 @@ def _check_architecture(name: str, config: Any) -> None:
 
 
 def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """The model at a folder or hub name, from safetensors, every weight of the encoder filled."""
+    """The model in a folder or on the hub, from safetensors, with every weight of the encoder filled."""
     try:
         from transformers import AutoConfig, AutoModel, HubertModel
     except ImportError as error:
@@ -272,7 +275,7 @@ def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"teacher {source!r} cannot be loaded ({reason}); without a network, "
             "download the model elsewhere and give the path of its folder"
         ) from error
-    # transformers fills what a file lacks with random numbers. The masking vector is used in training alone.
+    # transformers fills missing weights with random numbers. The masking vector is used only in training.
     lacking = [key for key in report["missing_keys"] if key != "masked_spec_embed" and "decoder." not in key]
     if lacking:
         raise UserError(

@@ -1,8 +1,10 @@
 """The alignment loss on many rows: hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
 
-Rivals: REPA's published loop over samples (arXiv 2410.06940), the same vectorised, that compiled, and Liger's nearest
-op. "head" puts REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products; least
-bytes: hidden, weight and target once, and their gradients.
+Rivals: REPA's published loop over samples (arXiv 2410.06940), its vectorised form, that compiled, and Liger's nearest
+    op.
+"head" puts REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products. Least
+bytes:
+hidden, weight and target once, and their gradients.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def per_sample(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def vectorised(projected: Tensor, target: Tensor) -> Tensor:
-    """The same in one expression, in float32."""
+    """REPA's loss in one expression, in float32."""
     y, z = projected.to(_wide(projected)), target.to(_wide(target))
     return (1 - F.cosine_similarity(y, z, dim=-1)).mean()
 
@@ -93,13 +95,13 @@ def _ours(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
 
 
 def liger() -> Callable[..., Outputs]:
-    """Liger's chunked distillation loss with its soft term alone; it projects the teacher too, here by the identity."""
+    """Liger's chunked distillation loss with its soft term alone. It projects the teacher too, here by the identity."""
     loss = optional("liger_kernel.chunked_loss.cosine_similarity_loss")
     module = loss.LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
 
     def run(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
         y, z = _inner(x, weights[:-2]).flatten(0, 1), target.flatten(0, 1)
-        labels = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # none is its ignore_index
+        labels = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # no label is ignore_index
         same = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         return (module(y, weights[-2], z, same, labels, weights[-1]),)
 

@@ -1,8 +1,9 @@
-"""The residual-stream ops, forward, backward and both, over rows, width and dtype.
+"""The residual-stream ops: forward, backward and both, over rows, width and dtype.
 
 x, branch [B, T, D]; gate, shift, scale [B, D]; rows = B T. Least bytes: every tensor of R D elements once (forward of
 gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx,
-dbranch), and the modulation and its gradients.
+dbranch),
+and the modulation and its gradients.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _problem(op: str, mode: str, batch: int, frames: int, width: int, dtype: str
     flops = {"forward": flops_forward * row, "backward": flops_backward * row}
     for count in (moved, flops):
         count["both"] = count["forward"] + count["backward"]
-    # A problem with LayerNorm, the default, does not name its norm: results stored earlier keep their keys.
+    # A problem with the default, LayerNorm, does not name its norm, so that stored results keep their keys.
     named = {"op": op} if norm == "layer" else {"op": op, "norm": norm}
     return Problem(
         params={**named, "mode": mode, "rows": batch * frames, "width": width, "batch": batch, "dtype": dtype},
@@ -79,7 +80,7 @@ def _problem(op: str, mode: str, batch: int, frames: int, width: int, dtype: str
 
 
 def expression(op: str, norm: str = "layer") -> Callable[..., Outputs]:
-    """The op as one writes it in PyTorch, in the input's dtype."""
+    """The op in plain PyTorch, in the input's dtype."""
 
     def close(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         return x + gate.unsqueeze(1) * branch
@@ -100,14 +101,14 @@ def expression(op: str, norm: str = "layer") -> Callable[..., Outputs]:
 
 
 def ours(op: str, norm: str = "layer") -> Callable[..., Outputs]:
-    """The library's op, as a function that returns a tuple."""
+    """The library's op as a function that returns a tuple."""
     options = {} if op == "gated_residual" else {"eps": EPS, **({} if norm == "layer" else {"norm": norm})}
     function = functools.partial(getattr(ops, op), **options)
     return function if op == "gated_residual_norm" else lambda *inputs: (function(*inputs),)
 
 
 def liger(op: str) -> Callable[..., Outputs]:
-    """Liger's LayerNorm between an eager gate and an eager modulation: its LayerNorm has neither."""
+    """Liger's LayerNorm after an eager gate and before an eager modulation, since its LayerNorm has neither."""
     functional = optional("liger_kernel.transformers.functional")
 
     def open_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def liger(op: str) -> Callable[..., Outputs]:
 
 
 def liger_modulated(op: str) -> Callable[..., Outputs]:
-    """Liger's modulated RMSNorm (its backward adds shift's and scale's gradients with atomics), after an eager gate."""
+    """Liger's modulated RMSNorm after an eager gate. Its backward sums shift's and scale's gradients by atomics."""
     modulated = _function("liger_kernel.transformers.functional", "liger_modulated_rms_norm")
 
     def open_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def quack_added() -> Callable[..., Outputs]:
 
 
 def _gated(op: str, open_: Callable[..., Tensor]) -> Callable[..., Outputs]:
-    """`open_` as the whole op: after an eager gate where the op has one."""
+    """`open_` as the whole op, after an eager gate if the op has one."""
 
     def both(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
         x = x + gate.unsqueeze(1) * branch
@@ -164,7 +165,11 @@ def _gated(op: str, open_: Callable[..., Tensor]) -> Callable[..., Outputs]:
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
-    """A rival's function; Unavailable where its package or this version of it lacks the function."""
+    """A rival's function.
+
+    Raises:
+        Unavailable: its package, or this version of it, does not have the function.
+    """
     found = getattr(optional(module), name, None)
     if found is None:
         raise Unavailable(f"the installed {module.partition('.')[0]} has no {name}")

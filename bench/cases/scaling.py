@@ -1,7 +1,7 @@
-"""How FoG-A's cost grows with layers, frames, batch and width, one at a time from a common middle point.
+"""Cost of FoG-A over layers, frames, batch and width, one at a time from a common middle point.
 
-The report fits time and memory as size^p and prints p: the staircase and a loop have the same p in the layers (2),
-but not the same constant.
+The report fits time and memory as size^p and prints p. In the layers, the staircase and a loop have the same p (2), but
+not the same constant.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """One training step on cached teacher features: forward, flow-matching and alignment loss, backward, clip, AdamW.
 
-Least work: three times the forward's operations (backward has two products for each). Every provider starts from
-the same weights, so the first step's loss and gradient norm are what the gate compares. "cost" puts our step with
-alignment, its heads on every layer as in a run, beside our step without: what alignment adds, in one run; there the
-gate compares the flow-matching loss. At paper size one provider is in memory at a time.
+Least work: three times the forward's operations (backward has two products for each). Every provider starts from the
+same
+weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which has
+heads
+on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper size one
+provider
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ TEACHERS = {"speech": 1280, "audio": 768}  # Whisper-large-v3 and BEATs
 ALIGN_WEIGHT = 0.5
 BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
 CLIP = 1.0
-# The released code trains in float32 whatever the others use; its row says so beside the ratio.
+# The released code always trains in float32; its row says so beside the ratio.
 RELEASED_FORM = {"float32": "released form", "bfloat16": "released form, float32"}
 
 
@@ -51,7 +54,7 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
 
 
 def _problem(name: str, config: DiTConfig, batch: int, frames: int, align: str, dtype: str) -> Problem:
-    # Attention's dropout draws other numbers in every implementation: without it the losses can be compared.
+    # No dropout: every implementation draws other numbers, and the losses could not be compared.
     config = dataclasses.replace(config, dropout=0.0)
     forward = forward_flops(config, batch, frames)
     weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
@@ -107,7 +110,7 @@ def _draw(config: DiTConfig, batch: int, frames: int, device: torch.device) -> D
 
 
 def selected(depth: int) -> LayerSelection:
-    """The paper's layers (its L1, L2 and L7 of 24), or what a shallower network has of them."""
+    """The paper's layers (its L1, L2 and L7 of 24), or those of them that a shallower network has."""
     return LayerSelection.uniform(sorted({min(layer, depth - 1) for layer in (0, 1, 6)}))
 
 
@@ -129,7 +132,7 @@ def total_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> Tenso
 
 
 def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None, data: Data) -> Tensor:
-    """The same written straight down: heads one by one, a domain's samples picked out by boolean indexing."""
+    """The same loss in a direct form: heads one by one, a domain's samples picked by boolean indexing."""
     t = data.t[:, None, None]
     x_t = (1 - t) * data.noise + t * data.mel
     layers: Sequence[int] = () if alignment is None else alignment.layers
@@ -137,7 +140,7 @@ def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None,
     loss = F.mse_loss(velocity, data.mel - data.noise)
     if alignment is None:
         return loss
-    for weight, layer in zip(alignment.weights, alignment.layers):
+    for weight, layer in zip(alignment.weights[0], alignment.layers):
         for name in TEACHERS:
             kept = data.domains[name]
             if not kept.any():
@@ -189,7 +192,7 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
         alignment = heads()
         if alignment is not None:
             alignment = alignment.double()
-        # Each block is computed again in backward: in float64 its insides would fill a card at paper size.
+        # Blocks are computed again in backward; in float64 their activations would fill a card at paper size.
         recomputed = functools.partial(network, run_block=functools.partial(checkpoint, use_reentrant=False))
 
         def loss(_: nn.Module, alignment: AlignmentLoss | None, given: Data) -> Tensor:
@@ -204,7 +207,7 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
         Provider("SDPA form, compiled blocks", "rival", lambda: straight(False, "blocks")),
     ]
     if dtype != "float32":
-        # Weights and AdamW's moments in the short dtype too: fewer bytes than ours moves, and not the same training.
+        # Weights and moments are in the short dtype too: it moves fewer bytes than ours, and trains differently.
         providers.append(Provider(f"SDPA form, {dtype} model", "rival", lambda: straight(False, cast=True)))
     if device.type == "cuda":
         providers += [
@@ -263,9 +266,10 @@ def _step(
     device: torch.device,
     fused: bool | None = None,
 ) -> Run:
-    """A call that takes one optimizer step and returns the loss before it, and the gradient norm.
+    """A call that takes one optimizer step, and returns the loss before it and the gradient norm.
 
-    fused: AdamW in one pass, as the trainer takes it; None is torch's choice, as the released code has it."""
+    fused: AdamW in one pass, as the trainer has it; None is torch's choice, as in the released code.
+    """
     model.train()
     parameters = [*model.parameters(), *(() if alignment is None else alignment.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=fused)

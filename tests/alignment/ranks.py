@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,20 +26,26 @@ OWN: list[object] = []  # a group of this rank alone: the losses of "one process
 class Step(nn.Module):
     """A small network and its alignment loss, called as the documentation shows."""
 
-    def __init__(self, pool: str | None, objective: str = "cosine", head: str = "mlp", group: object = None) -> None:
+    def __init__(
+        self,
+        pool: str | None,
+        objective: str = "cosine",
+        head: str = "mlp",
+        t_grid: Sequence[float] = (),
+        group: object = None,
+    ) -> None:
         super().__init__()
         self.model = ag.DiT(ag.DiTConfig(depth=3, width=8, heads=2, mels=3, cond=0, dropout=0.0, max_frames=8))
         [nn.init.normal_(p, std=0.2) for p in self.model.parameters()]
-        self.align = ag.AlignmentLoss(
-            8, TEACHERS, ag.LayerSelection.uniform(range(3)), pool, head, objective, process_group=group
-        )
+        every = ag.LayerSelection.uniform(range(3), t_grid=t_grid)
+        self.align = ag.AlignmentLoss(8, TEACHERS, every, pool, head, objective, process_group=group)
 
     def forward(
         self, x_t: Tensor, t: Tensor, targets: dict, domains: object, mask: Tensor | None = None, aligned: bool = True
     ) -> Tensor:
         velocity, hidden = self.model(x_t, t, mask=mask, hidden_layers=self.align.active if aligned else ())
         loss = velocity.square().mean()
-        return loss + (self.align(hidden, targets, mask, domains)[0] if aligned else self.align.idle())
+        return loss + (self.align(hidden, targets, mask, domains, t=t)[0] if aligned else self.align.idle())
 
 
 def batch(step: int, rank: int, pool: str | None, names: Sequence[str]) -> tuple[Tensor, Tensor, dict, list[str]]:
@@ -57,7 +64,7 @@ def joined(one: tuple, other: tuple) -> tuple:
 MIXED, SPEECH = ["speech", "audio", "audio", "speech"], ["speech"] * SAMPLES
 
 
-def pair(*arguments: str | None) -> tuple[Step, DistributedDataParallel]:
+def pair(*arguments: Any) -> tuple[Step, DistributedDataParallel]:
     """The same module twice: by itself, and under DDP."""
     torch.manual_seed(0)
     plain = Step(*arguments, group=OWN[0])
@@ -124,6 +131,35 @@ def mixed_domains(rank: int) -> None:
             assert parallel.module(*both[rank][:3], domains, mine).item() == plain(*both[rank], mine).item()
 
 
+def by_flow_time(rank: int) -> None:
+    """Each teacher's own weights by flow time, over samples of other times on each rank: the gradients of one process,
+    before and after a re-selection, in plain PyTorch and compiled."""
+    names = (["speech"] * 7 + ["audio"], ["speech"] + ["audio"] * 7)
+    lengths = (torch.tensor([6, 6, 5, 6, 6, 4, 6, 1]), torch.tensor([1, 2, 1, 3, 1, 1, 2, 6]))
+    masks = [torch.arange(FRAMES) < some[:, None] for some in lengths]
+    maps = [
+        {
+            "speech": ag.LayerSelection.by_time((0.1, 0.5, 0.9), {0: (3, 1, 0), 2: (1, 1, 2)}),
+            "audio": ag.LayerSelection.by_time((0.2, 0.5, 0.8), {1: (1, 5, 1), 2: (2, 0, 2)}),
+        },
+        ag.LayerSelection.by_time((0.0, 0.3, 1.0), {0: (0, 1, 4), 1: (1, 1, 0)}),
+    ]
+    for pool, compiled in (("mean", False), (None, False), ("mean", True)):
+        plain, parallel = pair(pool, "cosine", "mlp", (0.0, 0.5, 1.0))
+        if compiled:
+            parallel.module.align = torch.compile(parallel.module.align, fullgraph=True, backend="aot_eager")
+        both = [batch(0, r, pool, names[r]) for r in (0, 1)]
+        here = {name: torch.tensor([n == name for n in names[rank]]) for name in TEACHERS}
+        for selection in maps:
+            for module in (plain, parallel.module):
+                module.align.select(selection)
+                module.zero_grad()
+            plain(*joined(*both), torch.cat(masks)).backward()
+            parallel(*both[rank][:3], here, masks[rank]).backward()
+            same_gradients(parallel.module, plain)
+            assert any(p.grad.count_nonzero() for p in plain.align.heads["audio"]["1"].parameters())
+
+
 def mixed_tokens(rank: int) -> None:
     """The same of `InterfaceLoss`, where the tokens of some samples were dropped."""
     names = (["speech"] * 7 + ["audio"], ["speech"] + ["audio"] * 7)
@@ -185,7 +221,7 @@ def left_out(rank: int) -> None:
                 assert (parameter.grad.count_nonzero() > 0) == aligned, name
 
 
-SCENARIOS = [absent_domains, mixed_domains, mixed_tokens, reselection, left_out]
+SCENARIOS = [absent_domains, mixed_domains, by_flow_time, mixed_tokens, reselection, left_out]
 
 
 def main(rank: int, file: str) -> None:

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # These, only for annotations: under `if TYPE_CHECKING:`.
-MAY_ANNOTATE = {"alignment": {"attribution"}}
+MAY_ANNOTATE = {"alignment": {"attribution"}, ROOT_PACKAGE: {"data", "teachers"}}
 # Rooms that must run, or be read, without the rest of the world. Elsewhere any package is allowed.
 OTHER_PACKAGES = {
     "kernels": {"torch", "triton"},

@@ -1,4 +1,4 @@
-"""The whole configuration of a run, and what its sections decide together."""
+"""The whole configuration of a run, and the checks that concern several sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .data import DataConfig
 from .model import FlowConfig, ModelConfig
 from .train import OptimizerConfig, TrainConfig
 
-MOST_FRAMES = 16_384  # of a crop
+MOST_FRAMES = 16_384  # longest crop
 MOST_PARAMETERS = 10_000_000_000
 
 

@@ -1,4 +1,4 @@
-"""FoG-A on other people's models: find the list of blocks, grow the batch between their calls, put all back.
+"""FoG-A on other people's models: grow the batch between the calls of their blocks, and put all back.
 
 A model is any `nn.Module` whose forward calls each block of a list once, in order. The residual state is whatever a
 block returns and the next one takes (one tensor or several); switching block k off means it returns what it was given.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,47 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .native import nudged
-from .plan import AblationPlan
+from ..native import nudged
+from ..plan import AblationPlan
+from .find import find_blocks
+from .register import adapter_of
+from .wiring import Call, check_shapes, wire
 
-USUAL_NAMES = ("transformer_blocks", "blocks", "layers", "layer", "h", "joint_blocks", "double_blocks", "resblocks")
 TIME_NAMES = ("t", "time", "timestep", "timesteps", "sigma")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What a model cannot be asked: see `register_adapter`.
-
-    Attributes:
-        block_list: dotted name(s) of the block lists, in the order in which they run; None = found by usual names.
-        velocity: picks the velocity [B, ...] out of what forward returns; None: it is a tensor or `.sample`.
-        dense: run all streams from the start (long skips that the automatic check would find too).
-    """
-
-    block_list: str | Sequence[str] | None = None
-    velocity: Callable[[Any], Tensor] | None = None
-    dense: bool = False
-
-
-_ADAPTERS: dict[type[nn.Module], Adapter] = {}
-
-
-def register_adapter(model_type: type[nn.Module], adapter: Adapter) -> None:
-    """Use `adapter` for models of this class and its subclasses (a later registration of a class replaces it).
-
-    Raises:
-        TypeError: model_type is not a class of modules, or adapter is not an `Adapter`.
-    """
-    if not (isinstance(model_type, type) and issubclass(model_type, nn.Module)):
-        raise TypeError(f"model_type: expected a subclass of torch.nn.Module, got {model_type!r}")
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"adapter: expected an Adapter, got {type(adapter).__name__}")
-    _ADAPTERS[model_type] = adapter
-
-
-def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter registered for the nearest class of the model, or the default one."""
-    return next((_ADAPTERS[kind] for kind in type(model).__mro__ if kind in _ADAPTERS), Adapter())
 
 
 class NotAStaircase(ValueError):
@@ -66,26 +31,6 @@ class NotAStaircase(ValueError):
 
 class _Stop(BaseException):
     """Leaves the model's forward after its last block; not an Exception, which a model might catch."""
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """How one block is called: leaves of its (args, kwargs) and of its result, numbered as pytree does.
-
-    batch: {argument leaf: (dimension, size of one sample)}. state: {result leaf: argument leaf it replaces}."""
-
-    batch: dict[int, tuple[int, int]]
-    state: dict[int, int]
-    results: int
-    result_spec: Any
-
-
-@dataclass
-class _Call:
-    block: int
-    arguments: list[Any]
-    results: list[Any]
-    result_spec: Any
 
 
 class BlockModel:
@@ -145,8 +90,10 @@ class BlockModel:
         reference, calls_of_two = self._record(both)
         self._reference = dict(zip(both.tolist(), reference))
         for call in calls_of_one:
-            self._check_shapes(call)
-        self.wirings, self.not_a_chain = self._wire(calls_of_one, calls_of_two)
+            check_shapes(self.names[call.block], call)
+        self.wirings, self.not_a_chain = wire(self.names, calls_of_one, calls_of_two)
+        if self.adapter.dense:
+            self.not_a_chain = "its adapter says dense"
         self.noise = _difference(one, self._from_nudged(first)) ** 2
         return one.dtype
 
@@ -216,13 +163,13 @@ class BlockModel:
             )
         return output
 
-    def _record(self, rows: Tensor) -> tuple[Tensor, list[_Call]]:
-        calls: list[_Call] = []
+    def _record(self, rows: Tensor) -> tuple[Tensor, list[Call]]:
+        calls: list[Call] = []
 
         def note(block: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
             # Kept alive: the next block's arguments are compared with these by identity.
-            calls.append(_Call(block, tree_leaves((args, kwargs)), *tree_flatten(result)))
+            calls.append(Call(block, tree_leaves((args, kwargs)), *tree_flatten(result)))
             return result
 
         with _overridden(self.blocks, note):
@@ -234,57 +181,6 @@ class BlockModel:
                 f"({self.names[0]} first); it called {len(calls)} ({got}, ...)"
             )
         return velocity, calls
-
-    def _check_shapes(self, call: _Call) -> None:
-        results = [leaf for leaf in call.results if isinstance(leaf, Tensor)]
-        given = [leaf for leaf in call.arguments if isinstance(leaf, Tensor)]
-        if not results or not any(leaf.shape == result.shape for leaf in given for result in results):
-            raise ValueError(
-                f"{self.names[call.block]} (layer {call.block}) maps {_shapes(given)} to {_shapes(results)}: a block "
-                "that changes the shape of its input cannot be switched off"
-            )
-
-    def _wire(self, ones: list[_Call], twos: list[_Call]) -> tuple[list[Wiring], str]:
-        """The wiring of every block, and why the blocks are no chain ("" where they are one)."""
-        why = "" if not self.adapter.dense else "its adapter says dense"
-        wirings: list[Wiring] = []
-        for layer, (one, two) in enumerate(zip(ones, twos)):
-            batch, odd = _batch_leaves(one.arguments, two.arguments)
-            if odd:
-                why = why or f"{self.names[layer]}: an argument grows from {odd[0]} to {odd[1]} with a second sample"
-            state = {}
-            if layer + 1 < self.depth:
-                following = ones[layer + 1].arguments
-                for j, result in enumerate(one.results):
-                    places = [p for p, leaf in enumerate(following) if isinstance(leaf, Tensor) and leaf is result]
-                    if places and places[0] < len(one.arguments):
-                        state[j] = places[0]
-            elif wirings:
-                state = {j: p for j, p in wirings[-1].state.items() if isinstance(one.results[j], Tensor)}
-            state = {j: p for j, p in state.items() if _same_shape(one.arguments[p], one.results[j])}
-            tensors = [j for j, leaf in enumerate(one.results) if isinstance(leaf, Tensor)]
-            chained = set(state) == set(tensors)
-            for j in set(tensors) - set(state):
-                places = [
-                    p
-                    for p, leaf in enumerate(one.arguments)
-                    if _same_shape(leaf, one.results[j]) and p in batch and p not in state.values()
-                ]
-                if len(places) > 1 and len(tensors) > 1:
-                    raise ValueError(
-                        f"{self.names[layer]} returns {len(tensors)} tensors and result {j} fits {len(places)} of its "
-                        "arguments: wrap the block in a module with one state"
-                    )
-                if places:
-                    state[j] = places[0]
-            if any(p not in batch for p in state.values()):
-                raise ValueError(f"{self.names[layer]}: its state does not carry the samples of the inputs' first axis")
-            if not chained and self.depth > 1:
-                why = why or f"something happens between {self.names[layer]} and what follows it"
-            if wirings and any(wirings[-1].state.get(j, p) != p for j, p in state.items()):
-                why = why or f"{self.names[layer]} is called in another way than the block before"
-            wirings.append(Wiring(batch, state, len(one.results), one.result_spec))
-        return wirings, why
 
     def _staircase(self, plan: AblationPlan, rows: Tensor) -> Tensor:
         if self.not_a_chain:
@@ -384,50 +280,6 @@ class BlockModel:
         return torch.stack(velocities)
 
 
-def find_blocks(model: nn.Module, block_list: str | Sequence[str] | None) -> tuple[list[str], list[nn.Module]]:
-    """The blocks of a model and their dotted names, from the named lists or from one under a usual name.
-
-    Raises:
-        ValueError: none or several found (lists what there is), a name without a list, or blocks that cannot be driven.
-    """
-    lists = {
-        name: list(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and name and len(module)
-    }
-    have = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
-    if block_list is not None:
-        chosen = [block_list] if isinstance(block_list, str) else list(block_list)
-        for name in chosen:
-            if name not in lists:
-                raise ValueError(f"block_list: {type(model).__name__} has no module list {name!r}; it has: {have}")
-    else:
-        usual = {name: blocks for name, blocks in lists.items() if name.rpartition(".")[2] in USUAL_NAMES}
-        # Those inside another candidate's blocks are parts of blocks.
-        usual = {n: b for n, b in usual.items() if not any(n.startswith(f"{other}.") for other in usual)}
-        sizes = {n: sum(p.numel() for block in b for p in block.parameters()) for n, b in usual.items()}
-        chosen = [n for n, size in sizes.items() if 10 * size >= max(sizes.values())]
-        if not chosen:
-            raise ValueError(
-                f"no blocks found in {type(model).__name__}: looked for a module list called "
-                f"{', '.join(USUAL_NAMES)}; it has: {have}. Name it, as block_list='decoder.stages'"
-            )
-        if len(chosen) > 1:
-            raise ValueError(
-                f"several block lists found in {type(model).__name__}: {', '.join(chosen)}. Name the one to score, or "
-                "all in the order in which they run, as block_list=['double_blocks', 'single_blocks']"
-            )
-    named = [(f"{name}.{i}", block) for name in chosen for i, block in enumerate(lists[name])]
-    for name, block in named:
-        if isinstance(block, nn.ModuleList | nn.ModuleDict):
-            raise ValueError(f"{name} is a {type(block).__name__}, which forward cannot call as one block: wrap it")
-        if isinstance(block, torch.jit.ScriptModule):
-            raise ValueError(f"{name} is a compiled ScriptModule, which cannot be driven: load the model unscripted")
-    if len({id(block) for _, block in named}) < len(named):
-        raise ValueError(f"{chosen[0]}: the same block stands in it twice, and cannot be switched off apart")
-    return [name for name, _ in named], [block for _, block in named]
-
-
 @contextlib.contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Compiled modules run eagerly, and PyTorch's fused encoder path stays off; both come back on every exit."""
@@ -491,32 +343,8 @@ def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return named
 
 
-def _batch_leaves(
-    one: Sequence[Any], two: Sequence[Any]
-) -> tuple[dict[int, tuple[int, int]], tuple[list[int], list[int]] | None]:
-    """Which leaves carry the batch, by what grew with a second sample; and the shapes of one that grew oddly."""
-    batch, odd = {}, None
-    for p, (a, b) in enumerate(zip(one, two)):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape == b.shape:
-            continue
-        grown = [dim for dim in range(a.dim()) if a.dim() == b.dim() and a.shape[dim] != b.shape[dim]]
-        if len(grown) != 1 or b.shape[grown[0]] != 2 * a.shape[grown[0]]:
-            odd = (list(a.shape), list(b.shape))
-        else:
-            batch[p] = (grown[0], a.shape[grown[0]])
-    return batch, odd
-
-
 def _repeat(leaf: Tensor, times: int, dim: int) -> Tensor:
     return leaf if times == 1 else torch.cat([leaf] * times, dim=dim)
-
-
-def _same_shape(argument: Any, result: Any) -> bool:
-    return isinstance(argument, Tensor) and isinstance(result, Tensor) and argument.shape == result.shape
-
-
-def _shapes(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(str(list(leaf.shape)) for leaf in tensors) or "nothing"
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:

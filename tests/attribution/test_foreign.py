@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from agrepa_fast import attribute_layers
-from agrepa_fast.attribution import adapters
-from agrepa_fast.attribution.adapters import Adapter, NotAStaircase, register_adapter
+from agrepa_fast.attribution.foreign import register
+from agrepa_fast.attribution.foreign.drive import NotAStaircase
+from agrepa_fast.attribution.foreign.register import Adapter, register_adapter
 
 WIDTH, FRAMES, SAMPLES, DEPTH = 8, 6, 3, 4
 ENGINES = ["auto", "prefix", "stacked", "loop"]
@@ -21,7 +22,7 @@ ENGINES = ["auto", "prefix", "stacked", "loop"]
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", {})
+    monkeypatch.setattr(register, "_ADAPTERS", {})
 
 
 class Block(nn.Module):
