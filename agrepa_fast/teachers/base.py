@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.audio import import_torchaudio
+from ..errors import UserError
 
 
 class Teacher(nn.Module):

@@ -34,7 +34,7 @@ from .checkpoint import (
     save_checkpoint,
     write_whole,
 )
-from .choice import alignment_schedule, choose
+from .choice import aligned_metrics, alignment_schedule, apply_selection, check_probed_domains, choose, layer_chooser
 from .clips import check_ranks, load_data
 from .config import RunConfig, dump_config
 from .ema import Ema
