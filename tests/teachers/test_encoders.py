@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,3 +458,29 @@ def test_mert_that_is_not_hubert_is_refused(tmp_path, option, value):
     mert(tmp_path, **{option: value})
     with pytest.raises(UserError, match=f"MERT with {option} {value} needs code that is not run"):
         build_teacher(tmp_path)
+
+
+def test_the_table_of_the_docs_says_what_the_teachers_are():
+    from agrepa_fast.teachers.beats import HOP, PATCH
+    from agrepa_fast.teachers.encoders import _longest, _stride
+
+    waveform = transformers.Wav2Vec2FeatureExtractor()
+    music = transformers.Wav2Vec2FeatureExtractor(sampling_rate=24_000)
+    published = {
+        "Whisper": (transformers.WhisperConfig(), transformers.WhisperFeatureExtractor()),
+        "wav2vec 2.0": (transformers.HubertConfig(), waveform),
+        "MERT": (transformers.HubertConfig(), music),
+        "AST": (transformers.ASTConfig(), transformers.ASTFeatureExtractor()),
+        "CLAP": (transformers.ClapAudioConfig(), transformers.ClapFeatureExtractor()),
+    }
+    facts = {"spectral": (16_000, 50.0, None), "BEATs": (16_000, 16_000 / HOP / PATCH, None)}
+    for name, (config, extractor) in published.items():
+        rate = extractor.sampling_rate
+        facts[name] = (rate, rate / _stride(config, extractor), _longest(config, extractor))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.splitlines() if " Hz |" in line]
+    for name, (sample_rate, rate, longest) in facts.items():
+        [row] = [row for row in rows if row[0].startswith(name)]
+        written = "any" if longest is None else f"{longest:g} s"
+        assert row[1:3] == [f"{sample_rate / 1000:g} kHz", f"{rate:g} Hz"], name
+        assert row[4] == written, name
