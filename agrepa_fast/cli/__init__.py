@@ -1,4 +1,4 @@
-"""`agrepa`: train, probe, sample, bench, doctor; one file a command.
+"""`agrepa`: extract, train, probe, sample, bench, doctor; one file a command.
 
 A mistake in what the user gave is one line on stderr and exit code 2.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, one_line
-from . import doctor, probe, sample, train
+from . import doctor, extract, probe, sample, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ..bench.cli import main as bench  # it has commands of its own
 
             return bench(argv[1:])
-        arguments = parser().parse_args(argv)
+        arguments = _parse(argv)
         return arguments.run(arguments)
     except UserError as error:
         print(f"agrepa: error: {error}", file=sys.stderr)
@@ -45,6 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options. Changes of the configuration (section.field=value) may stand anywhere on the line.
+
+    argparse alone takes them before the first option only."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    changes = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(arguments, "overrides")]
+    if len(changes) < len(rest):
+        whole.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in changes)}")
+    if changes:
+        arguments.overrides = [*arguments.overrides, *changes]
+    return arguments
+
+
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"agrepa: warning: {one_line(message)}", file=sys.stderr)
 
@@ -57,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"agrepa-fast {__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, probe, sample):
+    for command in (extract, train, probe, sample):
         added = commands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,

@@ -152,7 +152,6 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, RunCo
     scores = score_layers(backbone, clips, config, device, branches=arguments.branches)
     stored = []
     if arguments.lasp:
-        first = clips.clips[0].path
         # A checkpoint may come from somebody else: what it names is imported only when asked for.
         for module in arguments.imports or ():
             import_module(module, "--imports")
@@ -162,7 +161,9 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, RunCo
             raise UserError(
                 f"--lasp: the run's teachers are made with its own modules: allow them with --imports {names}"
             )
-        teachers = build_teachers(config, first, device)
+        teachers, without = build_teachers(config, [clips], device)
+        for item in without:
+            print(f"skipped: {item.path} ({item.source}): {item.reason}", file=sys.stderr)
         stored = stored_by_layer(backbone, teachers, clips, config, device)
         if not stored:
             raise UserError("--lasp: no domain has three clips to fit a head on and measure; give more with --data")

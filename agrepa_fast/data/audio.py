@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .packs import Pack, open_sound
 
 if TYPE_CHECKING:
     import soundfile
@@ -76,19 +77,19 @@ class Header(NamedTuple):
     exact: bool  # whether decoding gives exactly so many; the header of an MP3 may only estimate it
 
 
-def read_header(path: str | Path) -> Header:
-    """The header of a sound file, checked against the size of the file.
+def read_header(path: str | Path, pack: Pack | None = None) -> Header:
+    """The header of a sound file, checked against the size of the file. pack: where the file lies in a larger one.
 
     Raises:
         UserError: as `read_audio`, as far as it shows without decoding: missing, empty, unreadable, truncated, without
             samples, at an absurd rate, longer than 100 hours.
     """
-    with _opened(Path(path)) as file:
-        return _header(Path(path), file)
+    with _opened(Path(path), pack) as file:
+        return _header(Path(path), pack, file)
 
 
-def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) -> Tensor:
-    """One sound file as mono float32 [S] at `sample_rate` Hz.
+def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, pack: Pack | None = None) -> Tensor:
+    """One sound file as mono float32 [S] at `sample_rate` Hz. pack: where the file lies in a larger one.
 
     Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
     average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a
@@ -99,8 +100,8 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
             after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
     """
     path = Path(path)
-    with _opened(path) as file:
-        frames, rate, _ = _header(path, file)
+    with _opened(path, pack) as file:
+        frames, rate, _ = _header(path, pack, file)
         try:
             samples = file.read(frames, dtype="float32", always_2d=True)
         except (import_soundfile().LibsndfileError, OSError) as error:
@@ -137,18 +138,18 @@ def _ratio(sample_rate: int, rate: int) -> Fraction:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
+def _opened(path: Path, pack: Pack | None) -> Iterator[soundfile.SoundFile]:
     library = import_soundfile()
-    if not path.exists():
+    if pack is None and not path.exists():
         raise UserError(f"{path}: no such audio file")
-    if not path.is_file():
+    if pack is None and not path.is_file():
         raise UserError(f"{path}: not a file")
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if pack is None else pack.size
         if size == 0:
             raise UserError(f"{path}: the file is empty (0 bytes)")
-        # The name as bytes, because soundfile cannot encode one that is not UTF-8.
-        file = library.SoundFile(os.fsencode(path))
+        # As bytes: soundfile cannot encode a name that is not UTF-8.
+        file = library.SoundFile(os.fsencode(path) if pack is None else open_sound(path, pack))
     except (library.LibsndfileError, OSError, TypeError) as error:
         # soundfile raises TypeError for header-less formats, which need settings that a file cannot give.
         raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error
@@ -156,7 +157,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
         yield file
 
 
-def _header(path: Path, file: soundfile.SoundFile) -> Header:
+def _header(path: Path, pack: Pack | None, file: soundfile.SoundFile) -> Header:
     frames, rate = file.frames, file.samplerate
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise UserError(f"{path}: sample rate {rate} Hz is outside {LOWEST_RATE} to {HIGHEST_RATE}")
@@ -165,9 +166,9 @@ def _header(path: Path, file: soundfile.SoundFile) -> Header:
             f"{path}: its header claims {frames / rate / 3600:.3g} hours of sound: it is damaged or was written to a "
             "pipe, write it again"
         )
-    if file.format == "OGG" and _cut_ogg(path):
+    if file.format == "OGG" and _cut_ogg(path, pack):
         raise UserError(f"{path}: truncated (its last page is cut off)")
-    claimed = _nist_frames(path) if file.format == "NIST" else round(frames * _claimed_share(file.extra_info))
+    claimed = _nist_frames(path, pack) if file.format == "NIST" else round(frames * _claimed_share(file.extra_info))
     _check_length(path, claimed, frames, rate)
     if frames == 0:
         raise UserError(f"{path}: holds no samples")
@@ -192,17 +193,18 @@ def _claimed_share(log: str) -> float:
     return claimed / max(real, 1) if real < claimed < UNKNOWN_SIZE else 1.0
 
 
-def _nist_frames(path: Path) -> int:
+def _nist_frames(path: Path, pack: Pack | None) -> int:
     """The number of frames that the text header of a NIST SPHERE file claims; 0 if it gives none."""
-    with open(path, "rb") as file:
+    with open_sound(path, pack) as file:
         match = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
     return int(match[1]) if match else 0
 
 
-def _cut_ogg(path: Path) -> bool:
-    """Whether the last Ogg page is longer than the rest of the file."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LONGEST_OGG_PAGE))
+def _cut_ogg(path: Path, pack: Pack | None) -> bool:
+    """Whether the last page is longer than what is left of the file."""
+    with open_sound(path, pack) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LONGEST_OGG_PAGE))
         tail = file.read()
     page = tail[max(0, tail.rfind(b"OggS")) :]
     header = 27

@@ -7,7 +7,7 @@ step number, with any number of worker processes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from .buckets import BucketBatches
 from .dataset import ClipDataset, Sample, Skipped
+from .features import FeatureBatch, FeatureSource, collate_features
 from .manifest import Clip
 from .mel import MelConfig
 
@@ -41,9 +42,8 @@ class Batch:
     clips: list[Clip]
     indices: Tensor  # [B] int64, index of the clip in the dataset
     starts: Tensor  # [B] int64, the clip's mel frame where the crop begins
-    skipped: list[Skipped] = dataclasses.field(
-        default_factory=list
-    )  # clips that could not be read, which others replace
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)  # clips that others of the batch stand in for
+    features: dict[str, FeatureBatch] = dataclasses.field(default_factory=dict)  # {teacher: extracted features}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -54,20 +54,31 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {
-            name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()
-        }
-        return Batch(**changed)
+        changed: Batch = _mapped(self, change)
+        features = {name: _mapped(features, change) for name, features in self.features.items()}
+        return dataclasses.replace(changed, features=features)
+
+
+def _mapped(holder: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with its tensors changed."""
+    values = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
+    changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(holder, **changed)
 
 
 def collate(
-    samples: Sequence[Sample], frames: int, domains: tuple[str, ...], mel_config: MelConfig, tokens_at_least: int = 1
+    samples: Sequence[Sample],
+    frames: int,
+    domains: tuple[str, ...],
+    mel_config: MelConfig,
+    tokens_at_least: int = 1,
+    sources: Mapping[str, FeatureSource] | None = None,
 ) -> Batch:
     """Pad samples to `frames` frames, and their tokens to the longest, rounded up to a multiple of 16.
 
-    Raises:
-        ValueError: a sample is longer than `frames`.
+    sources: where the samples' features come from, by teacher.
+
+    ValueError when a sample is longer than `frames`.
     """
     count = len(samples)
     longest = max(1, tokens_at_least, *(sample["tokens"].shape[0] for sample in samples))
@@ -103,6 +114,14 @@ def collate(
         clips=[sample["clip"] for sample in samples],
         indices=torch.tensor([sample["index"] for sample in samples]),
         starts=torch.tensor([sample["start"] for sample in samples]),
+        features={
+            name: collate_features(
+                [sample["features"][name] for sample in samples],
+                source,
+                mel_config.samples(frames) / mel_config.sample_rate,
+            )
+            for name, source in (sources or {}).items()
+        },
     )
 
 
@@ -143,7 +162,8 @@ def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: in
                     skipped.append(Skipped(clip.path, clip.source, str(error).removeprefix(f"{clip.path}: ")))
             else:
                 raise UserError(f"batch {step}: none of its clips can be read; the first: {skipped[0].reason}")
-        batch = collate(samples, frames, dataset.domains, dataset.mel_config, batches.tokens.get(frames, 1))
+        tokens = batches.tokens.get(frames, 1)
+        batch = collate(samples, frames, dataset.domains, dataset.mel_config, tokens, dataset.sources)
         return dataclasses.replace(batch, skipped=list(dict.fromkeys(skipped)))
     finally:
         torch.set_num_threads(threads)

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from .packs import Pack
 
 
 @dataclass(frozen=True)
 class Clip:
     """One sound, with its text, domain and source."""
 
-    path: Path  # audio file
+    path: Path  # audio file; with a pack, a name for it
     text: str  # transcript or caption, "" allowed
     domain: str  # "speech", "audio" or another lower-case word
     speaker: str | None
     tokens: Path | None  # pre-computed token file
     source: str  # where it was listed ("metadata.csv:17"), for messages
+    pack: Pack | None = None  # the larger file that holds the audio file
 
 
 def clip_of_row(
@@ -42,9 +44,7 @@ def clip_of_row(
             f"{place}: the clip begins at {row['start'][:40]} of its file, and only whole files are read: "
             "cut the files into clips and list those"
         )
-    domain = row.get("domain") or "speech"
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", domain):
-        raise UserError(f"{place}: domain {domain!r} must be one lower-case word, like speech or audio")
+    domain = check_domain(place, row.get("domain"))
     if audio_folder and "/" not in name:
         name = f"{audio_folder}/{name}"
     return Clip(
@@ -55,6 +55,14 @@ def clip_of_row(
         tokens=path_inside(manifest, number, tokens, allow_outside) if tokens else None,
         source=f"{manifest.name}:{number}",
     )
+
+
+def check_domain(place: str, domain: str | None) -> str:
+    """The domain of a clip, speech where none is given. UserError, beginning with `place`, for what is no word."""
+    domain = domain or "speech"
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", domain):
+        raise UserError(f"{place}: domain {domain!r} must be one lower-case word, like speech or audio")
+    return domain
 
 
 def is_zero(value: str) -> bool:

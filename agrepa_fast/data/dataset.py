@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .audio import check_minimum, read_audio, read_header, resampled_length
+from .features import FeatureSource, Frames
 from .manifest import Clip
 from .mel import LogMel, MelConfig
-from .tokens import BYTE_VOCABULARY, encode_text, read_tokens
+from .tokens import BYTE_VOCABULARY, check_range, encode_text, read_tokens
 from .verdicts import Verdicts
 
 # Decoded waveforms and mels of whole clips kept in memory, per process: 1 GiB is 3 hours of sound at 24 kHz.
@@ -43,6 +44,7 @@ class Sample(TypedDict):
     clip: Clip
     index: int
     start: int  # of the crop, in mel frames of the clip
+    features: dict[str, Frames | None]  # {teacher: extracted features of the crop}, for each of the set's sources
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Skipped:
     path: Path
     source: str
     reason: str
+
+
+class TokenSource(Protocol):
+    """Where extracted tokens of clips are read from."""
+
+    def read(self, clip: Clip, sound: int | None) -> Tensor:
+        """[S, K] int64; `sound` is the digest of the clip's sound. UserError: the clip has none."""
+        ...
 
 
 class ClipDataset:
@@ -64,6 +74,11 @@ class ClipDataset:
         prompt_share: the length of the reference prefix, as a share of the crop, is drawn uniformly from this range.
         domains: the names, in order, that `Batch.domain` indexes. Give a validation set those of the training set; the
             default is those of the clips, sorted.
+        sounds: digests of the clips' sounds, by which extracted features are found.
+        tokens: {domain: the extracted tokens of its clips without a token file}.
+
+    `sources` ({teacher: where its extracted features are}) is empty at first; what is set there comes with every
+    sample.
 
     A cropped clip keeps the tokens that the crop spans: of S tokens over L frames, a crop from frame a to b keeps
     tokens floor(S a / L) to ceil(S b / L), so tokens that are stretched over the crop stay aligned. An uncropped clip
@@ -80,6 +95,8 @@ class ClipDataset:
         vocabulary_of: Mapping[str, str] | None = None,
         prompt_share: tuple[float, float] = (0.0, 0.5),
         domains: Sequence[str] | None = None,
+        sounds: Mapping[Path, int] | None = None,
+        tokens: Mapping[str, TokenSource] | None = None,
         cache: bool = True,
     ) -> None:
         if not clips:
@@ -99,9 +116,12 @@ class ClipDataset:
         self.domains = tuple(sorted({clip.domain for clip in clips})) if domains is None else tuple(domains)
         if len({len(streams) for streams in self.vocabularies.values()}) != 1:
             raise ValueError(f"all vocabularies need the same number of streams, got {self.vocabularies}")
+        self._extracted_tokens = dict(tokens or {})
         self._vocabulary_of = {domain: (vocabulary_of or {}).get(domain, "text") for domain in self.domains}
         for clip in self.clips:
             self._check_vocabulary(clip)
+        self.sounds = dict(sounds or {})
+        self.sources: dict[str, FeatureSource] = {}
         self._log_mel = LogMel(mel_config)
         self._samples: dict[Path, int] = {}
         self._token_counts: dict[Clip, int] = {}
@@ -122,10 +142,19 @@ class ClipDataset:
         Raises:
             UserError: a header cannot be read.
         """
-        for clip in self.clips:
-            if clip.path not in self._samples:
-                self._samples[clip.path] = self._measure(clip.path)
-        return [min(self.mel_config.frames(self._samples[clip.path]), self.max_frames) for clip in self.clips]
+        return [min(self.mel_config.frames(self.samples_of(clip)), self.max_frames) for clip in self.clips]
+
+    def samples_of(self, clip: Clip) -> int:
+        """Samples of a whole clip at the rate of the mels."""
+        if clip.path not in self._samples:
+            self._samples[clip.path] = self._measure(clip)
+        return self._samples[clip.path]
+
+    def drop(self, reasons: Mapping[Clip, str]) -> list[Skipped]:
+        """Take clips out of the set; returns them as skipped, for these reasons."""
+        skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
+        self.clips = [clip for clip in self.clips if clip not in reasons]
+        return skipped
 
     @property
     def token_lengths(self) -> list[int]:
@@ -161,28 +190,23 @@ class ClipDataset:
         verdicts.save()
         fine = [clip for clip in self.clips if clip not in reasons]
         if sum(4 * self._samples[clip.path] for clip in fine) <= SMALL_BYTES:
-            waveforms = self._each(fine, lambda clip: self._decode(clip.path), progress)
+            waveforms = self._each(fine, self._decode, progress)
             reasons |= _reasons(fine, waveforms)
             for clip, waveform in zip(fine, waveforms):
                 if isinstance(waveform, Tensor):
                     self._keep(clip.path, waveform)
-        skipped = [Skipped(clip.path, clip.source, reasons[clip]) for clip in self.clips if clip in reasons]
-        if len(skipped) > max_share * len(self.clips) or len(skipped) == len(self.clips):
-            first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
-            more = ", ..." if len(skipped) > 3 else ""
-            raise UserError(
-                f"{len(skipped)} of {len(self.clips)} clips cannot be read, "
-                f"at most {max_share:.0%} may be: {first}{more}"
-            )
-        self.clips = [clip for clip in self.clips if clip not in reasons]
+        total = len(self.clips)
+        skipped = self.drop(reasons)
+        check_share(skipped, total, max_share, "cannot be read")
         return skipped
 
     def readable(self, index: int) -> bool:
-        """Whether the sound of clip `index` can be decoded. Warns the first time that it cannot."""
+        """Whether clip `index` can be decoded and has its features; a warning names it the first time if not."""
         clip = self.clips[index]
         if clip.path not in self._unreadable:
             try:
-                self._waveform(clip.path)
+                self._waveform(clip)
+                self._features(clip, 0.0, 0.0)
             except UserError as error:
                 self._unreadable.add(clip.path)
                 _log.warning("%s: %s; another clip stands in", clip.source, error)
@@ -191,11 +215,10 @@ class ClipDataset:
     def item(self, index: int, generator: torch.Generator) -> Sample:
         """The sample of clip `index`; `generator` decides the crop and the prompt length.
 
-        Raises:
-            UserError: the clip or its tokens cannot be read.
+        UserError when the clip, its tokens or its features cannot be read.
         """
         clip = self.clips[index]
-        waveform = self._waveform(clip.path)
+        waveform = self._waveform(clip)
         tokens, vocabulary = self._tokens(clip)
         total = self.mel_config.frames(waveform.shape[0])
         frames = min(total, self.max_frames)
@@ -218,7 +241,14 @@ class ClipDataset:
             "clip": clip,
             "index": index,
             "start": start,
+            "features": self._features(
+                clip, start / self.mel_config.frame_rate, waveform.shape[0] / self.mel_config.sample_rate
+            ),
         }
+
+    def _features(self, clip: Clip, start: float, seconds: float) -> dict[str, Frames | None]:
+        sound = self.sounds.get(clip.path)
+        return {name: source.read(clip, sound, start, seconds) for name, source in self.sources.items()}
 
     def _check_vocabulary(self, clip: Clip) -> None:
         if clip.domain not in self._vocabulary_of:
@@ -231,6 +261,8 @@ class ClipDataset:
                 f"{clip.source}: domain {clip.domain!r} needs the vocabulary {name!r}, known are {known}: "
                 "say which vocabulary each domain uses"
             )
+        if clip.domain in self._extracted_tokens:
+            return
         if clip.tokens is None and self.vocabularies[name] != (BYTE_VOCABULARY,):
             raise UserError(
                 f"{clip.source}: {clip.path.name} has no token file, and the vocabulary {name!r} "
@@ -245,7 +277,13 @@ class ClipDataset:
             text = encode_text(clip.text)
         except UserError as error:
             raise UserError(f"{clip.path}: {error}") from error
-        tokens = text if clip.tokens is None else read_tokens(clip.tokens, self.vocabularies[name])
+        if clip.tokens is not None:
+            tokens = read_tokens(clip.tokens, self.vocabularies[name])
+        elif clip.domain in self._extracted_tokens:
+            tokens = self._extracted_tokens[clip.domain].read(clip, self.sounds.get(clip.path))
+            check_range(clip.path, tokens.numpy(), self.vocabularies[name])
+        else:
+            tokens = text
         self._token_counts[clip] = tokens.shape[0]
         return tokens, number
 
@@ -270,7 +308,7 @@ class ClipDataset:
             UserError: they cannot be read.
         """
         if clip.path not in self._samples:
-            self._samples[clip.path] = self._measure(clip.path, verdicts)
+            self._samples[clip.path] = self._measure(clip, verdicts)
         if clip.tokens is None:
             self._tokens(clip)
             return
@@ -283,32 +321,33 @@ class ClipDataset:
             encode_text(clip.text)
             self._token_counts[clip] = known[0]
 
-    def _measure(self, path: Path, verdicts: Verdicts | None = None) -> int:
-        """Number of samples of a file at the rate of the mels."""
-        config = self.mel_config
-        known = verdicts.find(path, "sound", 2) if verdicts is not None else None
+    def _measure(self, clip: Clip, verdicts: Verdicts | None = None) -> int:
+        """Samples of a file at the rate of the mels."""
+        config, path, pack = self.mel_config, clip.path, clip.pack
+        file = path if pack is None else pack.file
+        known = verdicts.find(path, "sound", 2, file) if verdicts is not None else None
         if known is None:
-            frames, rate, exact = read_header(path)
+            frames, rate, exact = read_header(path, pack)
             if not exact:
-                frames = read_audio(path, rate).shape[0]
+                frames = read_audio(path, rate, pack=pack).shape[0]
             if verdicts is not None:
-                verdicts.remember(path, "sound", frames, rate)
+                verdicts.remember(path, "sound", frames, rate, file=file)
         else:
             frames, rate = known
         samples = resampled_length(frames, rate, config.sample_rate)
         check_minimum(path, samples, config.sample_rate, config.minimum_samples)
         return samples
 
-    def _waveform(self, path: Path) -> Tensor:
-        if self._cache is not None and path in self._cache:
-            return self._cache[path]
-        waveform = self._decode(path)
-        self._keep(path, waveform)
+    def _waveform(self, clip: Clip) -> Tensor:
+        if self._cache is not None and clip.path in self._cache:
+            return self._cache[clip.path]
+        waveform = self._decode(clip)
+        self._keep(clip.path, waveform)
         return waveform
 
-    def _decode(self, path: Path) -> Tensor:
-        config = self.mel_config
-        waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples)
+    def _decode(self, clip: Clip) -> Tensor:
+        config, path = self.mel_config, clip.path
+        waveform = read_audio(path, config.sample_rate, minimum_samples=config.minimum_samples, pack=clip.pack)
         # The plan of the batches is made from the lengths that are known by now.
         expected = self._samples.setdefault(path, waveform.shape[0])
         if abs(waveform.shape[0] - expected) > LENGTH_SECONDS * config.sample_rate:
@@ -331,6 +370,14 @@ class ClipDataset:
             return
         self._cache[path] = waveform
         self._cached_bytes += size
+
+
+def check_share(skipped: Sequence[Skipped], total: int, max_share: float, what: str) -> None:
+    """UserError when more than `max_share` of `total` clips, or all of them, are skipped; `what` says why."""
+    if len(skipped) > max_share * total or len(skipped) == total:
+        first = "; ".join(f"{item.path} ({item.source}): {item.reason}" for item in skipped[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        raise UserError(f"{len(skipped)} of {total} clips {what}, at most {max_share:.0%} may be: {first}{more}")
 
 
 def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str]:

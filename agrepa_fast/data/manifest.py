@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .archives import read_archives
 from .clip import Clip, clip_of_row
 from .columns import CAPTIONS, EXPECTED, IDENTIFIER, find_columns, known
+from .hub import read_hub
 from .layouts import LABEL_NAMES, check_width, read_by_stem, read_librispeech, read_ljspeech, read_segments
-from .rows import INSTEAD, csv_rows, lines, read_text
+from .rows import ARCHIVE, INSTEAD, TABLE, csv_rows, lines, read_text
 
 __all__ = ["Clip", "read_manifest"]
 
 DELIMITERS = ("|", "\t", ",", ";")
-LJSPEECH, UNQUOTED = "ljspeech", "unquoted"  # prefixes of a path, before a colon
+# What may stand before a path, with a colon.
+LJSPEECH, UNQUOTED, ARCHIVES, HUB = "ljspeech", "unquoted", "wds", "hf"
 _PACKED = (".parquet", ".tar", ".zip", ".tar.gz", ".tgz", ".arrow")
 
 
@@ -33,6 +36,7 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
     - A folder: one that holds metadata.csv or metadata.jsonl, a LibriSpeech tree (`*.trans.txt`), or a single list.
     - `ljspeech:PATH`: a list without header, or its folder.
     - `unquoted:PATH`: a table in which double quotes are part of the text.
+    - `wds:PATTERN`: a WebDataset (`archives`). `hf:NAME_OR_FOLDER:split`: a data set of the library datasets (`hub`).
 
     Paths are relative to the manifest's folder and must stay inside it, unless `allow_outside`.
 
@@ -40,6 +44,10 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
         UserError: something is missing, empty, malformed or ambiguous; names the file and line.
     """
     kind, colon, rest = str(spec).partition(":")
+    if colon and kind == ARCHIVES:
+        return read_archives(rest)
+    if colon and kind == HUB:
+        return read_hub(str(spec))
     if not colon or kind not in (LJSPEECH, UNQUOTED):
         kind, rest = "", str(spec)
     path = Path(rest)
@@ -78,7 +86,9 @@ def _list_in(folder: Path, kind: str) -> Path:
     near = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
     packed = min((str(path.relative_to(folder)) for path in near if path.name.endswith(_PACKED)), default="")
     if packed:
-        raise UserError(f"{folder}: holds {packed}, which is no manifest: {INSTEAD}")
+        kinds = {".tar": ARCHIVE, ".parquet": TABLE, ".arrow": TABLE}
+        instead = next((text for suffix, text in kinds.items() if packed.endswith(suffix)), INSTEAD)
+        raise UserError(f"{folder}: holds {packed}, which is no manifest: {instead}")
     inner = sorted(path.parent.name for path in folder.glob("*/metadata.*") if path.suffix in (".csv", ".jsonl"))
     more = f"; its folders {', '.join(inner[:10])} hold one each: give one of them" if inner else ""
     wanted = "metadata.csv, metadata.jsonl, *.trans.txt (LibriSpeech) or single list (CSV, TSV, JSONL)"

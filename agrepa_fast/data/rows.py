@@ -12,11 +12,13 @@ from ..errors import UserError
 
 LISTS = "a list of clips: CSV with the header audio_file|text, or JSONL (docs/data.md)"
 INSTEAD = f"extract its sound files into a folder, and write {LISTS}"
-# (offset, bytes at that offset, kind of file, what to do)
+TABLE = f"give its folder as hf:FOLDER:train, or {INSTEAD}"
+ARCHIVE = f"give it as wds:FILE (WebDataset), or {INSTEAD}"
+# (offset, the bytes there, what such a file is, what to do)
 _OTHER_FILES = (
-    (0, b"PAR1", "a Parquet file", INSTEAD),
-    (0, b"ARROW1", "an Arrow file", INSTEAD),
-    (257, b"ustar", "a tar archive", INSTEAD),
+    (0, b"PAR1", "a Parquet file", TABLE),
+    (0, b"ARROW1", "an Arrow file", TABLE),
+    (257, b"ustar", "a tar archive", ARCHIVE),
     (0, b"PK\3\4", "a zip archive", INSTEAD),
     (0, b"PK\5\6", "an empty zip archive", INSTEAD),
     (0, b"\x1f\x8b", "a gzip file", "unpack it and give what is inside"),

@@ -75,11 +75,18 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     if tokens.ndim != 2 or tokens.shape[1] != streams:
         wanted = "[S]" if streams == 1 else "[S, 2] or flat interleaved [2 S]"
         raise UserError(f"{path}: tokens must be {wanted}, the file holds shape {list(tokens.shape)}")
-    for stream, size in enumerate(vocabularies):
-        low, high = int(tokens[:, stream].min()), int(tokens[:, stream].max())
-        if low < 0 or high >= size:
-            raise UserError(f"{path}: token {low if low < 0 else high} in stream {stream} is outside 0 to {size - 1}")
+    check_range(path, tokens, vocabularies)
     return torch.from_numpy(np.array(tokens, dtype=np.int64, order="C"))
+
+
+def check_range(place: Path, tokens: np.ndarray, vocabularies: Sequence[int]) -> None:
+    """UserError, beginning with `place`, unless tokens [S, K] have a stream for each vocabulary and lie within it."""
+    if tokens.shape[1] != len(vocabularies):
+        raise UserError(f"{place}: tokens of {tokens.shape[1]} streams, the vocabulary has {len(vocabularies)}")
+    for stream, size in enumerate(vocabularies):
+        low, high = (int(tokens[:, stream].min()), int(tokens[:, stream].max())) if len(tokens) else (0, 0)
+        if low < 0 or high >= size:
+            raise UserError(f"{place}: token {low if low < 0 else high} in stream {stream} is outside 0 to {size - 1}")
 
 
 def _load(path: Path) -> np.ndarray:

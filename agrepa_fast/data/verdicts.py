@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # Raise this when something else is remembered or refused.
 VERSION = 1
@@ -25,13 +26,18 @@ def verdict_file(paths: Iterable[Path]) -> Path | None:
 
     None if the user has no such folder, or if the files have no folder in common.
     """
-    chosen = os.environ.get("AGREPA_CACHE")
     try:
-        folder = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast")
+        folder = cache_folder()
         common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     except (RuntimeError, ValueError):
         return None
     return folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
+
+
+def cache_folder() -> Path:
+    """$AGREPA_CACHE, or agrepa-fast in the user's cache. RuntimeError where the user has no folder for it."""
+    given = os.environ.get("AGREPA_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
 
 
 class Verdicts:
@@ -42,17 +48,17 @@ class Verdicts:
         self._known = _load(file)
         self._new: dict[str, list[int]] = {}
 
-    def find(self, path: Path, kind: str, count: int) -> tuple[int, ...] | None:
-        """The `count` numbers remembered of a file, if it has not changed."""
+    def find(self, path: Path, kind: str, count: int, file: Path | None = None) -> tuple[int, ...] | None:
+        """The `count` numbers that were remembered, if the file (or `file`, which holds it) is still the same."""
         entry = self._known.get(_key(path, kind)) if self._known else None
-        stamp = _stamp(path) if entry is not None else None
+        stamp = _stamp(file or path) if entry is not None else None
         if entry is None or stamp is None or len(entry) != 2 + count or tuple(entry[:2]) != stamp:
             return None
         return tuple(entry[2:])
 
-    def remember(self, path: Path, kind: str, *numbers: int) -> None:
-        """Remember numbers about a file that is fine. They must come from the file as it is now."""
-        stamp = _stamp(path) if self.file is not None else None
+    def remember(self, path: Path, kind: str, *numbers: int, file: Path | None = None) -> None:
+        """Keep numbers about a file that is fine. Call it with what was read from the file as it is now."""
+        stamp = _stamp(file or path) if self.file is not None else None
         if stamp is not None and stamp[1] < time.time_ns() - SETTLED_NS:
             self._new[_key(path, kind)] = [*stamp, *numbers]
 
@@ -60,29 +66,40 @@ class Verdicts:
         """Write what is new, and keep what others have written meanwhile."""
         if self.file is None or not self._new:
             return
-        content = json.dumps({"version": VERSION, "files": {**_load(self.file), **self._new}}).encode()
-        building = self.file.with_name(f".{self.file.name}.{os.getpid()}.{time.time_ns()}")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            building.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            os.replace(building, self.file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                building.unlink()
+        save_checked(self.file, {"version": VERSION, "files": {**_load(self.file), **self._new}})
         self._new = {}
 
 
 def _load(file: Path | None) -> dict[str, list[int]]:
+    known = load_checked(file)
+    try:
+        return known["files"] if known["version"] == VERSION else {}
+    except (KeyError, TypeError):
+        return {}
+
+
+def save_checked(file: Path, value: Any) -> None:
+    """Write JSON behind its digest. Nothing happens where it cannot be written."""
+    content = json.dumps(value).encode()
+    building = file.with_name(f".{file.name}.{os.getpid()}.{time.time_ns()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        building.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        os.replace(building, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            building.unlink()
+
+
+def load_checked(file: Path | None) -> Any:
+    """What `save_checked` wrote; None where there is nothing, or something else."""
     try:
         if file is None or not file.is_file():
-            return {}
+            return None
         digest, _, content = file.read_bytes().partition(b"\n")
-        if digest != hashlib.sha256(content).hexdigest().encode():
-            return {}
-        known = json.loads(content)
-        return known["files"] if known["version"] == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+        return json.loads(content) if digest == hashlib.sha256(content).hexdigest().encode() else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _key(path: Path, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from .base import Teacher
 from .cache import FeatureKey, dequantise, feature_path, read_features, write_features
+from .passes import encode_clips, encode_together
 from .registry import build_teacher, register_teacher
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "Teacher",
     "build_teacher",
     "dequantise",
+    "encode_clips",
+    "encode_together",
     "feature_path",
     "read_features",
     "register_teacher",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.clip import Clip
+from ..data.features import Frames, window
 from ..errors import UserError
 
 FORMAT = "agrepa-fast features 1"
@@ -60,11 +62,9 @@ def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8:
         raise ValueError("features: not finite")
     tensors = {"features": features}
     if int8:
-        wide = features.float()
-        scale = wide.abs().amax(-1) / 127
-        steps = wide / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-        tensors = {"features": steps.round().to(torch.int8), "scale": scale.clone()}
-    library = _safetensors()
+        values, scale = quantise(features)
+        tensors = {"features": values, "scale": scale}
+    library = import_safetensors()
     try:
         library.torch.save_file(tensors, str(path), {"format": FORMAT, "key": json.dumps(asdict(key))})
     except (OSError, library.SafetensorError) as error:
@@ -80,7 +80,7 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no cached features here; extract them, or use the teacher itself")
-    library = _safetensors()
+    library = import_safetensors()
     try:
         with library.safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
@@ -104,43 +104,44 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
     return features, scale
 
 
-class CachedTeacher:
-    """Features from files, used instead of an encoder.
+class FilesBesideAudio:
+    """A `data.features.FeatureSource`: features from one file beside each sound file.
 
     The first clip's file gives the width and the rate; all files must have the same key.
 
     Args:
-        name: the teacher's name in the run, which is part of the files' names.
-        key: the key that the run expects; its rate is taken from the first file.
-        first: a clip of the run.
+        name: the teacher's name in the run, part of the files' names.
+        key: what this run expects; its rate is taken from the first file.
+        first: a clip's sound file.
+        domains: the domains that the teacher speaks for; empty: all.
     """
 
-    def __init__(self, name: str, key: FeatureKey, first: Path) -> None:
+    def __init__(self, name: str, key: FeatureKey, first: Path, domains: Sequence[str] = ()) -> None:
         path = feature_path(first, name)
-        rate = _header_rate(path)
         self.name = name
-        self.key = replace(key, rate=rate)
-        self.rate = rate
+        self.rate = _header_rate(path)
+        self.key = replace(key, rate=self.rate)
         self.width = read_features(path, self.key)[0].shape[-1]
+        self.domains = frozenset(domains)
 
-    def load(self, clips: Sequence[Path], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Features of whole clips on `device`: float32 [B, T', width], and mask [B, T'] bool; T' is 1 if pooled."""
-        rows = [dequantise(*read_features(feature_path(clip, self.name), self.key)) for clip in clips]
-        for clip, row in zip(clips, rows):
-            if row.shape[-1] != self.width:
-                path = feature_path(clip, self.name)
-                raise UserError(f"{path}: features of width {row.shape[-1]}, the other clips' have {self.width}")
-        rows = [row.view(-1, self.width) for row in rows]
-        lengths = torch.tensor([len(row) for row in rows])
-        features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(features.shape[1]) < lengths.unsqueeze(1)
-        return features.to(device), mask.to(device)
+    def read(self, clip: Clip, sound: int | None, start: float, seconds: float) -> Frames | None:
+        """See `FeatureSource.read`."""
+        if self.domains and clip.domain not in self.domains:
+            return None
+        path = feature_path(clip.path, self.name)
+        values, scale = read_features(path, self.key)
+        if values.shape[-1] != self.width:
+            raise UserError(f"{path}: features of width {values.shape[-1]}, the other clips' have {self.width}")
+        if not self.rate:
+            return Frames(values.unsqueeze(0), None if scale is None else scale.view(1), 0)
+        first, stop = window(start, seconds, self.rate)
+        return Frames(values[first:stop], None if scale is None else scale[first:stop], first)
 
 
 def _header_rate(path: Path) -> float:
     if not path.is_file():
         raise UserError(f"{path}: no cached features here; extract them, or use the teacher itself")
-    library = _safetensors()
+    library = import_safetensors()
     try:
         with library.safe_open(str(path), "pt") as file:
             return float(json.loads((file.metadata() or {})["key"])["rate"])
@@ -148,12 +149,21 @@ def _header_rate(path: Path) -> float:
         raise UserError(f"{path}: not a feature file ({error})") from None
 
 
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., W] and float32 scales [...] of finite features [..., W]: each frame's largest channel becomes 127."""
+    wide = features.float()
+    scale = wide.abs().amax(-1) / 127
+    steps = wide / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+    return steps.round().to(torch.int8), scale.clone()
+
+
 def dequantise(features: Tensor, scale: Tensor | None) -> Tensor:
     """The result of `read_features` as float32: features [..., W], scale [...] or None."""
     return features.float() if scale is None else features.float() * scale.unsqueeze(-1)
 
 
-def _safetensors() -> Any:
+def import_safetensors() -> Any:
+    """safetensors, imported on first use. UserError when it is missing."""
     try:
         import safetensors
         import safetensors.torch

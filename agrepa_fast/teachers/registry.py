@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .base import Teacher
+from .base import LayeredTeacher, Teacher
 
 
 def _spectral() -> Teacher:
@@ -39,9 +39,9 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
     """Build a frozen teacher.
 
     Args:
-        name_or_path: a registered name ("spectral", or yours), the folder of a transformers model, or the
-            name of one on the hub ("openai/whisper-large-v3"). A registered name wins over a folder of that
-            name.
+        name_or_path: a registered name ("spectral", or yours), the folder of a transformers model, the name of
+            one on the hub ("openai/whisper-large-v3"), or a BEATs checkpoint (.pt). A registered name wins over a
+            folder of that name.
         options: handed to the teacher; for transformers models `layer`, `revision` and `dtype`.
 
     Raises:
@@ -50,15 +50,38 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
     name = str(name_or_path)
     factory = _FACTORIES.get(name)
     if factory is None:
-        folder = Path(name).expanduser()
-        if not folder.is_dir() and not _is_hub_name(name):
-            raise UserError(_unknown(name))
-        from .encoders import TransformersTeacher
+        path = Path(name).expanduser()
+        if path.suffix == ".pt":
+            from .beats import BeatsTeacher
 
-        factory = TransformersTeacher
-        options = {"model": str(folder) if folder.is_dir() else name, **options}
+            factory = BeatsTeacher
+        elif not path.is_dir() and not _is_hub_name(name):
+            raise UserError(_unknown(name))
+        else:
+            from .encoders import TransformersTeacher
+
+            factory = TransformersTeacher
+        options = {"model": str(path) if path.exists() else name, **options}
     _check_options(name, factory, options)
     return factory(**options).freeze()
+
+
+def build_teachers(wanted: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Teacher]:
+    """Teachers by name from {name: (source, options)}. Those that differ in `layer` alone share one encoder.
+
+    Raises:
+        UserError: as `build_teacher`.
+    """
+    teachers: dict[str, Teacher] = {}
+    shared: dict[str, Teacher] = {}
+    for name, (source, options) in wanted.items():
+        rest = {option: value for option, value in options.items() if option != "layer"}
+        one = shared.get(same := repr((source, sorted(rest.items()))))
+        if one is not None and isinstance(one, LayeredTeacher):
+            teachers[name] = one.at_layer(options.get("layer"))
+        else:
+            teachers[name] = shared[same] = build_teacher(source, **options)
+    return teachers
 
 
 def _is_hub_name(name: str) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..data.batches import Batch, collate
 from ..data.corpus import write_corpus
-from ..data.dataset import ClipDataset, Sample, Skipped
+from ..data.dataset import ClipDataset, Sample, Skipped, TokenSource
 from ..data.manifest import Clip, read_manifest
 from ..data.verdicts import verdict_file
 from ..errors import UserError, writing
 from .config import RunConfig
 from .distributed import gather, rank
+from .extracted import stored_tokens
 from .identity import Known, compare, drop_duplicates, held_out, identify, list_digest, record
 
 BUILTIN = "builtin"
@@ -141,8 +142,12 @@ def load_data(
     run_dir: Path,
     recorded: Mapping[str, Tensor] | None = None,
     accept_changes: bool = False,
+    *,
+    with_tokens: bool = True,
 ) -> RunData:
     """Read, split (`split_clips`) and check the clips. Every rank must call it.
+
+    with_tokens: False leaves out the tokens that data.tokens names, which may have to be extracted yet.
 
     Raises:
         UserError: nothing to train on, too many unreadable files, a manifest that does not fit, clips that are not
@@ -151,11 +156,12 @@ def load_data(
     split = split_clips(config, run_dir, recorded, accept_changes)
     domains = _domains([*split.train, *split.valid])
     skipped: list[Skipped] = []
-    train = _dataset(split.train, config, domains, skipped)
+    tokens = stored_tokens(config) if with_tokens else dict.fromkeys(config.data.tokens, NoTokens(config))
+    train = _dataset(split.train, config, domains, skipped, tokens)
     if not split.valid:
         raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
-    data = RunData(train, _dataset(split.valid, config, domains, skipped), skipped, split)
-    _same_on_all_ranks(data)
+    data = RunData(train, _dataset(split.valid, config, domains, skipped, tokens), skipped, split)
+    check_ranks(data)
     return data
 
 
@@ -170,17 +176,32 @@ def load_held_out(
     skipped: list[Skipped] = []
     if specs:
         clips, _ = drop_duplicates(identify(read_clips(specs, run_dir, config)))
-        return _dataset(clips, config, _domains(clips), skipped), skipped
+        return _dataset(clips, config, _domains(clips), skipped, stored_tokens(config)), skipped
     split = split_clips(config, run_dir, recorded, accept_changes=True)
-    return _dataset(split.valid, config, _domains([*split.train, *split.valid]), skipped), skipped
+    domains = _domains([*split.train, *split.valid])
+    return _dataset(split.valid, config, domains, skipped, stored_tokens(config)), skipped
 
 
 def _domains(clips: Sequence[Known]) -> tuple[str, ...]:
     return tuple(sorted({known.clip.domain for known in clips}))
 
 
+class NoTokens:
+    """Stands in for tokens that are not extracted yet: an empty sequence for every clip."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.streams = len(next(iter(config.data.vocabularies.values())))
+
+    def read(self, clip: Clip, sound: int | None) -> Tensor:
+        return torch.zeros(0, self.streams, dtype=torch.int64)
+
+
 def _dataset(
-    clips: Sequence[Known], config: RunConfig, domains: tuple[str, ...], skipped: list[Skipped]
+    clips: Sequence[Known],
+    config: RunConfig,
+    domains: tuple[str, ...],
+    skipped: list[Skipped],
+    tokens: Mapping[str, TokenSource],
 ) -> ClipDataset:
     """The clips that can be read; the others go to `skipped`."""
     dataset = ClipDataset(
@@ -191,14 +212,16 @@ def _dataset(
         vocabulary_of=config.data.vocabulary_of,
         prompt_share=config.data.prompt_share,
         domains=domains,
+        sounds={known.clip.path: known.identity.sound for known in clips},
+        tokens=tokens,
     )
     memory = verdict_file(clip.path for clip in dataset.clips)
     skipped.extend(dataset.check(config.data.unreadable_share, memory=memory, progress=rank() == 0))
     return dataset
 
 
-def _same_on_all_ranks(data: RunData) -> None:
-    """Refuse ranks with different clips: they would train on other batches than planned, and end at other steps.
+def check_ranks(data: RunData) -> None:
+    """Ranks with other clips would train on other batches than the plan says, and end at other steps.
 
     Raises:
         UserError: on every rank, with the numbers of clips of two ranks that differ.
@@ -241,13 +264,13 @@ def fixed_batches(
         by_bucket[min(bucket for bucket in config.bucket_frames if bucket >= length)].append(sample)
     if one_shape:
         samples = [sample for bucket in sorted(by_bucket) for sample in by_bucket[bucket]]
-        return [collate(samples, max(by_bucket), dataset.domains, dataset.mel_config)]
+        return [collate(samples, max(by_bucket), dataset.domains, dataset.mel_config, sources=dataset.sources)]
     batches = []
     for frames in sorted(by_bucket):
         size = max(1, config.data.frames_per_batch // frames)
         samples = by_bucket[frames]
         batches += [
-            collate(samples[i : i + size], frames, dataset.domains, dataset.mel_config)
+            collate(samples[i : i + size], frames, dataset.domains, dataset.mel_config, sources=dataset.sources)
             for i in range(0, len(samples), size)
         ]
     return batches

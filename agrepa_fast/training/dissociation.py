@@ -13,9 +13,9 @@ from ..attribution.runner import probing
 from ..attribution.scd import Stored
 from ..attribution.stored import lasp, linear_cka, pooled_hidden
 from ..data.dataset import ClipDataset
+from ..data.features import FeatureSource
 from ..models.flow import probe_inputs
 from ..teachers.base import Teacher
-from ..teachers.cache import CachedTeacher
 from .clips import fixed_batches, spread
 from .config import RunConfig
 from .objective import Backbone, domain_tables, pool_target, teacher_targets
@@ -25,7 +25,7 @@ CLIPS = 8  # clips of each domain, if so many are held out: half to fit the head
 
 def stored_by_layer(
     backbone: Backbone,
-    teachers: Mapping[str, Teacher | CachedTeacher],
+    teachers: Mapping[str, Teacher | FeatureSource],
     dataset: ClipDataset,
     config: RunConfig,
     device: torch.device,

@@ -22,6 +22,8 @@ USES = {
     "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "nvidia-ml-py"),
     "tensorboard": ("tensorboard",),
     "teachers": ("transformers", "safetensors"),
+    "tokens": ("s3tokenizer",),
+    "datasets": ("datasets",),
     "xformers": ("xformers",),
     "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum"),
 }

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..data.audio import write_audio
 from ..data.dataset import ClipDataset
+from ..data.features import FeatureSource
 from ..data.mel import LogMel
 from ..errors import UserError
 from ..models.flow import SIGMA
 from ..teachers.base import Teacher
-from ..teachers.cache import CachedTeacher
 from .clips import fixed_batches, spread
 from .config import RunConfig
 from .inference import generate
@@ -29,7 +29,7 @@ TIMES = (0.125, 0.375, 0.625, 0.875)
 @torch.no_grad()
 def validate(
     objective: Objective,
-    teachers: Mapping[str, Teacher | CachedTeacher],
+    teachers: Mapping[str, Teacher | FeatureSource],
     tables: Mapping[str, Tensor],
     clips: ClipDataset,
     config: RunConfig,

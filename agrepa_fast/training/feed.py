@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..data.buckets import BucketBatches
+from ..data.features import FeatureSource
 from ..data.loading import iterate
 from ..errors import UserError
 from ..teachers.base import Teacher
-from ..teachers.cache import CachedTeacher
 from . import distributed
 from .clips import RunData
 from .config import RunConfig
@@ -36,7 +36,7 @@ class Feed:
         self,
         config: RunConfig,
         data: RunData,
-        teachers: Mapping[str, Teacher | CachedTeacher],
+        teachers: Mapping[str, Teacher | FeatureSource],
         domain_tables: Mapping[str, Tensor],
         device: torch.device,
         bf16: bool,

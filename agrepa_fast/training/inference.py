@@ -19,13 +19,13 @@ from ..attribution.stored import lasp, pooled_hidden
 from ..data.audio import read_audio
 from ..data.batches import Batch, collate
 from ..data.dataset import ClipDataset, Sample
+from ..data.features import FeatureSource
 from ..data.manifest import Clip
 from ..data.mel import LogMel
 from ..data.tokens import BYTE_VOCABULARY, encode_text
 from ..errors import UserError
 from ..models.flow import SIGMA, flow_matching_loss, path, probe_inputs, sample
 from ..teachers.base import Teacher
-from ..teachers.cache import CachedTeacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig
@@ -104,7 +104,7 @@ def _interleaved(parts: Sequence[LayerScores]) -> LayerScores:
 def layer_values(
     policy: str,
     backbone: Backbone,
-    teachers: Mapping[str, Teacher | CachedTeacher],
+    teachers: Mapping[str, Teacher | FeatureSource],
     dataset: ClipDataset,
     config: RunConfig,
     device: torch.device,
@@ -236,5 +236,6 @@ def text_batch(
         "clip": Clip(Path(), words, domain, None, None, "--text"),
         "index": 0,
         "start": 0,
+        "features": {},
     }
     return collate([sample_], frames, (domain,), config.mel)

@@ -19,13 +19,14 @@ from ..alignment.resample import align_time
 from ..alignment.schedule import SimilarityStop, timestep_weight
 from ..alignment.selection import LayerSelection
 from ..data.batches import Batch
+from ..data.features import FeatureSource
 from ..errors import UserError
 from ..models.conditioning import TokenConditioner, assemble_condition
 from ..models.dit import DiT
 from ..models.flow import SIGMA, flow_matching_loss, path
 from ..ops import masked_mean
 from ..teachers.base import Teacher
-from ..teachers.cache import CachedTeacher
+from ..teachers.passes import encode_together
 from .config import RunConfig
 
 
@@ -283,24 +284,33 @@ def pool_target(target: Tensor, mask: Tensor) -> Tensor:
 
 
 def teacher_targets(
-    teachers: Mapping[str, Teacher | CachedTeacher], batch: Batch, config: RunConfig
+    teachers: Mapping[str, Teacher | FeatureSource], batch: Batch, config: RunConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Features of the batch's clean audio, {teacher: [B, W] or [B, T, W]}, and the frames to align [B, T].
 
-    Pooled targets are means over the frames in which the teacher heard audio. Cached features are those of whole clips:
-    frames are read at the times of the crop, and a pooled vector is used for any crop of its clip.
+    Extracted features come with the batch; live teachers hear its audio, and those that share an encoder run in one
+    pass. Pooled targets are means over the frames in which the teacher heard audio. Extracted features are those of
+    whole clips: frames are read at the times of the crop, and a pooled vector is used for any crop of its clip.
     """
     mask = batch.mask & ~batch.prompt if config.alignment.mask == "span" else batch.mask
+    live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
+    heard_now = encode_together(live, batch.audio, batch.audio_lengths, config.mel.sample_rate)
     targets = {}
     for name, teacher in teachers.items():
-        start = torch.zeros(batch.mel.shape[0], device=batch.mel.device)
-        if isinstance(teacher, CachedTeacher):
-            features, valid = teacher.load([clip.path for clip in batch.clips], batch.mel.device)
-            if teacher.rate:
-                start = batch.starts / config.mel.frame_rate
-                valid = valid & _heard(batch, start, features.shape[1], teacher.rate, config.mel.sample_rate)
+        # Seconds from the teacher's first frame at hand to the beginning of the crop; in float64, as a recording may
+        # be hours long.
+        start = torch.zeros(batch.mel.shape[0], device=batch.mel.device, dtype=torch.float64)
+        covered = None
+        if name in live:
+            features, valid = heard_now[name]
         else:
-            features, valid = teacher(batch.audio, batch.audio_lengths, config.mel.sample_rate)
+            stored = batch.features[name]
+            features = stored.dequantised()
+            valid = torch.arange(features.shape[1], device=features.device) < stored.counts.unsqueeze(1)
+            covered = stored.covered
+            if teacher.rate:
+                start = batch.starts.double() / config.mel.frame_rate - stored.first.double() / teacher.rate
+                valid = valid & _heard(batch, start, features.shape[1], teacher.rate, config.mel.sample_rate)
         if config.alignment.pool is not None:
             targets[name] = masked_mean(features, valid)
             continue
@@ -310,16 +320,17 @@ def teacher_targets(
             student_rate=config.mel.frame_rate,
             frames=batch.mel.shape[1],
             # The mel's frames are centred on j / rate, half a frame before align_time's convention.
-            offset=start - 0.5 / config.mel.frame_rate,
+            offset=(start - 0.5 / config.mel.frame_rate).float(),
             teacher_mask=valid,
             student_mask=batch.mask,
         )
-        mask = mask & heard
+        # The mask is one for all teachers: where one has nothing to say, the others may.
+        mask = mask & (heard if covered is None else heard | ~covered.unsqueeze(1))
     return targets, mask
 
 
 def _heard(batch: Batch, start: Tensor, frames: int, rate: float, sample_rate: int) -> Tensor:
-    """Which frames of the clip's features begin within the crop: [B, frames] bool. `start` [B] is in seconds."""
+    """[B, frames] bool: a frame begins within the crop; `start` [B] is the crop's, in seconds after frame 0."""
     begin = torch.arange(frames, device=start.device) / rate
     stop = start + batch.audio_lengths / sample_rate
     # The margin keeps a frame that begins with the crop, whatever the rounding of the division.

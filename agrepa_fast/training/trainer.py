@@ -33,7 +33,7 @@ from .checkpoint import (
     write_whole,
 )
 from .choice import aligned_metrics, alignment_schedule, apply_selection, check_probed_domains, choose, layer_choice
-from .clips import load_data
+from .clips import check_ranks, load_data
 from .config import RunConfig, dump_config
 from .ema import Ema
 from .environment import pick_device, versions
@@ -80,7 +80,9 @@ class Trainer:
         self.data = load_data(config, run_dir, resume.state["clips"] if resume else None, accept_changes)
         for module in config.train.imports:
             import_module(module, "train.imports")
-        teachers = build_teachers(config, self.data.train.clips[0].path, self.device)
+        teachers, without = build_teachers(config, [self.data.train, self.data.valid], self.device)
+        self.data.skipped.extend(without)
+        check_ranks(self.data)
         self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}

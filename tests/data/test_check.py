@@ -240,7 +240,7 @@ def test_a_bar_shows_the_clips(clips, capsys, monkeypatch):
     make_dataset(clips).check(0.0)
     assert capsys.readouterr().err == ""
     original = module.read_header
-    monkeypatch.setattr(module, "read_header", lambda path: time.sleep(0.25) or original(path))
+    monkeypatch.setattr(module, "read_header", lambda *file: time.sleep(0.25) or original(*file))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     make_dataset(clips).check(0.0, progress=True)
     error = capsys.readouterr().err

@@ -415,7 +415,10 @@ def test_what_is_no_list_says_what_to_give_instead(tmp_path, name):
 
 def test_folders_of_packed_files_and_of_splits_say_what_to_give(tmp_path):
     write(tmp_path / "packed/data/train-0.parquet", "")
-    with pytest.raises(UserError, match=r"packed: holds data/train-0\.parquet, which is no manifest: extract"):
+    with pytest.raises(
+        UserError,
+        match=r"packed: holds data/train-0\.parquet, which is no manifest: give its folder as hf:FOLDER:train",
+    ):
         read_manifest(tmp_path / "packed")
     write(tmp_path / "splits/train/metadata.csv", "file_name,text\n")
     write(tmp_path / "splits/test/metadata.csv", "file_name,text\n")

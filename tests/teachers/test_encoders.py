@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +80,24 @@ MODELS = {
     "data2vec": lambda: transformers.Data2VecAudioModel(waveform_config(transformers.Data2VecAudioConfig, "layer")),
     "ast": lambda: transformers.ASTModel(ast_config()),
 }
+
+
+def clap_config(fusion=False):
+    """A window of 1.28 s; 2 stages, so 64 frames in it: 50 Hz."""
+    return transformers.ClapAudioConfig(
+        num_mel_bins=16,
+        spec_size=64,
+        patch_size=4,
+        patch_stride=[4, 4],
+        depths=[1, 1],
+        num_attention_heads=[2, 2],
+        window_size=4,
+        patch_embeds_hidden_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        enable_fusion=fusion,
+        fusion_type="aff_2d" if fusion else None,
+    )
 
 
 def built(kind, seed=0):
@@ -374,3 +394,93 @@ def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch):
     ) as caught:
         build_teacher("nobody-here/no-such-model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+def test_clap_s_frames(fusion, monkeypatch):
+    torch.manual_seed(0)
+    extractor = transformers.ClapFeatureExtractor(feature_size=16, max_length_s=1)
+    monkeypatch.setattr("agrepa_fast.teachers.encoders._extractor", lambda *a: extractor)
+    teacher = TransformersTeacher(transformers.ClapAudioModel(clap_config(fusion)))
+    assert (teacher.width, teacher.rate, teacher.sample_rate, teacher.longest) == (32, 32.0, 48_000, 1.0)
+    lengths = torch.tensor([48_000, 20_000, 0])
+    audio = 0.1 * torch.randn(3, 48_000, generator=torch.Generator().manual_seed(0))
+    features, mask = teacher(audio, lengths, 48_000)
+    assert mask.sum(1).tolist() == [32, 14, 0]  # ceil(20,000 / 1,500)
+    alone, heard = teacher(audio[1:2, :20_000], lengths[1:2], 48_000)
+    torch.testing.assert_close(features[1, mask[1]], alone[0, heard[0]], rtol=1e-4, atol=1e-5)
+    # The frames are in the order of time: what changes late in the clip changes late frames most.
+    changed = audio[:1].clone()
+    changed[:, 40_000:] = 0
+    moved = (teacher(changed, lengths[:1], 48_000)[0][0] - features[0]).norm(dim=-1)
+    assert moved[28:].mean() > 2 * moved[:16].mean()
+    with pytest.raises(UserError, match="hears at most 1 s"):
+        teacher(torch.zeros(1, 48_001), torch.tensor([48_001]), 48_000)
+    with pytest.raises(UserError, match="leave layer out"):
+        TransformersTeacher(transformers.ClapAudioModel(clap_config()), layer=1)
+
+
+def test_the_published_clap_has_3_2_frames_a_second():
+    from agrepa_fast.teachers.encoders import _stride
+
+    assert 48_000 / _stride(transformers.ClapAudioConfig(), transformers.ClapFeatureExtractor()) == 3.2
+
+
+def mert(folder, **changes):
+    """A folder as MERT's authors publish it: HuBERT's weights under a model type of their own."""
+    model = built("hubert-group")
+    model.save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=24_000).save_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text())
+    facts |= {"model_type": "mert_model", "architectures": ["MERTModel"], "attention_relax": -1.0, "deepnorm": False}
+    facts |= {"feature_extractor_cqt": False, "auto_map": {"AutoModel": "modeling_MERT.MERTModel"}} | changes
+    (folder / "config.json").write_text(json.dumps(facts))
+    return model
+
+
+def test_mert_loads_as_hubert(tmp_path):
+    model = mert(tmp_path)
+    teacher = build_teacher(tmp_path, layer=1)
+    assert (teacher.rate, teacher.sample_rate) == (75.0, 24_000)
+    audio = 0.1 * torch.randn(1, 24_000, generator=torch.Generator().manual_seed(0))
+    features, mask = teacher(audio, torch.tensor([24_000]), 24_000)
+    normal = (audio - audio.mean()) / (audio.var(unbiased=False) + 1e-7).sqrt()
+    with torch.no_grad():
+        wanted = model.eval()(normal, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
+    assert mask.sum() == (24_000 - 400) // 320 + 1
+
+
+@pytest.mark.parametrize(
+    "option, value", [("feature_extractor_cqt", True), ("deepnorm", True), ("attention_relax", 32.0)]
+)
+def test_mert_that_is_not_hubert_is_refused(tmp_path, option, value):
+    mert(tmp_path, **{option: value})
+    with pytest.raises(UserError, match=f"MERT with {option} {value} needs code that is not run"):
+        build_teacher(tmp_path)
+
+
+def test_the_table_of_the_docs_says_what_the_teachers_are():
+    from agrepa_fast.teachers.beats import HOP, PATCH
+    from agrepa_fast.teachers.encoders import _longest, _stride
+
+    waveform = transformers.Wav2Vec2FeatureExtractor()
+    music = transformers.Wav2Vec2FeatureExtractor(sampling_rate=24_000)
+    published = {
+        "Whisper": (transformers.WhisperConfig(), transformers.WhisperFeatureExtractor()),
+        "wav2vec 2.0": (transformers.HubertConfig(), waveform),
+        "MERT": (transformers.HubertConfig(), music),
+        "AST": (transformers.ASTConfig(), transformers.ASTFeatureExtractor()),
+        "CLAP": (transformers.ClapAudioConfig(), transformers.ClapFeatureExtractor()),
+    }
+    facts = {"spectral": (16_000, 50.0, None), "BEATs": (16_000, 16_000 / HOP / PATCH, None)}
+    for name, (config, extractor) in published.items():
+        rate = extractor.sampling_rate
+        facts[name] = (rate, rate / _stride(config, extractor), _longest(config, extractor))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.splitlines() if " Hz |" in line]
+    for name, (sample_rate, rate, longest) in facts.items():
+        [row] = [row for row in rows if row[0].startswith(name)]
+        written = "any" if longest is None else f"{longest:g} s"
+        assert row[1:3] == [f"{sample_rate / 1000:g} kHz", f"{rate:g} Hz"], name
+        assert row[4] == written, name

@@ -9,10 +9,11 @@ import torch
 
 from agrepa_fast import LayerSelection
 from agrepa_fast.data.audio import read_audio
+from agrepa_fast.data.features import collate_features
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
-from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
+from agrepa_fast.teachers.cache import FeatureKey, FilesBesideAudio, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
 from agrepa_fast.training.choice import choose, layer_choice
 from agrepa_fast.training.clips import fixed_batches, load_data, spread
@@ -121,7 +122,16 @@ def cache(batch, teachers, pooled=False):
         features, _ = teachers["spectral"](audio[None], torch.tensor([len(audio)]), 16000)
         row = features[0].mean(0) if pooled else features[0]
         write_features(feature_path(clip.path, "spectral"), row, key)
-    return {"spectral": CachedTeacher("spectral", FeatureKey("spectral"), batch.clips[0].path)}
+    return beside_audio(batch)
+
+
+def beside_audio(batch):
+    """The features that lie beside the batch's audio, and the batch with them, as the loader makes it."""
+    source = FilesBesideAudio("spectral", FeatureKey("spectral"), batch.clips[0].path)
+    facts = zip(batch.clips, (batch.starts / 62.5).tolist(), (batch.audio_lengths / 16000).tolist())
+    rows = [source.read(clip, None, start, seconds) for clip, start, seconds in facts]
+    features = collate_features(rows, source, batch.audio.shape[1] / 16000)
+    return {"spectral": source}, dataclasses.replace(batch, features={"spectral": features})
 
 
 @pytest.mark.parametrize("pool", ["mean", "null"])
@@ -129,7 +139,7 @@ def test_cached_and_live_teachers_give_the_same_loss(setup, clips, pool):
     changes = (f"data.train=[{clips}]", "data.max_seconds=30", "data.frames_per_batch=4000", f"alignment.pool={pool}")
     config, batch, teachers, objective = setup(*changes)
     assert not batch.starts.any()
-    live, cached = (teacher_targets(t, batch, config) for t in (teachers, cache(batch, teachers)))
+    live, cached = (teacher_targets(*pair, config) for pair in ((teachers, batch), cache(batch, teachers)))
     torch.testing.assert_close(cached[0]["spectral"], live[0]["spectral"], rtol=1e-4, atol=1e-4)
     assert torch.equal(cached[1], live[1])
     domains = {"spectral": torch.ones(batch.mel.shape[0], dtype=torch.bool)}
@@ -147,7 +157,7 @@ def test_cached_frames_are_read_at_the_crop_s_times(setup, clips):
     for clip in batch.clips:
         write_features(feature_path(clip.path, "spectral"), torch.arange(400.0)[:, None].repeat(1, 60), key)
     assert batch.starts.any()
-    cached = {"spectral": CachedTeacher("spectral", FeatureKey("spectral"), batch.clips[0].path)}
+    cached, batch = beside_audio(batch)
     targets, mask = teacher_targets(cached, batch, config)
     frame = torch.arange(batch.mel.shape[1])
     expected = (batch.starts[:, None] + frame) / config.mel.frame_rate * 50 - 0.5
@@ -164,7 +174,7 @@ def test_a_trainer_takes_cached_features_and_refuses_others(setup, clips, tiny_c
     changes = (f"data.train=[{clips}]", "alignment.teachers.spectral.cached=true", "train.steps=4", "train.samples=0")
     config, batch, teachers, _ = setup(*changes)
     data = load_data(config, tmp_path)
-    with pytest.raises(UserError, match="no cached features here"):
+    with pytest.raises(UserError, match=r"no features in .*: run agrepa extract CONFIG --teacher spectral"):
         Trainer(config, tmp_path / "run")
     for part in (data.train, data.valid):
         [whole] = fixed_batches(part, range(len(part)), config, one_shape=True)
@@ -172,6 +182,7 @@ def test_a_trainer_takes_cached_features_and_refuses_others(setup, clips, tiny_c
     (tmp_path / "run").mkdir(exist_ok=True)
     trainer = Trainer(config, tmp_path / "run")
     assert trainer.teachers["spectral"].width == 60
+    batch = next(trainer.feed.batches(0, print))
     targets, _ = teacher_targets(trainer.teachers, batch, config)
     assert targets["spectral"].shape == (batch.mel.shape[0], 60)
     with pytest.raises(UserError, match="cached features are pooled"):

@@ -60,7 +60,7 @@ class TeacherConfig(Section, name="teacher"):
     options: Annotated[
         dict[Annotated[str, OPTION], str | int | float | bool], "arguments of the teacher, e.g. {layer: 12}"
     ] = field(default_factory=dict)
-    cached: Annotated[bool, "true: read its features from files beside the audio, and do not load the teacher"] = False
+    cached: Annotated[bool, "true: read its extracted features (agrepa extract), do not load it"] = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, NOT_EMPTY, Allowed, Section, between, from_below, inside
+from ...teachers.tokenizers import split_source
 from .names import MODULE_NAME
 
 Source = Annotated[str, NOT_EMPTY]
@@ -44,13 +45,13 @@ class DataConfig(Section, name="data"):
     vocabulary_of: Annotated[dict[Name, str], 'vocabulary of each domain; "text" for a domain that is not named'] = (
         field(default_factory=dict)
     )
-    unreadable_share: Annotated[
-        float, between(0, 1), "share of the clips that may be unreadable; more stop the run"
-    ] = 0.05
-    allow_outside: Annotated[bool, "whether a manifest may name files outside its folder"] = False
-    workers: Annotated[
-        int, between(0, 128), "processes that read clips ahead; 0: the training process reads them itself"
-    ] = 0
+    tokens: Annotated[
+        dict[Name, str], "{domain: s3:FILE or beats:FILE}, extracted tokens (agrepa extract --tokens); else text bytes"
+    ] = field(default_factory=dict)
+    unreadable_share: Annotated[float, between(0, 1), "more unreadable files than this share stop the run"] = 0.05
+    allow_outside: Annotated[bool, "a manifest may name files outside its folder"] = False
+    features: Annotated[str, "folder of what `agrepa extract` writes; empty: features in train.out"] = ""
+    workers: Annotated[int, between(0, 128), "processes that read ahead; 0: the training process reads"] = 0
 
     def check(self) -> None:
         """Check the vocabularies against each other."""
@@ -62,6 +63,11 @@ class DataConfig(Section, name="data"):
             raise UserError(
                 f"data.vocabularies: expected one size of the second stream in all, got {plain(self.vocabularies)}"
             )
+        for domain, source in self.tokens.items():
+            try:
+                split_source(source)
+            except UserError as error:
+                raise UserError(f"data.tokens.{domain}: {error}") from error
         for domain, vocabulary in self.vocabulary_of.items():
             if vocabulary not in self.vocabularies:
                 known = ", ".join(self.vocabularies)
