@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from agrepa_fast.errors import UserError
+from agrepa_fast.training import environment as devices
 
 from . import results
 from .case import Problem
@@ -75,21 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one.
+    """The device of that name; a GPU with its number, as its tensors have it.
 
     Raises:
         UserError: no such device here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: expected auto, cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu or cuda, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: no {name} here ({torch.cuda.device_count()} CUDA devices); use cpu")
+    device = devices.pick_device(name, "--device")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 

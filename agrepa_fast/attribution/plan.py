@@ -12,6 +12,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..models.cost import branch_flops
+
 BRANCHES = ("attn", "ff")  # the branches of a block, in order
 
 
@@ -139,13 +141,10 @@ class AblationPlan:
         return int(max(most * state * e + modulation * e, closing * e + modulation * e, compared))
 
     def flops(self, sizes: Sizes, samples: int) -> int:
-        """Floating-point operations of all branches on `samples` samples and the control, if any: two for each
-        multiply-add of the matrices (12 D^2 a frame at ff_ratio 4) and of attention's two products."""
-        frames, width = sizes.frames, sizes.width
-        attention = 8 * frames * width**2 + 4 * frames**2 * width
-        feed_forward = 4 * sizes.ff_ratio * frames * width**2
+        """Floating-point operations of all branches on `samples` samples, and on the control if there is one."""
+        branches = branch_flops(sizes.width, sizes.ff_ratio, sizes.frames)
         sequences = (self.active(i) * samples + self.control for i in range(2 * self.depth))
-        return sum(count * (attention, feed_forward)[i % 2] for i, count in enumerate(sequences))
+        return sum(count * branches[i % 2] for i, count in enumerate(sequences))
 
     def __str__(self) -> str:
         return (

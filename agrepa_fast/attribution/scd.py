@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import writing
-from .probes import Dissociation, dissociation
-from .report import INK, PALETTE, layer_t_map, new_figure, style_axes
+from .pictures import INK, PALETTE, layer_t_map, new_figure, style_axes
 from .scores import LayerScores
+from .stored import Dissociation, dissociation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ class Stored:
     """What the layers store of one teacher on the clips of one domain ("" where domains are unknown).
 
     Attributes:
-        lasp: [L, held-out clips], of `probes.lasp`. cka: [L], of `probes.linear_cka` on all clips.
+        lasp: [L, held-out clips], of `stored.lasp`. cka: [L], of `stored.linear_cka` on all clips.
         fitted: number of clips that the head was fitted on.
     """
 
@@ -70,7 +70,7 @@ class DomainDissociation:
 
 
 def dissociations(scores: LayerScores, stored: Sequence[Stored], k: int = 3) -> list[DomainDissociation]:
-    """`probes.dissociation` of each entry of `stored` with the scores of its domain.
+    """`stored.dissociation` of each entry of `stored` with the scores of its domain.
 
     Raises:
         ValueError: a domain that was not scored, layers that differ, or k.

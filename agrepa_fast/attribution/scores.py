@@ -289,7 +289,7 @@ class LayerScores:
 
     def plot(self) -> Figure:
         """Bars of the mean with standard error, per domain (needs matplotlib)."""
-        from .report import plot_scores
+        from .pictures import plot_scores
 
         return plot_scores(self)
 

@@ -59,7 +59,7 @@ class ClipDataset:
 
     vocabularies: name to the vocabulary size of each of K streams (K the same for all); vocabulary_of: domain
     to the name its clips use ("text" when not given). A clip without a token file uses the bytes of its text,
-    which only a `(256,)` vocabulary can hold. prompt_fraction: the reference prefix is a share of the crop
+    which only a `(256,)` vocabulary can hold. prompt_share: the reference prefix is a share of the crop
     drawn uniformly from this range. domains: the names and order that `Batch.domain` counts in; give the
     training set's to a validation set (default: those of the clips, sorted).
 
@@ -76,7 +76,7 @@ class ClipDataset:
         max_frames: int,
         vocabularies: Mapping[str, Sequence[int]] | None = None,
         vocabulary_of: Mapping[str, str] | None = None,
-        prompt_fraction: tuple[float, float] = (0.0, 0.5),
+        prompt_share: tuple[float, float] = (0.0, 0.5),
         domains: Sequence[str] | None = None,
         cache: bool = True,
     ) -> None:
@@ -84,16 +84,16 @@ class ClipDataset:
             raise UserError("the list of clips is empty")
         if mel_config.samples(max_frames) < mel_config.minimum_samples:
             raise ValueError(f"max_frames {max_frames} is shorter than one window of {mel_config.n_fft}")
-        low, high = prompt_fraction
+        low, high = prompt_share
         if not 0 <= low <= high < 1:
-            raise ValueError(f"prompt_fraction must satisfy 0 <= low <= high < 1, got {prompt_fraction}")
+            raise ValueError(f"prompt_share must satisfy 0 <= low <= high < 1, got {prompt_share}")
         sizes = {"text": (BYTE_VOCABULARY,)} if vocabularies is None else vocabularies
         self.clips = list(clips)
         self.mel_config = mel_config
         self.max_frames = max_frames
         self.vocabularies = {name: tuple(streams) for name, streams in sizes.items()}
         self.vocabulary_names = tuple(self.vocabularies)
-        self.prompt_fraction = (low, high)
+        self.prompt_share = (low, high)
         self.domains = tuple(sorted({clip.domain for clip in clips})) if domains is None else tuple(domains)
         if len({len(streams) for streams in self.vocabularies.values()}) != 1:
             raise ValueError(f"all vocabularies need the same number of streams, got {self.vocabularies}")
@@ -196,7 +196,7 @@ class ClipDataset:
             waveform = waveform[first : first + self.mel_config.samples(frames)]
             count = tokens.shape[0]
             tokens = tokens[count * start // total : -(-count * (start + frames) // total)]
-        low, high = self.prompt_fraction
+        low, high = self.prompt_share
         share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
             "mel": self._mel(clip.path, waveform, whole=total == frames),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from .dit import DiTConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dit import DiTConfig
+
+
+def branch_flops(width: int, ff_ratio: int, frames: int) -> tuple[int, int]:
+    """Attention and feed-forward of one block on one sequence: their matrices, and attention's two products."""
+    attention = 8 * frames * width**2 + 4 * frames**2 * width
+    return attention, 4 * ff_ratio * frames * width**2
 
 
 def block_flops(config: DiTConfig, sequences: int, frames: int) -> int:
-    """One block: its four matrices on every frame, and attention's two products."""
-    matrices = (4 + 2 * config.ff_ratio) * config.width**2
-    return 2 * sequences * frames * matrices + 4 * sequences * frames**2 * config.width
+    """One block."""
+    return sequences * sum(branch_flops(config.width, config.ff_ratio, frames))
 
 
 def ends_flops(config: DiTConfig, sequences: int, streams: int, frames: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .registry import Teacher
+from .base import Teacher
 
 # Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
 WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")

@@ -1,7 +1,4 @@
-"""What a teacher is, and how one is found by name: audio [B, n] -> features [B, T', width] at `rate` Hz.
-
-A teacher is frozen. Keep it beside the student, never inside it, so that no checkpoint carries its weights.
-"""
+"""Teachers by name: the built-in ones, registered ones, and folders or hub names of transformers models."""
 
 from __future__ import annotations
 
@@ -12,114 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..errors import UserError
-
-
-class Teacher(nn.Module):
-    """A frozen audio encoder. A subclass sets the four numbers below and writes `encode`.
-
-    `train()` leaves a teacher in eval mode on purpose: a parent module that switches itself to training would
-    otherwise bring the teacher's dropout, layerdrop and SpecAugment to life.
-
-    Args:
-        name: what the logs and metrics call it.
-        width: channels of a feature frame.
-        rate: feature frames per second; frame i stands for the time from i/rate to (i+1)/rate.
-        sample_rate: the rate in Hz of the audio that `encode` receives.
-    """
-
-    def __init__(self, name: str, *, width: int, rate: float, sample_rate: int) -> None:
-        super().__init__()
-        self.name = name
-        self.width = width
-        self.rate = rate
-        self.sample_rate = sample_rate
-        self.training = False
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode, whatever `mode` says; returns self."""
-        super().train(False)
-        return self
-
-    def freeze(self) -> Teacher:
-        """Eval mode, and no parameter takes a gradient; returns self. `build_teacher` calls it."""
-        self.requires_grad_(False)
-        return self.train(False)
-
-    def encode(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of a padded batch; called under no_grad and without autocast.
-
-        Args:
-            audio: [B, n] float32 at `self.sample_rate`, exactly zero from `lengths` on.
-            lengths: [B] int64 samples at `self.sample_rate`, each at most n.
-
-        Returns:
-            features [B, T', width] floating point, and mask [B, T'] bool, True where a frame carries audio.
-            A sample's valid frames must not depend on its padding or on the other samples.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not define encode(audio, lengths)")
-
-    def forward(self, audio: Tensor, lengths: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-        """Resample to the teacher's rate and encode.
-
-        Args:
-            audio: [B, n] floating point in [-1, 1]; what lies past a sample's length is ignored.
-            lengths: [B] integer, samples at `sample_rate`.
-            sample_rate: Hz of `audio`.
-
-        Returns:
-            features [B, T', width] float32, zero where not valid, without gradient; mask [B, T'] bool.
-
-        Raises:
-            ValueError: wrong shapes, dtypes or lengths.
-            UserError: a rate other than the teacher's while torchaudio is not installed.
-        """
-        if audio.ndim != 2 or not audio.is_floating_point():
-            raise ValueError(f"audio must be [B, n] floating point, got {list(audio.shape)} {audio.dtype}")
-        if lengths.shape != audio.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise ValueError(f"lengths must be [{audio.shape[0]}] integers, got {list(lengths.shape)} {lengths.dtype}")
-        # On a GPU the check would wait for the device.
-        if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > audio.shape[1])).any()):
-            raise ValueError(f"lengths must lie in 0..{audio.shape[1]}, got {lengths.tolist()}")
-        # `teacher.model.train()` on a part does not pass through our train().
-        self.train(False)
-        lengths = lengths.to(audio.device, torch.int64)
-        with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
-            audio = _silence_padding(audio.float(), lengths)
-            if sample_rate != self.sample_rate:
-                audio, lengths = resample_audio(audio, lengths, sample_rate, self.sample_rate)
-            features, mask = self.encode(audio, lengths)
-            features = torch.where(mask.unsqueeze(-1), features.float(), 0.0)
-        return features, mask
-
-
-def _silence_padding(audio: Tensor, lengths: Tensor) -> Tensor:
-    inside = torch.arange(audio.shape[1], device=audio.device) < lengths.unsqueeze(1)
-    return torch.where(inside, audio, 0.0)
-
-
-def resample_audio(audio: Tensor, lengths: Tensor, source: int, target: int) -> tuple[Tensor, Tensor]:
-    """Windowed-sinc resampling of a padded batch from `source` to `target` Hz (torchaudio's defaults).
-
-    Args:
-        audio: [B, n] float32, zero in the padding.
-        lengths: [B] int64 samples.
-
-    Returns:
-        audio [B, ceil(n target / source)] and lengths ceil(length target / source). The filter's ringing past
-        a sample's end is cut, so that a sample comes out as it would alone.
-    """
-    try:
-        from torchaudio.functional import resample
-    except ImportError as error:
-        raise UserError(
-            f"resampling {source} Hz to {target} Hz needs torchaudio: pip install 'agrepa-fast[audio]'"
-        ) from error
-    lengths = -(-lengths * target // source)
-    return _silence_padding(resample(audio, source, target), lengths), lengths
+from .base import Teacher
 
 
 def _spectral() -> Teacher:

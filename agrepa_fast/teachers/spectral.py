@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .registry import Teacher
+from .base import Teacher
 
 SAMPLE_RATE = 16_000
 WINDOW = 400  # 25 ms

@@ -60,7 +60,7 @@ def choose(trainer: Trainer) -> None:
             raise ValueError(f"scores that are not finite: {values}")
         trainer.average = average_scores(trainer.average, values, probe.momentum)
         before = trainer.selection
-        if before is None or trainer.given:
+        if before is None or trainer.selection_fixed:
             chosen = choose_layers(
                 a.policy,
                 config.model.depth,
@@ -78,7 +78,7 @@ def choose(trainer: Trainer) -> None:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # a network that has diverged
         raise UserError(f"the probe at step {trainer.step}: {error}; lower optimizer.lr") from error
-    if not trainer.given:
+    if not trainer.selection_fixed:
         trainer.select(chosen)
     trainer.probed = trainer.step
     seconds = time.perf_counter() - began
@@ -97,7 +97,7 @@ def choose(trainer: Trainer) -> None:
     if rank() == 0:
         with writing(trainer.run_dir / "foga.csv"):
             trainer.scores.to_csv(trainer.run_dir / "foga.csv")
-        epoch = trainer.step * config.train.accumulate / trainer.plan.steps_per_epoch
+        epoch = trainer.step * config.train.accumulate / trainer.feed.plan.steps_per_epoch
         write_scd(trainer.run_dir, trainer.scores, stored, probe.k, trainer.step, epoch)
         facts = {**chosen.state(), "metric": probe.metric, "step": trainer.step}
         write_whole(trainer.run_dir / "selection.json", json.dumps(facts, indent=1) + "\n")

@@ -188,7 +188,7 @@ def _dataset(
         max_frames=config.max_frames,
         vocabularies=config.data.vocabularies,
         vocabulary_of=config.data.vocabulary_of,
-        prompt_fraction=config.data.prompt_share,
+        prompt_share=config.data.prompt_share,
         domains=domains,
     )
     memory = verdict_file(clip.path for clip in dataset.clips)

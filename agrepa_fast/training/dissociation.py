@@ -9,13 +9,13 @@ from collections.abc import Mapping
 
 import torch
 
-from ..attribution.probes import lasp, linear_cka, pooled_hidden
 from ..attribution.runner import probing
 from ..attribution.scd import Stored
+from ..attribution.stored import lasp, linear_cka, pooled_hidden
 from ..data.dataset import ClipDataset
 from ..models.flow import probe_inputs
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .clips import fixed_batches, spread
 from .config import RunConfig
 from .objective import Backbone, domain_tables, pool_target, teacher_targets

@@ -13,11 +13,11 @@ from ..errors import UserError
 T = TypeVar("T")
 
 
-def join(device: torch.device) -> torch.device:
-    """Join the ranks that torchrun started, if it did; this rank's device.
+def init(device: torch.device) -> torch.device:
+    """Start the process group if torchrun started several ranks. Returns this rank's device.
 
     Raises:
-        UserError: a device by number, which all ranks would share.
+        UserError: `device` has a number: all ranks would share it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -31,30 +31,33 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def leave() -> None:
-    """End the process group, where there is one: all ranks together, since rank 0 still writes the report when the
-    others are done, and a rank that leaves alone may take the connection down under it."""
-    if _joined():
+def shutdown() -> None:
+    """End the process group if there is one.
+
+    All ranks wait for each other first: rank 0 still writes the report when the others are done, and a rank that ends
+    alone may close a connection that another one uses.
+    """
+    if _initialised():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def rank() -> int:
-    return distributed.get_rank() if _joined() else 0
+    return distributed.get_rank() if _initialised() else 0
 
 
-def ranks() -> int:
-    return distributed.get_world_size() if _joined() else 1
+def world_size() -> int:
+    return distributed.get_world_size() if _initialised() else 1
 
 
 def gather(value: T) -> list[T]:
     """Every rank's value, in the order of ranks. Every rank must call it."""
-    if not _joined():
+    if not _initialised():
         return [value]
-    box: list = [None] * ranks()
+    box: list = [None] * world_size()
     distributed.all_gather_object(box, value)
     return box
 
 
-def _joined() -> bool:
+def _initialised() -> bool:
     return distributed.is_available() and distributed.is_initialized()

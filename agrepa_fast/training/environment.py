@@ -10,6 +10,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..fields import shown
 from ..ops.dispatch import explain
 
 PACKAGES = ("torch", "triton", "torchaudio", "transformers", "xformers", "soundfile", "safetensors", "numpy")
@@ -23,19 +24,19 @@ USES = {
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one.
+def pick_device(name: str | None, option: str = "train.device") -> torch.device:
+    """The device of that name. None and "auto": CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: no such device here; begins with `option`.
     """
-    if name == "auto":
+    if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name) is None:
-        raise UserError(f"train.device: expected auto, cpu, cuda or cuda:N, got {name[:80]!r}")
+        raise UserError(f"{option}: expected auto, cpu, cuda or cuda:N, got {shown(name)}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"train.device: no {name} here ({torch.cuda.device_count()} CUDA devices); use cpu")
+        raise UserError(f"{option}: no {name} here ({torch.cuda.device_count()} CUDA devices); use cpu")
     return device
 
 

@@ -14,8 +14,8 @@ from ..data.dataset import ClipDataset
 from ..data.mel import LogMel
 from ..errors import UserError
 from ..models.flow import SIGMA
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .clips import fixed_batches, spread
 from .config import RunConfig
 from .inference import generate

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..alignment.policy import layer_sensitivity
 from ..attribution.graph import release_graphs
-from ..attribution.probes import lasp, pooled_hidden
 from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
+from ..attribution.stored import lasp, pooled_hidden
 from ..data.audio import read_audio
 from ..data.batches import Batch, collate
 from ..data.dataset import ClipDataset, Sample
@@ -23,12 +23,12 @@ from ..data.mel import LogMel
 from ..data.tokens import BYTE_VOCABULARY, encode_text
 from ..errors import UserError
 from ..models.flow import SIGMA, flow_matching_loss, path, probe_inputs, sample
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .checkpoint import Checkpoint, load_checkpoint, restore
 from .clips import fixed_batches, spread
 from .config import RunConfig
-from .distributed import gather, rank, ranks
+from .distributed import gather, rank, world_size
 from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
@@ -66,7 +66,7 @@ def score_layers(
         domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
         clips = list(range(len(indices))) * len(probe.t_grid)
         # Of fewer samples than ranks every rank takes all.
-        parts = ranks() if len(clips) >= ranks() else 1
+        parts = world_size() if len(clips) >= world_size() else 1
         mine = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
             backbone.network,

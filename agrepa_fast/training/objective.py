@@ -24,8 +24,8 @@ from ..models.conditioning import TokenConditioner, assemble_condition
 from ..models.dit import DiT
 from ..models.flow import SIGMA, flow_matching_loss, path
 from ..ops import masked_mean
+from ..teachers.base import Teacher
 from ..teachers.cache import CachedTeacher
-from ..teachers.registry import Teacher
 from .config import RunConfig
 
 
@@ -110,9 +110,9 @@ class StepInputs:
 
     def copy_(self, other: StepInputs) -> None:
         """Take the values of `other`, which has the same layout."""
-        pairs = {id(own): (own, given) for own, given in zip(self.tensors(), other.tensors(), strict=True)}
-        for own, given in pairs.values():
-            own.copy_(given, non_blocking=True)
+        pairs = {id(target): (target, source) for target, source in zip(self.tensors(), other.tensors(), strict=True)}
+        for target, source in pairs.values():
+            target.copy_(source, non_blocking=True)
 
 
 class Draws(NamedTuple):
@@ -137,12 +137,12 @@ class Objective(nn.Module):
         teachers: Mapping[str, int],
         generator: torch.Generator | None = None,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
         self.generator = generator or torch.Generator()
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         self.backbone = Backbone(config)
         every_layer = LayerSelection.uniform(range(config.model.depth))
         a = config.alignment
@@ -172,14 +172,14 @@ class Objective(nn.Module):
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=inputs.mel.device)
 
-        total = size * self.ranks
-        mine = slice(self.rank, None, self.ranks)
+        total = size * self.world_size
+        rows = slice(self.rank, None, self.world_size)
         noise = torch.randn(total, frames, mels, generator=generator, device=inputs.mel.device)
         return Draws(
-            t=uniform(total)[mine],
-            noise=SIGMA * noise[mine],
-            keep_tokens=uniform(total)[mine] >= flow.token_dropout,
-            keep_prompt=uniform(total)[mine] >= flow.prompt_dropout,
+            t=uniform(total)[rows],
+            noise=SIGMA * noise[rows],
+            keep_tokens=uniform(total)[rows] >= flow.token_dropout,
+            keep_prompt=uniform(total)[rows] >= flow.prompt_dropout,
         )
 
     def forward(

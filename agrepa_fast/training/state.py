@@ -19,7 +19,7 @@ from .. import __version__
 from ..alignment.policy import LayerSelection
 from ..attribution.scores import METRICS, LayerScores
 from ..errors import UserError
-from .distributed import gather, rank, ranks
+from .distributed import gather, rank, world_size
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -98,7 +98,7 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
         return
     try:
         trainer.objective.generator.set_state(state["generator"])
-        if len(state["rng"]) == ranks():
+        if len(state["rng"]) == world_size():
             own_cpu, own_cuda = state["rng"][rank()]
             torch.set_rng_state(own_cpu)
             if trainer.device.type == "cuda":

@@ -63,7 +63,7 @@ def _train(steps: int, folder: Path, corpus: str, device: torch.device) -> Outpu
     """Train in a new folder; the steps done and the last validation loss."""
     try:
         from agrepa_fast.training.config import RUN_PRESETS
-        from agrepa_fast.training.trainer import start_run
+        from agrepa_fast.training.start import start_run
 
         demo = RUN_PRESETS["demo"]
         with tempfile.TemporaryDirectory(dir=folder) as out, contextlib.redirect_stderr(io.StringIO()):

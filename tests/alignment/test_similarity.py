@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrepa_fast import AlignmentLoss, LayerSelection, SimilarityStop
 from agrepa_fast.alignment.similarity import cka_distance, relation_distance, standardise
-from agrepa_fast.attribution.probes import linear_cka
+from agrepa_fast.attribution.stored import linear_cka
 from agrepa_fast.errors import UserError
 
 BATCH, FRAMES, WIDTH, TEACHER = 4, 9, 6, 5

@@ -12,8 +12,8 @@ from torch import nn
 from agrepa_fast import LayerScores, attribute_layers
 from agrepa_fast.attribution.adaptive import adaptive_scores
 from agrepa_fast.attribution.gradients import first_order_scores, gradient_norm_scores
-from agrepa_fast.attribution.probes import dissociation, lasp, linear_cka, pooled_hidden
 from agrepa_fast.attribution.statistics import bootstrap_top_k, rank_stability
+from agrepa_fast.attribution.stored import dissociation, lasp, linear_cka, pooled_hidden
 from agrepa_fast.models.flow import probe_inputs
 
 PROBES = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from agrepa_fast.attribution.report import PALETTE
+from agrepa_fast.attribution.pictures import PALETTE
 from agrepa_fast.attribution.scd import Stored, dissociations, plot_scd, read_scd, write_scd
 from agrepa_fast.attribution.scores import LayerScores
 

@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert cli.main(["run", "foga", "--toy", "--device", "cpu", "--only", "nothing"]) == 2
     assert "has 'nothing' in its key" in capsys.readouterr().err
     assert cli.main(["run", "foga", "--toy", "--device", "tpu"]) == 2
-    assert "expected auto, cpu or cuda, got 'tpu'" in capsys.readouterr().err
+    assert "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
     assert "a.json: No such file" in capsys.readouterr().err
 

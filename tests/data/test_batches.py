@@ -105,7 +105,7 @@ def test_batch_contents_follow_from_the_waveform(clips):
 
 
 def test_prompt_is_a_prefix_of_the_crop_of_the_asked_share(clips):
-    dataset, batches = build(clips, prompt_fraction=(0.2, 0.6))
+    dataset, batches = build(clips, prompt_share=(0.2, 0.6))
     shares = []
     for batch in iterate(dataset, batches, start=0, stop=3 * batches.steps_per_epoch):
         assert not (batch.prompt & ~batch.mask).any()
@@ -119,7 +119,7 @@ def test_prompt_is_a_prefix_of_the_crop_of_the_asked_share(clips):
 
 
 def test_prompt_of_nothing(clips):
-    dataset, batches = build(clips, prompt_fraction=(0.0, 0.0))
+    dataset, batches = build(clips, prompt_share=(0.0, 0.0))
     assert not load_batch(dataset, batches, 0, seed=0).prompt.any()
 
 
@@ -422,8 +422,8 @@ def test_settings_that_cannot_work(tmp_path):
         ClipDataset([clip], CONFIG, max_frames=20, vocabularies={"text": (256,), "s3": (4096, 1024)})
     with pytest.raises(UserError, match="list of clips is empty"):
         ClipDataset([], CONFIG, max_frames=20)
-    with pytest.raises(ValueError, match="prompt_fraction"):
-        ClipDataset([clip], CONFIG, max_frames=20, prompt_fraction=(0.5, 1.0))
+    with pytest.raises(ValueError, match="prompt_share"):
+        ClipDataset([clip], CONFIG, max_frames=20, prompt_share=(0.5, 1.0))
     with pytest.raises(ValueError, match="shorter than one window"):
         ClipDataset([clip], CONFIG, max_frames=2)
     dataset = ClipDataset([clip], CONFIG, max_frames=20)

@@ -7,10 +7,10 @@ import torch
 
 from agrepa_fast.data.audio import import_soundfile
 from agrepa_fast.errors import UserError
+from agrepa_fast.report import read_log
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.report import read_log
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import resume_run, start_run
 
 try:
     import_soundfile()
@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on_along_the_same_curve(tmp_path):
     call = TrainStep.__call__
 
     def stop(self, *arguments):
-        trainer.signalled = trainer.step == 29
+        trainer.signals.received = trainer.step == 29
         call(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:

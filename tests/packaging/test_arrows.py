@@ -1,4 +1,7 @@
-"""Who may import whom: kernels <- ops <- models, attribution, alignment <- training <- cli, and nobody upward."""
+"""Who may import whom: kernels <- ops <- models, attribution, alignment <- training <- cli, and nobody upward.
+
+Inside a room no files import each other in a circle.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ TRAINING = {
     "imports",
     "models",
     "ops",
+    "report",
     "teachers",
 }
 
@@ -49,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": SIDE,
     "teachers": SIDE,
     "evaluation": SIDE,
+    "report": {"attribution", "errors"},  # it reads what a run's folder holds, and nothing of the training
     "training": TRAINING,
     "bench": TRAINING | {"training", "kernels", "reference"},
     "cli": TRAINING | {"training", "bench"},
@@ -99,6 +104,30 @@ def imports(source: str, package: str) -> Iterator[Import]:
     yield from visit(ast.parse(source), False)
 
 
+def package_of(module: str, file: Path) -> str:
+    return module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+
+def circles(sources: dict[str, tuple[str, str]]) -> list[list[str]]:
+    """Groups of modules that import each other in a circle while they run; `sources`: {module: (package, source)}.
+
+    Imports inside functions count, annotations (under TYPE_CHECKING) do not. Only circles inside one room: between
+    rooms the arrows forbid them.
+    """
+    targets: dict[str, set[str]] = {}
+    for module, (package, source) in sources.items():
+        names = (item.name for item in imports(source, package) if not item.annotation)
+        imported = {name if name in sources else name.rpartition(".")[0] for name in names} & sources.keys()
+        targets[module] = {name for name in imported - {module} if room_of(name) == room_of(module)}
+    reachable = {module: set(names) for module, names in targets.items()}
+    changed = True
+    while changed:
+        grown = {m: names.union(*(reachable[name] for name in names)) for m, names in reachable.items()}
+        changed, reachable = grown != reachable, grown
+    groups = {tuple(sorted(n for n in names if m in reachable[n])) for m, names in reachable.items() if m in names}
+    return sorted(map(list, groups))
+
+
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
     """What a module with this dotted name imports and must not, one line each."""
     room = room_of(module)
@@ -139,6 +168,29 @@ def test_every_import_follows_the_arrows(root: Path, pyproject: dict[str, Any]) 
     assert seen >= {"kernels", "ops", "reference", "models", "attribution", "alignment", "training", "data", "cli"}
 
 
+def test_no_files_of_a_room_import_each_other_in_a_circle(root: Path, pyproject: dict[str, Any]) -> None:
+    files = dict(modules(root, pyproject["tool"]["setuptools"]["package-dir"]))
+    assert circles({m: (package_of(m, file), file.read_text(encoding="utf-8")) for m, file in files.items()}) == []
+
+
+def test_circles_are_found() -> None:
+    sources = {
+        "agrepa_fast.ops": ("agrepa_fast.ops", "from .a import f"),
+        "agrepa_fast.ops.a": ("agrepa_fast.ops", "from . import b"),
+        "agrepa_fast.ops.b": ("agrepa_fast.ops", "def f():\n    from agrepa_fast.ops.c import g"),
+        "agrepa_fast.ops.c": ("agrepa_fast.ops", "import agrepa_fast.ops.a"),
+        "agrepa_fast.ops.d": ("agrepa_fast.ops", "from .a import f\nif TYPE_CHECKING:\n    from .e import E"),
+        "agrepa_fast.ops.e": ("agrepa_fast.ops", "from .d import D"),
+        "agrepa_fast.data.x": ("agrepa_fast.data", "from ..ops import a"),
+        "agrepa_fast.training.config": ("agrepa_fast.training.config", "from .run import RunConfig"),
+        "agrepa_fast.training.config.run": ("agrepa_fast.training.config", "from . import RunConfig"),
+    }
+    assert circles(sources) == [
+        ["agrepa_fast.ops.a", "agrepa_fast.ops.b", "agrepa_fast.ops.c"],
+        ["agrepa_fast.training.config", "agrepa_fast.training.config.run"],
+    ]
+
+
 def test_every_room_has_a_rule(root: Path, pyproject: dict[str, Any]) -> None:
     folders = pyproject["tool"]["setuptools"]["package-dir"]
     rooms = {module.split(".")[1] for module, _ in modules(root, folders) if module != ROOT_PACKAGE}
@@ -161,6 +213,7 @@ def test_every_room_has_a_rule(root: Path, pyproject: dict[str, Any]) -> None:
         ("agrepa_fast.data.x", "from ..models.dit import DiT"),
         ("agrepa_fast.teachers.x", "from ..alignment.loss import AlignmentLoss"),
         ("agrepa_fast.training.x", "from ..cli import main"),
+        ("agrepa_fast.report.x", "def f():\n    from ..training.log import RunLog"),
         ("agrepa_fast.reference.x", "from ..ops import cosine"),
         ("agrepa_fast.reference.x", "import numpy as np"),
         ("agrepa_fast.kernels.x", "from ..errors import UserError"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.report import read_log
 from agrepa_fast.training import trainer as trainer_module
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.report import read_log
-from agrepa_fast.training.trainer import resume_run, start_run
+from agrepa_fast.training.start import resume_run, start_run
 
 CHANGES = (
     "mel.mels=16",
@@ -98,7 +98,7 @@ def test_a_captured_run_goes_on_after_a_resume(clips, tmp_path, captured, cuda):
     monkey = pytest.MonkeyPatch()
 
     def stop(self, *arguments):
-        broken.signalled = broken.step == 15  # the run ends after it, at a line of the log
+        broken.signals.received = broken.step == 15  # the run ends after it, at a line of the log
         return call(*arguments)
 
     with monkey.context() as patch:

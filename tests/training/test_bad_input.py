@@ -11,9 +11,9 @@ import torch
 
 from agrepa_fast.cli import main
 from agrepa_fast.data import dataset
+from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import write_manifest
-from agrepa_fast.training.report import read_log
-from agrepa_fast.training.trainer import start_run
+from agrepa_fast.training.start import start_run
 
 
 def fails(capsys, arguments: list[str]) -> str:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from agrepa_fast.errors import UserError
+from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import checkpoints, drop_old, find_checkpoint, load_checkpoint, save_checkpoint
 from agrepa_fast.training.config import RUN_PRESETS
 from agrepa_fast.training.log import RunLog
-from agrepa_fast.training.report import read_log
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 from agrepa_fast.attribution.scores import read_scores
 from agrepa_fast.cli import main
-from agrepa_fast.training.trainer import start_run
+from agrepa_fast.training.start import start_run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from agrepa_fast.cli import main
 from agrepa_fast.training.config import load_config
-from agrepa_fast.training.trainer import start_run
+from agrepa_fast.training.start import start_run
 
 from .conftest import TINY
 

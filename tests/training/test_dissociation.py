@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
-from agrepa_fast.attribution.probes import lasp, linear_cka, pooled_hidden
+from agrepa_fast.attribution.stored import lasp, linear_cka, pooled_hidden
 from agrepa_fast.models.flow import probe_inputs
 from agrepa_fast.teachers.registry import build_teacher
 from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.dissociation import stored_by_layer
 from agrepa_fast.training.objective import Backbone
-from agrepa_fast.training.trainer import start_run
+from agrepa_fast.training.start import start_run
 
 DEVICE = torch.device("cpu")
 

@@ -11,10 +11,10 @@ import traceback
 
 import torch
 
+from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import load_checkpoint
-from agrepa_fast.training.report import read_log
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import resume_run, start_run
 
 STEPS = 60
 

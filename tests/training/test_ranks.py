@@ -9,8 +9,8 @@ import sys
 
 import torch
 
+from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import load_checkpoint
-from agrepa_fast.training.report import read_log
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 

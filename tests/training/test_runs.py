@@ -16,13 +16,13 @@ import torch
 
 from agrepa_fast.cli import main
 from agrepa_fast.errors import UserError
+from agrepa_fast.report import read_log, write_report
 from agrepa_fast.training.checkpoint import MANIFEST, load_checkpoint, write_manifest
 from agrepa_fast.training.clips import split_clips
 from agrepa_fast.training.identity import _fraction, identify
 from agrepa_fast.training.lock import RunLock
-from agrepa_fast.training.report import read_log, write_report
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import resume_run, start_run
 
 SHORT = ("train.steps=2", "probe.start=1", "train.samples=0", "train.valid_every=2", "train.checkpoint_every=2")
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from agrepa_fast.attribution.scores import read_scores
 from agrepa_fast.errors import UserError
+from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import checkpoints, load_checkpoint
 from agrepa_fast.training.config import OptimizerConfig
 from agrepa_fast.training.optimizer import build_optimizer, one_cycle
-from agrepa_fast.training.report import read_log
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import resume_run, start_run
 
 
 def interrupt_after(monkeypatch, steps: int) -> None:

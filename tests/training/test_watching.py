@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.cost import forward_flops
+from agrepa_fast.report import read_log
 from agrepa_fast.training.meter import Meter
 from agrepa_fast.training.objective import Draws
 from agrepa_fast.training.rates import Rates, _memory
-from agrepa_fast.training.report import read_log
+from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import Trainer, resume_run, start_run
+from agrepa_fast.training.trainer import Trainer
 
 
 @pytest.fixture

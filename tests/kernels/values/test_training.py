@@ -12,7 +12,7 @@ from agrepa_fast.data.batches import Batch
 from agrepa_fast.ops import dispatch
 from agrepa_fast.training.config import load_config
 from agrepa_fast.training.objective import Objective, StepInputs
-from agrepa_fast.training.trainer import build_optimizer
+from agrepa_fast.training.optimizer import build_optimizer
 
 FRAMES, SIZE, TEACHER = 6, 2, 12
 

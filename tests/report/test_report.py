@@ -16,17 +16,11 @@ import torch
 from agrepa_fast.attribution.scd import Stored, write_scd
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.errors import UserError
-from agrepa_fast.training.plots import (
-    TRAIN,
-    current_timeline,
-    keys_under,
-    moving_mean,
-    plot_cosines,
-    plot_losses,
-    series,
-)
-from agrepa_fast.training.report import MISSING, read_log, write_report
-from agrepa_fast.training.vitals import vitals_section
+from agrepa_fast.report import read_log, write_report
+from agrepa_fast.report.curves import TRAIN, moving_mean, plot_cosines, plot_losses
+from agrepa_fast.report.html import MISSING
+from agrepa_fast.report.log import current_timeline, keys_under, series
+from agrepa_fast.report.vitals import tables as vitals_tables
 
 KINDS = ("FoG-A", "LASP", "CKA")
 SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "vitals", "samples", "skipped"}
@@ -285,7 +279,7 @@ def test_vitals_are_the_log_s():
             {"event": "train", "step": step, "memory_bytes": 1e9 * step, "skipped_steps": step, **rates, **losses}
         )
     log += [{"event": "gradients", "step": s, "gradient_cosine/3": v} for s, v in ((1, 0.5), (2, -0.25), (3, 0.125))]
-    [rows] = Page(f'<section id="vitals">{vitals_section(log)}</section>').rows.values()
+    [rows] = Page(f'<section id="vitals">{vitals_tables(log)}</section>').rows.values()
     said = {row[0]: row[1:] for row in rows}
     assert said["samples per second, median"] == ["20.00"]
     assert said["MFU, median"][0].startswith("30.0% of 500 TFLOP/s")
@@ -297,7 +291,7 @@ def test_vitals_are_the_log_s():
     assert said["0-0.25"] == ["2.000", "0.6667"]
     assert said["0.25-0.5"] == ["4.000", "4.000"]
     assert said["3"] == ["0.500", "0.125", "-0.250 at 2"]
-    assert vitals_section([]) == ""
+    assert vitals_tables([]) == ""
 
 
 def test_samples_carry_their_sound_beside_the_reference(run, page):
@@ -357,7 +351,7 @@ def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agrepa_fast.training.page.os.replace", full)
+    monkeypatch.setattr("agrepa_fast.report.html.os.replace", full)
     with pytest.raises(UserError, match="No space left"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before

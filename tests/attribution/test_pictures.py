@@ -11,7 +11,7 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
-from agrepa_fast.attribution.report import ACCENT, layer_t_map, plot_layer_t_map, plot_scores, unit_weight
+from agrepa_fast.attribution.pictures import ACCENT, layer_t_map, plot_layer_t_map, plot_scores, unit_weight
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.errors import UserError
 

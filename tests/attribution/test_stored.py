@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.attribution.probes import dissociation, lasp, linear_cka, pooled_hidden
 from agrepa_fast.attribution.scores import LayerScores
+from agrepa_fast.attribution.stored import dissociation, lasp, linear_cka, pooled_hidden
 
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(3, 14, 6))

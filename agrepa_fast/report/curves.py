@@ -1,70 +1,32 @@
-"""Curves of a training run, drawn from the entries of its log.jsonl.
-
-A log is a list of dicts with an "event"; numbers that are missing or not finite leave a gap, never an error.
-"""
+"""Curves of a training run, drawn from the entries of its log.jsonl. A number that is missing leaves a gap."""
 
 from __future__ import annotations
 
 import colorsys
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attribution.report import ACCENT, INK, PALETTE, legend_beside, new_figure, style_axes
+from ..attribution.pictures import ACCENT, INK, PALETTE, legend_beside, new_figure, style_axes
+from .log import (
+    COSINE,
+    DOMAIN_LOSS,
+    Log,
+    current_timeline,
+    keys_under,
+    number,
+    series,
+    similarity_keys,
+    similarity_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COSINE = "cosine/"
-SIMILARITIES = (COSINE, "relation/", "cka/")  # what alignment.objective may be, as its metrics begin
-DOMAIN_LOSS = "flow_loss/"
 TRAIN = "#8a93a3"  # grey: the palette's colours stand for domains and teachers in every picture
 MANY_POINTS = 4000  # beyond this a noisy line is drawn as pixels, so that a long run keeps a small report
-
-
-def number(value: Any) -> float | None:
-    """`value` as a float, or None where it is no finite number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        converted = float(value)
-    except OverflowError:  # an integer beyond 1e308
-        return None
-    return converted if math.isfinite(converted) else None
-
-
-def current_timeline(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that still count: a resume at step s replaces whatever was logged before it beyond s."""
-    kept: list[dict[str, Any]] = []
-    for entry in log:
-        resumed_at = number(entry.get("step")) if entry.get("event") == "resume" else None
-        if resumed_at is not None:
-            kept = [old for old in kept if (number(old.get("step")) or 0.0) <= resumed_at]
-        kept.append(entry)
-    return kept
-
-
-def series(log: list[dict[str, Any]], event: str, key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps [n] and values [n], float64, of `key` in the entries of `event` with a finite number there."""
-    points = [
-        (step, value)
-        for entry in log
-        if entry.get("event") == event
-        and (step := number(entry.get("step"))) is not None
-        and (value := number(entry.get(key))) is not None
-    ]
-    table = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def keys_under(log: list[dict[str, Any]], prefix: str, events: tuple[str, ...] = ("train", "valid")) -> list[str]:
-    """The keys that start with `prefix` in entries of `events`; numbers in them sort as numbers."""
-    keys = {key for entry in log if entry.get("event") in events for key in entry}
-    return sorted((key for key in keys if key.startswith(prefix) and key != prefix), key=_natural)
 
 
 def moving_mean(values: NDArray[Any], window: int) -> NDArray[Any]:
@@ -76,7 +38,7 @@ def moving_mean(values: NDArray[Any], window: int) -> NDArray[Any]:
     return (total[last] - total[first]) / (last - first)
 
 
-def plot_losses(log: list[dict[str, Any]]) -> Figure:
+def plot_losses(log: Log) -> Figure:
     """Train flow loss (faint, and its moving mean), valid flow loss overall and by domain, over the steps.
 
     Vertical lines mark the first probe and where the alignment starts and stops; ticks at the bottom mark
@@ -125,18 +87,7 @@ def plot_losses(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def similarity_keys(log: list[dict[str, Any]]) -> list[str]:
-    """The keys of all metrics of alignment: of the raw cosine, or of what another objective has in its place."""
-    return [key for prefix in SIMILARITIES for key in keys_under(log, prefix)]
-
-
-def similarity_name(keys: Sequence[str]) -> str:
-    """What to call them together."""
-    others = {prefix.rstrip("/") for prefix in SIMILARITIES[1:] for key in keys if key.startswith(prefix)}
-    return f"similarity ({', '.join(sorted(others))})" if others else "raw cosine"
-
-
-def plot_cosines(log: list[dict[str, Any]]) -> Figure:
+def plot_cosines(log: Log) -> Figure:
     """Raw cosine between projected hidden states and teacher features, or what another objective has in its place: one
     colour per teacher/layer.
 
@@ -171,7 +122,7 @@ def plot_cosines(log: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _mark_moments(axes: Axes, log: list[dict[str, Any]]) -> None:
+def _mark_moments(axes: Axes, log: Log) -> None:
     """Vertical lines at the first probe, alignment start and alignment stop; a tick at every probe."""
     moments: list[tuple[float, str]] = []
     probes = [
@@ -234,8 +185,3 @@ def _shade(color: str, place: int, count: int) -> tuple[float, float, float]:
     if count > 1:
         lightness = 0.38 + 0.34 * place / (count - 1)
     return colorsys.hls_to_rgb(hue, lightness, saturation)
-
-
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts "speech/2" before "speech/10"."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in key.split("/")]

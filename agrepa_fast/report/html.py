@@ -12,11 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.report import INK
+from ..attribution.pictures import INK
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MISSING = '<p class="missing">not recorded in this run</p>'
 
 
 def picture(path: Path, figure: Figure, label: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's section on a run's health: speed, memory, dropped steps, loss by t, and whether the two losses agree."""
+"""The section "Speed and health": rates, memory, dropped steps, loss by t, and whether the two losses agree."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from html import escape
 from statistics import mean, median
 from typing import Any
 
-from . import page as html
-from .plots import keys_under, number, series
-
-Log = list[dict[str, Any]]
+from . import html
+from .folder import RunFolder
+from .log import Log, keys_under, number, series
 
 BY_TIME = "flow_loss_t/"
 GRADIENTS = "gradient_cosine/"
 
 
-def vitals_section(log: Log) -> str:
-    """Tables; "" where the log holds nothing for them."""
-    return "".join(part for part in (_rates(log), _by_time(log), _gradients(log)) if part)
+def section(run: RunFolder) -> str:
+    return tables(run.log) or html.MISSING
+
+
+def tables(log: Log) -> str:
+    """Up to three tables; "" where the log holds nothing for them."""
+    return _rates(log) + _by_time(log) + _gradients(log)
 
 
 def _rates(log: Log) -> str:

@@ -1,0 +1,103 @@
+"""What a run's folder holds, read once for all sections of the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..attribution.scores import LayerScores, read_scores
+from ..errors import UserError
+from . import html
+from .log import Log, current_timeline, read_log
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json: layers with their weights, and what else the file says about how they were chosen."""
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder.
+
+    Attributes:
+        log: the entries that still count; whole_log: all of them (a resume replaces those beyond its step).
+        scores, selection: None where the run has none, or where the file is broken. Then scores_problem or
+            selection_problem is a paragraph that says what is wrong.
+        skipped: one log entry for each file that could not be used.
+    """
+
+    path: Path
+    log: Log
+    whole_log: Log
+    scores: LayerScores | None
+    scores_problem: str
+    selection: Selection | None
+    selection_problem: str
+    skipped: Log
+
+
+def read_folder(path: Path) -> RunFolder:
+    """Read log.jsonl, foga.csv and selection.json of a run.
+
+    Raises:
+        UserError: no such folder, or a log that cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; give the folder that holds log.jsonl")
+    log_path = path / "log.jsonl"
+    whole_log = read_log(log_path) if log_path.exists() else []
+    selection, selection_problem = _read_selection(path / "selection.json")
+    scores, scores_problem = _read_scores(path / "foga.csv")
+    if scores is not None and selection is not None and isinstance(selection.facts.get("metric"), str):
+        scores = replace(scores, metric=selection.facts["metric"])  # the CSV does not hold the metric
+    return RunFolder(
+        path,
+        current_timeline(whole_log),
+        whole_log,
+        scores,
+        scores_problem,
+        selection,
+        selection_problem,
+        _skipped(whole_log),
+    )
+
+
+def _read_scores(path: Path) -> tuple[LayerScores | None, str]:
+    """The scores; or None, with a paragraph that says what is wrong with the file if there is one."""
+    if not path.exists():
+        return None, ""
+    try:
+        return read_scores(path), ""
+    except (ValueError, OSError) as error:
+        return None, f'<p class="missing">{escape(str(error))}</p>'
+
+
+def _read_selection(path: Path) -> tuple[Selection | None, str]:
+    if not path.exists():
+        return None, ""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        layers, weights = tuple(facts.pop("layers")), tuple(float(weight) for weight in facts.pop("weights"))
+        if len(layers) != len(weights):
+            raise ValueError(f"{len(layers)} layers but {len(weights)} weights")
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        return None, f'<p class="missing">{escape(f"{path.name} cannot be shown: {reason}")}</p>'
+    return Selection(layers, weights, facts), ""
+
+
+def _skipped(log: Log) -> Log:
+    """One entry for each skipped file; a resumed run names them again."""
+    by_path: dict[str, dict[str, Any]] = {}
+    for entry in log:
+        if entry.get("event") == "skipped":
+            by_path.setdefault(html.words(entry.get("path")), entry)
+    return list(by_path.values())
