@@ -1,4 +1,4 @@
-"""`agrepa`: train, probe, sample, bench, doctor; one file a command.
+"""`agrepa`: train, probe, sample, evaluate, bench, doctor; one file a command.
 
 A mistake in what the user gave is one line on stderr and exit code 2.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, one_line
-from . import doctor, probe, sample, train
+from . import doctor, evaluate, probe, sample, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"agrepa-fast {__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, probe, sample):
+    for command in (train, probe, sample, evaluate):
         added = commands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,

@@ -74,7 +74,7 @@ def read_header(path: str | Path) -> Header:
         return _header(Path(path), file)
 
 
-def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) -> Tensor:
+def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, silent: bool = False) -> Tensor:
     """One sound file as mono float32 [S] at `sample_rate` Hz.
 
     WAV, FLAC, Ogg, MP3 and whatever else libsndfile reads; channels are averaged, or where they cancel out (the
@@ -82,7 +82,8 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
     with a denominator beyond 1000 is taken at the nearest ratio below it, off by less than one part in a million).
 
     UserError when the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-    after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
+    after resampling, holds NaN or infinity, is silent (every |x| < 1e-4; `silent` allows it) or beyond full scale
+    (an |x| > 8).
     """
     path = Path(path)
     with _opened(path) as file:
@@ -95,7 +96,7 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1) 
             # A damaged header can claim any length.
             raise UserError(f"{path}: the header claims more samples than memory holds") from error
     _check_length(path, frames, samples.shape[0], rate)
-    waveform = _mono(path, torch.from_numpy(samples))
+    waveform = _mono(path, torch.from_numpy(samples), silent)
     if rate != sample_rate:
         ratio = _ratio(sample_rate, rate)
         waveform = import_torchaudio().functional.resample(waveform, ratio.denominator, ratio.numerator)
@@ -192,13 +193,13 @@ def _cut_ogg(path: Path) -> bool:
     return len(page) < header or len(page) < header + page[26] + sum(page[header : header + page[26]])
 
 
-def _mono(path: Path, channels: Tensor) -> Tensor:
+def _mono(path: Path, channels: Tensor, silent: bool) -> Tensor:
     """[S, C] to [S]. Checked before resampling, which would smear one bad sample over its neighbours."""
     if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
     peaks = channels.abs().amax(0)
     loudest = float(peaks.max())
-    if loudest < SILENCE:
+    if loudest < SILENCE and not silent:
         raise UserError(f"{path}: silent (no sample reaches {SILENCE:g})")
     if loudest > LOUDEST:
         raise UserError(f"{path}: beyond full scale (a sample of {loudest:g}): divide the samples, 1 is full scale")

@@ -179,8 +179,10 @@ class ClipDataset:
                 _log.warning("%s: %s; another clip stands in", clip.source, error)
         return clip.path not in self._unreadable
 
-    def item(self, index: int, generator: torch.Generator) -> Sample:
+    def item(self, index: int, generator: torch.Generator | None) -> Sample:
         """The sample of clip `index`; `generator` decides the crop and the prompt length.
+
+        Without a generator the crop begins with the clip, and there is no prompt.
 
         UserError when the clip or its tokens cannot be read.
         """
@@ -191,13 +193,15 @@ class ClipDataset:
         frames = min(total, self.max_frames)
         start = 0
         if total > frames:
-            start = int(torch.randint(total - frames + 1, (), generator=generator))
+            start = int(torch.randint(total - frames + 1, (), generator=generator)) if generator else 0
             first = start * self.mel_config.hop_length
             waveform = waveform[first : first + self.mel_config.samples(frames)]
             count = tokens.shape[0]
             tokens = tokens[count * start // total : -(-count * (start + frames) // total)]
         low, high = self.prompt_share
-        share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+        share = 0.0
+        if generator is not None:
+            share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
             "mel": self._mel(clip.path, waveform, whole=total == frames),
             # Of the crop, never of the file: otherwise the prompt could reveal the whole target.

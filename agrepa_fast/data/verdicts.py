@@ -20,19 +20,29 @@ VERSION = 1
 SETTLED_NS = 2_000_000_000
 
 
-def verdict_file(paths: Iterable[Path]) -> Path | None:
-    """Where the verdicts on files below one folder are kept: in $AGREPA_CACHE, or agrepa-fast in the user's cache.
+def cache_folder() -> Path | None:
+    """Where files are kept that are only there to save time: $AGREPA_CACHE, or agrepa-fast in the user's cache.
 
-    None where the user has no folder for it, or the files have no folder in common."""
+    None where the user has no folder for it."""
     given = os.environ.get("AGREPA_CACHE")
     try:
-        folder = (
+        return (
             Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
         )
-        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    except (RuntimeError, ValueError):
+    except RuntimeError:
         return None
-    return folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
+
+
+def verdict_file(paths: Iterable[Path]) -> Path | None:
+    """Where the verdicts on files below one folder are kept, in `cache_folder`.
+
+    None where there is no such folder, or the files have no folder in common."""
+    folder = cache_folder()
+    try:
+        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    except ValueError:
+        return None
+    return folder and folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
 
 
 class Verdicts:

@@ -20,6 +20,9 @@ USES = {
     "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "tensorboard"),
     "teachers": ("transformers",),
     "xformers": ("xformers",),
+    "wer": ("jiwer", "pocketsphinx"),
+    "mos": ("speechmos", "librosa", "onnxruntime"),
+    "speaker": ("Resemblyzer",),
     "bench": ("pytest-benchmark", "nvidia-ml-py"),
 }
 

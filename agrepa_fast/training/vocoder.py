@@ -17,7 +17,8 @@ VOCOS = "charactr/vocos-mel-24khz"
 def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
     """`choice`: "griffin-lim"; a folder or hub name of a Vocos for this mel; or "auto".
 
-    "auto" takes Vocos mel-24khz when it is installed, its weights are at hand and the mel is its own.
+    "auto" takes Vocos mel-24khz when it is installed, its weights are at hand and the mel is its own. The `__name__` of
+    the returned function says which vocoder it is.
 
     Raises:
         UserError: a Vocos was asked for and cannot be used.
@@ -46,6 +47,7 @@ def _griffin_lim(log_mel: LogMel) -> Callable[[Tensor], Tensor]:
         missing = mel[-1:].expand(max(0, least - mel.shape[0]), -1)
         return log_mel.inverse(torch.cat([mel, missing]))[: (mel.shape[0] - 1) * config.hop_length]
 
+    decode.__name__ = "griffin-lim"
     return decode
 
 
@@ -71,4 +73,5 @@ def _vocos(source: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             return vocos.decode((mel.float() * config.std + config.mean).T.unsqueeze(0)).squeeze(0)
 
+    decode.__name__ = f"vocos {source}"
     return decode
