@@ -245,9 +245,9 @@ def _facts(path: Path, run: Run | None, arguments: argparse.Namespace) -> dict[s
 
 
 def _progress(label: str, items: Sequence[T]) -> Iterable[T]:
-    """The items, with a progress bar where they take longer than a second and tqdm is installed."""
+    """The items, with a progress bar where they take longer than a second, on a terminal and with tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=label, unit="clip", delay=1.0, leave=False, file=sys.stderr)
+    return tqdm(items, desc=label, unit="clip", delay=1.0, leave=False, file=sys.stderr, disable=None)

@@ -27,7 +27,8 @@ MEL = MelConfig(sample_rate=16_000, mels=80, f_max=8000.0, mean=0.0, std=1.0)
 def cepstrum(log_mel: Tensor, count: int = CEPSTRA) -> Tensor:
     """[T, B] to the coefficients 1 to `count`, [T, count]."""
     bands = log_mel.shape[1]
-    k, b = torch.arange(1, count + 1).unsqueeze(1), torch.arange(bands)
+    k = torch.arange(1, count + 1, dtype=torch.float64).unsqueeze(1)
+    b = torch.arange(bands, dtype=torch.float64)
     basis = torch.cos(math.pi * k * (b + 0.5) / bands).to(log_mel.dtype)
     return 2 / bands * log_mel @ basis.T
 

@@ -134,11 +134,11 @@ class FrechetDistance(Metric):
         measured = measured.double()
         mapped = measured @ base.root
         n, d = measured.shape
-        few = [f"{count} {side}" for side, count in (("clips", n), ("reference clips", base.clips)) if count <= d]
+        few = min(n, base.clips) <= d
         if few:
             # The spread of a resample says nothing where the covariance is singular.
             return {"FAD": Estimate(_distance(mapped, measured, base))}, (
-                f"{' and '.join(few)} for {d} features: a singular covariance, so FAD is biased upward; no interval"
+                f"{n} clips and {base.clips} of the reference for {d} features: a singular covariance, biased upward"
             )
         estimators: dict[str, Callable[[Tensor, int], float]] = {
             "FAD": lambda rows, draw: _distance(mapped[rows], measured[rows], base)

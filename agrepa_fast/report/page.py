@@ -53,7 +53,7 @@ def write_evaluation_page(folder: str | Path) -> Path:
         UserError: it cannot be written.
     """
     folder = Path(folder)
-    body = f"<section>{evaluation.tables(folder / evaluation.FILE)}</section>"
+    body = f'<section id="evaluation">{evaluation.tables(folder / evaluation.FILE)}</section>'
     return _write(folder / "evaluation.html", "Evaluation", folder.resolve().parent.name, "", body)
 
 
