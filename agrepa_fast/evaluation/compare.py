@@ -108,12 +108,18 @@ class _Table:
         for domain in [ALL, *self.domains] if len(self.domains) > 1 else self.domains:
             part = [clip for clip in clips if domain in (ALL, clip.domain)]
             left_out = Counter(reasons[clip.key] for clip in part if clip.key in reasons)
-            if domain == ALL or len(self.domains) == 1:
-                left_out += Counter(row.left_out.values())
+            left_out += Counter(reason for key, reason in row.left_out.items() if self._belongs(key, domain))
             lines.append(self._line(row, domain, part, measured, _why(left_out), sum(left_out.values())))
         if first:
             self.first = measured
         return lines
+
+    def _belongs(self, key: str, domain: str) -> bool:
+        """Whether a clip that a set lacks would be in a line. Only its recording says of which domain it is."""
+        partner = (self.partners or {}).get(key)
+        if partner is None:
+            return domain == ALL or len(self.domains) == 1
+        return partner.domain in self.domains if domain == ALL else partner.domain == domain
 
     def _line(
         self,
@@ -186,6 +192,8 @@ class _Table:
         metric, partner = self.metric, (self.partners or {}).get(clip.key)
         if metric.paired and partner is None:
             raise UserError("no reference recording has its name")
+        if metric.needs_text and clip.cut:
+            raise UserError("longer than the part that is generated, whose words nobody knows")
         if metric.needs_text and not clip.text:
             raise UserError("no text to compare with")
         reference = None

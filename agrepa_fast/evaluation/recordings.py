@@ -24,7 +24,8 @@ class Recording:
     """One clip of a set.
 
     text: what is said in it, "" where nobody knows. start, seconds: which part of the file is measured; None: up to
-    its end. Recognisers hear the prompt before `start` too, because the text covers it."""
+    its end. Recognisers hear the prompt before `start` too, because the text covers it. cut: the recording goes on
+    after the part, so nobody knows which of its words are in it."""
 
     key: str
     path: Path
@@ -32,6 +33,7 @@ class Recording:
     domain: str
     start: float = 0.0
     seconds: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)

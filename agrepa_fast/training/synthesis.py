@@ -110,7 +110,7 @@ def shared_seconds(runs: Sequence[Run]) -> float:
 def reference_recordings(clips: Sequence[Clip], seconds: float, prompt: float) -> tuple[Recordings, dict[str, Clip]]:
     """The parts of the clips from `prompt` to `seconds`, and the clips by the keys of the recordings.
 
-    A clip that goes on after `seconds` has no text: nobody knows which words are in its part."""
+    A clip that goes on after `seconds` is cut and has no text: nobody knows which words are in its part."""
     rows, left_out, by_key = [], {}, {}
     names = [file_key(clip.path) for clip in clips]
     counts = Counter(names)
@@ -121,9 +121,11 @@ def reference_recordings(clips: Sequence[Clip], seconds: float, prompt: float) -
         if length - prompt < 0.1:
             left_out[key] = f"lasts {length:.2f} s: too short for a prompt of {prompt:g} s"
             continue
-        text = clip.text if length <= seconds + 0.05 else ""
+        cut = length > seconds + 0.05
+        text = "" if cut else clip.text
         by_key[key] = clip
-        rows.append(dataclasses.replace(whole, text=text, start=prompt, seconds=min(length, seconds) - prompt))
+        part = min(length, seconds) - prompt
+        rows.append(dataclasses.replace(whole, text=text, start=prompt, seconds=part, cut=cut))
     if not rows:
         raise UserError(f"--prompt: no clip lasts longer than {prompt:g} s")
     return Recordings("reference", "reference", tuple(rows), left_out), by_key

@@ -99,7 +99,10 @@ def test_the_metric_says_what_it_cannot_do(metric: FrechetDistance) -> None:
         assert estimates["FAD"].low is None
         assert "biased upward" in note
     estimates, note = metric.estimate(random_features(12, 6, 9), reference, 0)
-    assert (set(estimates), note) == ({"FAD"}, "no FAD-infinity: it needs more than 12 clips, twice the number of features")
+    assert (set(estimates), note) == (
+        {"FAD"},
+        "no FAD-infinity: it needs more than 12 clips, twice the number of features",
+    )
     estimates, note = metric.estimate(random_features(13, 6, 9), reference, 0)
     assert (set(estimates), note) == ({"FAD", "FAD-infinity"}, "")
 

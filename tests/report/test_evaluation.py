@@ -1,4 +1,4 @@
-"""The tables of an evaluation as a page: every number that exists, none that does not, and no page lost to a bad file."""
+"""The tables of an evaluation as a page: every number that exists, none that does not, and a broken file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from agrepa_fast.report import write_evaluation_page, write_report
 
 ROW = {"name": "<run>", "kind": "run", "domain": "speech", "clips": 3, "of": 4, "note": "left out 1: silent & short"}
-ROW |= {"values": {"WER": {"value": 0.25, "low": 0.125, "high": 0.5}, "CER": {"value": 0.75, "low": None, "high": None}}}
+ROW |= {
+    "values": {"WER": {"value": 0.25, "low": 0.125, "high": 0.5}, "CER": {"value": 0.75, "low": None, "high": None}}
+}
 ROW |= {"differences": {"WER": {"value": -0.125, "low": -0.25, "high": 0.0625}}}
 METRIC = {"key": "wer", "title": "Word error rate", "tool": "some tool", "note": "Read this.", "problem": ""}
 METRIC |= {"columns": {"WER": "lower", "CER": "lower", "other": "higher"}, "rows": [ROW]}
@@ -25,9 +27,9 @@ def test_the_page_holds_every_number(tmp_path) -> None:
     for words in (
         "&lt;run&gt;",
         "3 of 4",
-        "0.25 <span class=\"quiet\">0.125 to 0.5</span>",
+        '0.25 <span class="quiet">0.125 to 0.5</span>',
         '<td class="number">0.75</td>',
-        "-0.125 <span class=\"quiet\">-0.25 to +0.0625</span>",
+        '-0.125 <span class="quiet">-0.25 to +0.0625</span>',
         '<td class="number">&ndash;</td>',
         "left out 1: silent &amp; short",
         "some tool. Read this.",
