@@ -1,5 +1,6 @@
 # Two commands: `make demo` trains the demo preset, `make test` runs every check. Both install what they need
-# into VENV first, and install again only after pyproject.toml has changed. VENV must not contain spaces.
+# into VENV first, at the versions of constraints.txt, and install again only after pyproject.toml or constraints.txt
+# has changed. VENV must not contain spaces.
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
@@ -35,7 +36,7 @@ docs: $(VENV)/.installed-dev
 test: lint docs
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n auto --dist loadfile
 
-# torch 2.11.0, which the extras pin, is the oldest allowed; NumPy's oldest goes in front of the environment's own.
+# torch 2.11.0, of constraints.txt, is the oldest allowed; NumPy's oldest goes in front of the environment's own.
 floor: $(VENV)/.installed-dev
 	$(bin)/python -m pip install --quiet --upgrade --target $(VENV)/floor 'numpy==1.26.*'
 	PYTHONPATH=$(VENV)/floor $(bin)/python -c 'import numpy; assert numpy.__version__.startswith("1.26.")'
@@ -56,13 +57,13 @@ clean:
 	rm -rf build dist site $(VENV)/newest $(VENV)/floor *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed-demo: pyproject.toml | $(bin)/python
-	$(bin)/python -m pip install -e '.[audio,train]'
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(bin)/python
+	$(bin)/python -m pip install -c constraints.txt -e '.[audio,train]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(bin)/python
-	$(bin)/python -m pip install -e '.[dev]'
-	$(bin)/python -m pip install --no-deps f5-tts==1.1.22
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(bin)/python
+	$(bin)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(bin)/python -m pip install -c constraints.txt --no-deps f5-tts voicebox-pytorch
 	@touch $@
 
 # Checked first: an environment made with an old interpreter would be found, and used, by the next call.

@@ -1,4 +1,4 @@
-"""Modules whose buffers keep their values: `.to(bfloat16)` does not round them, `to_empty` does not lose them."""
+"""Modules whose buffers keep their values: `.to(bfloat16)` does not round them, and `to_empty` does not lose them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class FixedBuffers(nn.Module):
-    """A module whose own buffers move between devices and change in no other way.
+    """A module whose own buffers move between devices, and do not change otherwise.
 
-    nn.Module treats buffers like parameters: `.half()` and `.to(dtype)` convert them, and `to_empty` leaves them
-    uninitialised, although no state dict brings back a buffer that is not persistent.
+    nn.Module treats buffers as parameters: `.half()` and `.to(dtype)` convert them, and `to_empty` leaves them
+    uninitialised, although no state dict restores a buffer that is not persistent.
     """
 
     def constants(self) -> dict[str, Tensor]:
-        """{name: value} of every buffer; for a module that was built on the meta device they are computed again."""
+        """{name: value} of every buffer. They are computed again for a module that was built on the meta device."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -30,7 +30,7 @@ class FixedBuffers(nn.Module):
             new = self._buffers[name]
             if new is None or new is old:
                 continue
-            # In place where the dtype was kept, as `share_memory` and `to_empty` decide where the values lie.
+            # In place if the dtype is the same, because `share_memory` and `to_empty` choose where the values are.
             if new.dtype == old.dtype:
                 new.copy_(old)
             else:

@@ -1,10 +1,10 @@
-"""Configuration sections: dataclasses whose fields state what they accept, and check it when one is made.
+"""Configuration sections: dataclasses whose fields say what they accept, and check it when one is made.
 
     @dataclass(frozen=True)
     class OptimizerConfig(Section, name="optimizer"):
         lr: Annotated[float, more_than(0), "peak of the learning rate"] = 1e-4
 
-`Annotated` carries the type, what is allowed and one line of help. It may stand inside a tuple or a dict:
+`Annotated` holds the type, what is allowed, and one line of help. It may be inside a tuple or a dict:
 `tuple[Annotated[float, between(0, 1)], ...]`. Every error is a `UserError` that begins with `section.field`.
 """
 
@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar
 
 from .errors import UserError
 
-SHOWN = 80  # characters of a value or a name that a message quotes
+SHOWN = 80  # longest quotation of a value or a name in a message
 LONGEST_TEXT = 4096
 UNFIT = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line and paragraph separators
 MOST_ITEMS = 10_000
@@ -48,7 +48,7 @@ class Plain(str):
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a value may be: a condition, and its description after "expected"."""
+    """A condition on a value, and its description, which follows "expected" in a message."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -90,9 +90,10 @@ DISTINCT = Allowed("distinct values", lambda value: len(set(value)) == len(value
 
 
 class Section:
-    """Base of the configuration's dataclasses: every field is converted to its type and checked.
+    """Base class of the configuration's dataclasses. Every field is converted to its type and checked.
 
-    A subclass gives its `name`, which begins its messages, and may override `check` for what concerns several fields.
+    A subclass gives its `name`, with which its messages begin, and may override `check` for conditions on several
+    fields.
     """
 
     section: ClassVar[str]
@@ -123,7 +124,7 @@ def hints(section: Any) -> dict[str, Any]:
 
 
 def build(section: Any, values: Mapping[str, Any], path: str) -> Any:
-    """A section of plain values: mappings, sequences, numbers, text. `path` begins the messages.
+    """Make a section from plain values: mappings, sequences, numbers, text. Messages begin with `path`.
 
     Raises:
         UserError: an unknown field, or a value that does not fit.
@@ -140,16 +141,16 @@ def build(section: Any, values: Mapping[str, Any], path: str) -> Any:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the type `hint`, with its conditions checked.
+    """Convert `value` to the type `hint` and check its conditions.
 
     Raises:
-        UserError: begins with `path`; says what is expected and what was given.
+        UserError: begins with `path`; says what was expected and what was given.
     """
     if typing.get_origin(hint) is Annotated:
         hint, *notes = typing.get_args(hint)
         value = convert(value, hint, path)
         for allowed in notes:
-            # None is allowed by the type alone: the conditions are for the other values.
+            # The type decides about None; the conditions are for other values.
             if isinstance(allowed, Allowed) and value is not None and not allowed.holds(value):
                 raise UserError(f"{path}: expected {allowed.says}, got {shown(value)}")
         return value
@@ -218,8 +219,8 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
         if plain and value in NULL:
             raise UserError(f"{path}: expected str, got null (write '' for empty text)")
         if len(value) > LONGEST_TEXT or any(unicodedata.category(letter) in UNFIT for letter in value):
-            most = f"at most {LONGEST_TEXT:,} characters, none of them a control character"
-            raise UserError(f"{path}: expected {most}, got {shown(value)}")
+            limit = f"at most {LONGEST_TEXT:,} characters, none of them a control character"
+            raise UserError(f"{path}: expected {limit}, got {shown(value)}")
         return str(value)
     raise UserError(f"{path}: expected {hint.__name__}, got {shown(value)}")
 
@@ -236,7 +237,7 @@ def _number(value: Any, path: str) -> float | None:
 
 
 def typed(value: Plain) -> Any:
-    """An unquoted scalar as YAML reads one where nothing says what is expected: null, bool, int, float or text."""
+    """An unquoted scalar as YAML reads it if no type is expected: null, bool, int, float or text."""
     if value in NULL:
         return None
     if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -254,7 +255,7 @@ def join(path: str, name: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value on one line, shortened; a tuple as the list that a user wrote."""
+    """A value on one line, shortened; a tuple is shown as a list, as users write it."""
     value = list(value) if type(value) is tuple else value
     if isinstance(value, numbers.Integral) and abs(int(value)) >= 10**SHOWN:
         return f"an integer of {int(value).bit_length():,} bits"  # Python refuses to print thousands of digits

@@ -1,7 +1,6 @@
 """CUDA graphs: run work on a side stream until it is warm, record it once, replay it.
 
-Only what is alike for every recording is here; what a caller records, and on which static inputs, is its own matter
-(`training.step` records a training step, `attribution.graph` a probe).
+This file holds what all recordings share. `training.step` records a training step with it, `attribution.graph` a probe.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ def _stream(index: int) -> torch.cuda.Stream:
 
 
 def run_aside(work: Callable[[], Any], device: torch.device) -> None:
-    """Run `work` on the side stream, behind what the current stream has been given, and let that wait for it.
+    """Run `work` on the side stream, after the current stream's work; the current stream then waits for it.
 
-    The last runs before a recording must be there: kernels are compiled, libraries take their workspaces, and autograd
-    remembers the stream of a parameter's gradient."""
+    The last runs before a recording must be on that stream: kernels are compiled, libraries take their workspaces, and
+    autograd remembers the stream of a parameter's gradient.
+    """
     current, aside = torch.cuda.current_stream(device), side_stream(device)
     aside.wait_stream(current)
     with torch.cuda.stream(aside):
@@ -41,15 +41,15 @@ def run_aside(work: Callable[[], Any], device: torch.device) -> None:
 
 
 class Recording:
-    """`work()` recorded as a CUDA graph: `replay()` runs it again on what the same memory holds then.
+    """`work()` recorded as a CUDA graph; `replay()` runs it again on the present contents of the same memory.
 
-    Nothing is computed while recording. `output` is what `work` returned; every replay overwrites its tensors.
+    Recording computes nothing. `output` is what `work` returned; every replay overwrites its tensors.
 
     Args:
-        work: static device work. It must neither wait for the device nor compile anything: torch.compile is told to
-            raise where it would, since a compilation in the middle of a recording breaks it less legibly.
-        pool: a living recording to share memory with; the two must then not run at the same time.
-        generators: the CUDA generators besides the default one from which `work` draws.
+        work: static device work, which neither waits for the device nor compiles anything. torch.compile is told to
+            raise if it would compile, because a compilation breaks a recording with a less legible error.
+        pool: another living recording to share memory with; the two must then never run at the same time.
+        generators: the CUDA generators, besides the default one, from which `work` draws.
 
     Raises:
         RuntimeError: the work cannot be recorded. CUDA's allocator and generators may be unusable from then on, so the
@@ -78,15 +78,17 @@ class Recording:
 
 
 def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], Any], device: torch.device, pool: Any) -> Any:
-    # When a recording breaks, torch.cuda.graph leaves its stream the current one; the outer context puts it back.
+    # After a broken recording torch.cuda.graph leaves its stream current; the outer context restores the other.
     current, aside = torch.cuda.current_stream(device), side_stream(device)
     with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, stream=aside):
         return work()
 
 
 def _compiling_refused() -> contextlib.AbstractContextManager[Any]:
-    """torch.compile raises where it would compile. Without its module, which takes seconds to import, nothing is
-    compiled anyway."""
+    """Make torch.compile raise if it would compile.
+
+    If its module, which takes seconds to import, is not loaded, nothing can compile.
+    """
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("fail_on_recompile")

@@ -1,4 +1,4 @@
-"""Modules that a user names: imported from where the command runs; whatever their code raises is one line."""
+"""Modules that a user names, imported from the current directory too. Whatever their code raises becomes one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def foreign_code(what: str) -> Iterator[None]:
-    """Turn what the user's own code raises, also SystemExit, into a UserError that begins with `what`."""
+    """Turn everything that the user's own code raises, also SystemExit, into a UserError that begins with `what`."""
     try:
         yield
     except UserError as error:
@@ -26,10 +26,10 @@ def foreign_code(what: str) -> Iterator[None]:
 
 
 def import_module(name: str, what: str) -> ModuleType:
-    """Import `name`, as `python -m` does: modules of the current directory can be named.
+    """Import `name` as `python -m` does, so that it may be a module of the current directory.
 
     Raises:
-        UserError: begins with `what`; no dotted name, no such module, or its code fails.
+        UserError: begins with `what`; it is no dotted name, there is no such module, or its code fails.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{what}: expected the name of a module, such as package.module, got {name!r}")

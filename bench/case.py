@@ -1,4 +1,4 @@
-"""What a case is made of: problems, each with one set-up that correctness, speed and memory share.
+"""The parts of a case: problems, each with one set-up that correctness, speed and memory share.
 
 A case is a module in `cases/` with `TITLE` and `problems(scale, device)`; see docs/benchmarks.md.
 """
@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALES = ("toy", "quick", "full")  # smoke test; minutes on two CPU cores; a GPU, or patience
+SCALES = ("toy", "quick", "full")  # a smoke test; minutes on two CPU cores; for a GPU (hours on a CPU)
 
 Outputs = tuple[Tensor, ...]
 Run = Callable[[], Outputs]
 
 
 class Unavailable(Exception):
-    """A provider that cannot run here, and why: not installed, no such device."""
+    """A provider cannot run here; the message says why (not installed, no such device)."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the work.
+    """One way to do the work of a problem.
 
     Attributes:
-        name: shown in tables; unique within the problem.
-        role: "ours" (exactly one), "engine" (another way through this library), "rival", or "published" (the form
+        name: its name in tables, unique in the problem.
+        role: "ours" (exactly one), "engine" (another way through this library), "rival", or "published" (the form that
             the method's authors released).
-        make: builds everything and returns the call, which gives the outputs that the gate checks. May raise
+        make: builds everything and returns the call; the call returns the outputs that the gate checks. May raise
             `Unavailable`.
-        capturable: the call never waits for the device, so that a CUDA graph may hold it.
+        capturable: the call never waits for the device, so a CUDA graph may record it.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Provider:
 
 @dataclass(frozen=True)
 class Setup:
-    """Providers over the same inputs, and what their outputs are held against.
+    """Providers on the same inputs, and the reference for their outputs.
 
     Attributes:
-        providers: the contestants; one has the role "ours".
-        reference: the right outputs, in float64 where affordable.
+        providers: exactly one has the role "ours".
+        reference: the right outputs, in float64 if that is affordable.
         bounds: {name of an output: largest relative rms error}, in the order of the outputs.
         expression: name of the provider whose error ours may at most double, or None.
     """
@@ -65,11 +65,11 @@ class Problem:
     """One size and mode of a case.
 
     Attributes:
-        params: what it is, in the order to show.
-        dtype: of the work, as "float32".
-        bytes, flops: the least a call must move and compute, counted from the shapes; None where nobody can say.
-        build: makes the set-up on a device; all its data is random.
-        single: a call takes so long that one round must do.
+        params: sizes and mode, in the order to show.
+        dtype: dtype of the work, such as "float32".
+        bytes, flops: the least that a call must move and compute, counted from the shapes; None if unknown.
+        build: makes the set-up on a device, with random data.
+        single: one call takes so long that it is timed in a single round.
         alone: the providers do not fit into memory together; each is built, timed and freed before the next.
     """
 
@@ -95,10 +95,10 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def optional(name: str) -> ModuleType:
-    """An optional package of a rival.
+    """Import an optional package of a rival.
 
     Raises:
-        Unavailable: it is not installed here, or cannot be imported.
+        Unavailable: it is not installed, or cannot be imported.
     """
     try:
         return importlib.import_module(name)
@@ -106,29 +106,32 @@ def optional(name: str) -> ModuleType:
         if error.name == name.partition(".")[0]:
             raise Unavailable(f"{error.name} is not installed") from None
         raise Unavailable(f"{name} cannot be imported: {error}") from None
+    except Exception as error:  # some packages ask for a device or a driver as they are imported
+        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    """`torch.compile` for a fixed shape; backward may be called again on the same graph.
+    """`torch.compile` for a fixed shape, whose backward may be called again on the same graph.
 
-    Graphs are the protocol's business: the modes that make their own would be timed with their copies."""
+    It makes no CUDA graphs: the protocol does. Modes that make their own would be timed with their copies.
+    """
     import torch._functorch.config
     import torch._inductor.config
 
-    # Said outright, it is part of Inductor's cache key: code that was compiled for two threads is not served to one.
+    # Setting it makes it part of Inductor's cache key, so that code for two threads is not used with one.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
-    # A donated buffer is overwritten in backward, which timing backward alone repeats.
+    # Backward overwrites a donated buffer, but timing backward alone runs it several times.
     torch._functorch.config.donated_buffer = False
     return torch.compile(function, dynamic=False, mode=mode)
 
 
 def backward(outputs: Outputs, inputs: Outputs, gradients: Outputs) -> Outputs:
-    """Gradients of the inputs; the graph is kept for the next call."""
+    """Gradients of the inputs. The graph is kept for the next call."""
     return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
 
 def modes(forward: Callable[..., Outputs], inputs: Outputs, gradients: Outputs, mode: str) -> Run:
-    """A call of `forward(*inputs)` in a mode: "forward" (no graph kept), "backward" (alone) or "both"."""
+    """A call of `forward(*inputs)` in a mode: "forward" (no graph is kept), "backward" (alone) or "both"."""
     if mode == "forward":
 
         def run() -> Outputs:

@@ -1,4 +1,4 @@
-"""`agrepa bench`: list, run, report, compare, tune. `main(argv)` is the whole of it."""
+"""`agrepa bench`: list, run, report, compare, tune."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .roofline import measure_roofline
 from .runner import run_problem
 from .tables import compare_table, problem_table
 
-_RAN: list[str] = []  # the arguments of this run, to start it again
-QUICK_BUDGET = 170.0  # seconds: --quick ends within three minutes, even where other work shares the machine
+_RAN: list[str] = []  # arguments of this run, for a restart
+QUICK_BUDGET = 170.0  # seconds; --quick ends within three minutes, also on a busy machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="start no problem after so long, list it as skipped (--quick: 170)",
     )
-    # A failed capture restarts the command with these two; nobody types them.
+    # A restart after a failed capture passes these two; users do not.
     run.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     run.add_argument("--barred", nargs=4, action="append", default=[], help=argparse.SUPPRESS)
     run.add_argument("--headlines", action="store_true", help="only the problems that README's first table shows")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; a GPU with its number, as its tensors have it.
+    """The device of that name. A GPU gets its number, as tensors on it have.
 
     Raises:
         UserError: no such device here.
@@ -140,22 +140,22 @@ def run(
     barred: Sequence[Sequence[str]] = (),
     restart: Restart | None = None,
 ) -> dict[str, Any]:
-    """Measure the roofline, then every problem; the result file is rewritten after each one.
+    """Measure the roofline, then every problem, headline problems first. The result file is rewritten after each one.
 
-    An interrupt or an error leaves the file with what was done (`complete` false). Headline problems come first.
+    An interrupt or an error leaves the file with what was measured (`complete` is false).
 
     Args:
         resumed: the result of an earlier process to go on with; its problems are not run again.
         barred: (case, key, provider, reason) of captures that failed in an earlier process.
-        restart: called with the file and all barred captures when a capture fails, to go on in a new process: the
-            failed one leaves this process' allocator believing that it is still capturing. Without it the rest of the
-            run is skipped.
+        restart: called with the file and all barred captures when a capture fails, to go on in a new process, because
+            after the failure this process's allocator still believes that it is capturing. None skips the rest of the
+            run.
     """
     began = time.perf_counter() - (0.0 if resumed is None else resumed["seconds"])
     result = _begin(chosen, device, scale) if resumed is None else {**resumed, "skipped": []}
     done = {(problem["case"], problem["key"]) for problem in result["problems"]}
     spoiled = ""
-    _save(result, out, began, device)  # whatever happens next, there is a valid file
+    _save(result, out, began, device)  # so that there is a valid file from now on
     for case, problem in in_turn(chosen):
         if (case, problem.key) in done:
             continue
@@ -164,19 +164,19 @@ def run(
             reason = spoiled or f"the budget of {budget:.0f} s was spent"
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             continue
-        own = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
+        reasons = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
         try:
             seconds = seconds_for(case, problem.params, device.type)
-            entry = run_problem(case, problem, device, scale, result["roofline"], own, seconds)
+            entry = run_problem(case, problem, device, scale, result["roofline"], reasons, seconds)
         except CaptureFailed as error:
             print(f"\n{case} {problem.key}: {error}", flush=True)
-            if restart is not None and error.name not in own:
+            if restart is not None and error.name not in reasons:
                 _save(result, out, began, device)
                 restart(out, [*(tuple(item) for item in barred), (case, problem.key, error.name, str(error))])  # type: ignore[list-item]
             spoiled = f"after a failed capture nothing in the same process can be trusted ({error})"[:300]
             result["skipped"].append({"case": case, "key": problem.key, "reason": spoiled})
             continue
-        except Exception as error:  # one problem must not cost the others
+        except Exception as error:  # a problem that fails must not end the run
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             print(f"\n{case} {problem.key}: {reason}", flush=True)
@@ -191,7 +191,7 @@ def run(
 
 
 def _begin(chosen: Mapping[str, Sequence[Problem]], device: torch.device, scale: str) -> dict[str, Any]:
-    """A result without problems: the machine, and its roofline."""
+    """A result without problems: the machine and its roofline."""
     with lane(device):
         rates = measure_roofline(device, scale)
     described = environment(device)
@@ -217,7 +217,7 @@ def _begin(chosen: Mapping[str, Sequence[Problem]], device: torch.device, scale:
 
 
 def restart(out: Path, barred: Sequence[Barred]) -> None:
-    """Replace this process by a new one that goes on with `out`: a broken capture cannot be undone in the process."""
+    """Replace this process by a new one that goes on with `out`, since it cannot recover from a broken capture."""
     arguments = [item for item in _RAN if item != "--resume"]
     for flag, values in (("--resume", 1), ("--barred", 4), ("--out", 1)):
         while flag in arguments:
@@ -232,8 +232,11 @@ def restart(out: Path, barred: Sequence[Barred]) -> None:
 
 
 def in_turn(chosen: Mapping[str, Sequence[Problem]]) -> Iterator[tuple[str, Problem]]:
-    """The headline problems, in the order of HEADLINES; then the first problem of every case, the second ones, and so
-    on: a run cut short has the headlines, and has seen every case."""
+    """Problems in the order in which they run: the headlines, then the first problem of every case, the second ones,
+    ...
+
+    So a run that is cut short has measured the headlines and something of every case.
+    """
     first = []
     for match in HEADLINES:
         for case, problems in chosen.items():

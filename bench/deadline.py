@@ -1,4 +1,4 @@
-"""A time limit on building rivals: a compiler that searches for a minute must not cost a run its other problems."""
+"""A time limit for building rivals, so that a slow compiler does not use up the time of other problems."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class OutOfTime(BaseException):
-    """The time is over in the middle of a build. Not an Exception, since a compiler would report that as its own."""
+    """The time is over during a build. It is no Exception, because compilers catch those."""
 
 
 class Deadline:
-    """`seconds` from now; None is no limit."""
+    """A deadline `seconds` from now; None for no limit."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -32,9 +32,10 @@ class Deadline:
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
-        """Raise OutOfTime inside the block when the time is over, in the middle of whatever runs there.
+        """Raise OutOfTime inside the block when the time is over, wherever it is.
 
-        Only the main thread can be interrupted; in others the block runs to its end."""
+        Only the main thread can be interrupted; in other threads the block runs to its end.
+        """
         if self.seconds is None or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -52,5 +53,5 @@ class Deadline:
 
 
 def lift() -> None:
-    """Let what follows run to its end: a CUDA graph's capture must not be broken off, and is short."""
+    """Suspend the limit: the capture of a CUDA graph must not be interrupted, and is short."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,6 +1,6 @@
-"""What a result was measured on: versions, device, git revision, and the card's clocks, power and energy (NVML).
+"""The machine of a result: versions, device, git revision, and the card's clocks, power and energy (NVML).
 
-Everything here reads; the card's settings are never touched.
+All of it only reads; the card's settings are never changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "xformers", "captum", "n
 
 
 def checkout() -> Path | None:
-    """The root of the checkout this package runs from; None for an installed package."""
+    """The root of the checkout that this package runs from; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     return root if (root / "pyproject.toml").is_file() and (root / "bench").is_dir() else None
 
@@ -46,7 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What may change while a run lasts: load of the host; clocks, temperature and power of the card."""
+    """What may change during a run: load of the host; clocks, temperature and power of the card."""
     nvml = Nvml(device)
     return {
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -59,7 +59,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's model and the threads used."""
+    """The card's name, or the processor's model and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -75,7 +75,7 @@ def device_name(device: torch.device) -> str:
 
 
 def revision(root: Path | None) -> dict[str, Any]:
-    """{"revision": commit or None, "dirty": whether tracked files differ from it, or None where unknown}."""
+    """{"revision": commit or None, "dirty": whether tracked files differ from it, or None if unknown}."""
     if root is None:
         return {"revision": None, "dirty": None}
     commit = _git(root, "rev-parse", "HEAD")

@@ -1,7 +1,7 @@
-"""Pictures of results, PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
+"""Pictures of results as PNG and SVG: ours against each provider, the roofline, scaling with fitted exponents.
 
-Each file carries a digest of what it shows, so that a picture can be told from an outdated one without comparing
-pixels (which differ between versions of matplotlib).
+Each file holds a digest of what it shows. So an outdated picture is found without comparing pixels, which differ
+between versions of matplotlib.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .targets import ours
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 3  # counts up when a drawing changes, so that stored pictures count as outdated
+VERSION = 3  # raise it when a drawing changes, so that stored pictures count as outdated
 COLOURS = {"win": "#2a7f62", "tie": "#8a8a8a", "loss": "#b4452f"}
 INK, GRID = "#222222", "#dddddd"
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """p of value = c size^p, by least squares in the logarithms."""
+    """The exponent p of value = c size^p, by least squares of the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
@@ -41,19 +41,19 @@ Curve = tuple[list[float], list[float]]
 
 def curves(result: Mapping[str, Any], column: str) -> dict[str, dict[str, Curve]]:
     """{axis: {provider: (sizes, values)}} of the scaling case, by size; column "median_us" or "peak_bytes"."""
-    found: dict[str, dict[str, Curve]] = {}
+    by_axis: dict[str, dict[str, Curve]] = {}
     problems = [p for p in result["problems"] if p["case"] == "scaling" and p["gate"]["passed"]]
     for problem in sorted(problems, key=lambda p: p["params"]["size"]):
         for row in problem["rows"]:
             if row["role"] != "again" and row[column]:
-                sizes, values = found.setdefault(problem["params"]["axis"], {}).setdefault(row["provider"], ([], []))
+                sizes, values = by_axis.setdefault(problem["params"]["axis"], {}).setdefault(row["provider"], ([], []))
                 sizes.append(problem["params"]["size"])
                 values.append(row[column])
-    return found
+    return by_axis
 
 
 def speedups(result: Mapping[str, Any]) -> Figure:
-    """A bar for each rival of each problem but the scaling ones: how many times faster ours is."""
+    """A bar for each rival of each problem, except scaling: how many times faster ours is."""
     from matplotlib.figure import Figure
 
     bars = [
@@ -84,7 +84,7 @@ def speedups(result: Mapping[str, Any]) -> Figure:
 
 
 def roofline(result: Mapping[str, Any]) -> Figure:
-    """Achieved rate of ours against operations per byte, under the copy and matmul rates of the same run."""
+    """Achieved rate of ours over operations per byte, below the copy and matmul rates of the same run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -100,10 +100,10 @@ def roofline(result: Mapping[str, Any]) -> Figure:
         axes.annotate(f"{name} {rate / 1e12:.3g} TFLOP/s", (high, rate), ha="right", va="bottom", fontsize=7)
     axes.annotate(f"copy {copy / 1e9:.3g} GB/s", (low, low * copy), va="bottom", fontsize=7)
     for case, mark in zip(dict.fromkeys(p["case"] for p in points), "osD^vP*"):
-        own = [(p, x) for p, x in zip(points, intensities) if p["case"] == case]
+        of_case = [(p, x) for p, x in zip(points, intensities) if p["case"] == case]
         axes.plot(
-            [x for _, x in own],
-            [p["flops"] / ours(p)["median_us"] * 1e6 for p, _ in own],
+            [x for _, x in of_case],
+            [p["flops"] / ours(p)["median_us"] * 1e6 for p, _ in of_case],
             mark,
             markersize=5,
             label=case,
@@ -120,7 +120,7 @@ def roofline(result: Mapping[str, Any]) -> Figure:
 
 
 def scaling(result: Mapping[str, Any]) -> Figure:
-    """Time and peak memory against layers, frames, batch and width, with the fitted exponent."""
+    """Time and peak memory over layers, frames, batch and width, with the fitted exponents."""
     from matplotlib.figure import Figure
 
     columns = (("median_us", "ms", 1e-3), ("peak_bytes", "MiB", 2.0**-20))
@@ -128,10 +128,10 @@ def scaling(result: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(2.8 * max(len(axes_names), 1) + 0.6, 5), layout="constrained")
     grid = figure.subplots(2, max(len(axes_names), 1), squeeze=False)
     for line, (column, unit, factor) in enumerate(columns):
-        found = curves(result, column)
+        by_axis = curves(result, column)
         for place, axis in enumerate(axes_names):
             axes = grid[line][place]
-            for (provider, (sizes, values)), colour in zip(found.get(axis, {}).items(), ("#2a7f62", "#b4452f")):
+            for (provider, (sizes, values)), colour in zip(by_axis.get(axis, {}).items(), ("#2a7f62", "#b4452f")):
                 label = f"{provider}, p = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 else provider
                 axes.plot(sizes, [value * factor for value in values], "o-", color=colour, markersize=4, label=label)
             axes.set_xscale("log", base=2)
@@ -156,7 +156,7 @@ def _tidy(axes: Any, title: str, grid: str) -> None:
 
 
 def _short(problem: Mapping[str, Any]) -> str:
-    """The params' values without the dtype."""
+    """The values of the params without the dtype."""
     return " ".join(str(value) for name, value in problem["params"].items() if name != "dtype")
 
 
@@ -168,7 +168,7 @@ DRAWINGS: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
 
 
 def drawn(result: Mapping[str, Any]) -> list[str]:
-    """The pictures that have something to show of a result."""
+    """The pictures for which a result has something to show."""
     scaled = any(problem["case"] == "scaling" for problem in result["problems"])
     return [name for name in DRAWINGS if name != "scaling" or scaled]
 
@@ -180,17 +180,17 @@ def digest(name: str, result: Mapping[str, Any]) -> str:
 
 
 def stored_digest(path: Path) -> str | None:
-    """The digest a picture carries; None where there is no picture or no digest."""
+    """The digest in a picture; None if there is no picture or no digest."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    found = re.search(rb"agrepa-bench:([0-9a-f]{16})", content)
-    return found[1].decode() if found else None
+    match = re.search(rb"agrepa-bench:([0-9a-f]{16})", content)
+    return match[1].decode() if match else None
 
 
 def draw(name: str, result: Mapping[str, Any], path: Path) -> None:
-    """Draw to `path` (.png or .svg), with the digest inside.
+    """Draw to `path` (.png or .svg) and store the digest in it.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -1,6 +1,6 @@
-"""The gate: what is wrong is not timed against anything. Outputs are held against a reference before a speed-up.
+"""The gate: outputs are checked against a reference before they are timed, and wrong ones are never compared.
 
-Error of a tensor: |out - reference| / |reference| in root mean square, in float64.
+The error of a tensor is |out - reference| / |reference| in root mean square, in float64.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXPRESSION_FACTOR = 2.0  # ours may err at most so many times as the same-dtype PyTorch expression
+EXPRESSION_FACTOR = 2.0  # largest ratio of our error to that of the PyTorch expression in the same dtype
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a provider's outputs may be believed. `error` is the largest error over its bound's tensor."""
+    """Whether a provider's outputs are right. `error` is that of the output that is worst relative to its bound."""
 
     passed: bool
-    error: float | None  # relative rms error of the worst output; None where there is none to take
+    error: float | None  # relative rms error of the worst output; None if it cannot be computed
     reason: str | None = None
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
-    """Relative rms error, in float64; absolute where the reference is all zero."""
+    """Relative rms error in float64; absolute if the reference is all zero."""
     difference = output.detach().double() - reference.detach().double().to(output.device)
     size = reference.detach().double().square().mean().sqrt().item()
     error = difference.square().mean().sqrt().item()
@@ -37,14 +37,14 @@ def check(
     bounds: Mapping[str, float],
     expression: Sequence[Tensor] | None = None,
 ) -> Check:
-    """Hold a provider's outputs against the reference.
+    """Check a provider's outputs against the reference.
 
     Args:
         outputs: the provider's tensors, in the order of `bounds`.
-        reference: the same, of the reference (float64 where the case can afford it).
+        reference: the same of the reference (float64 if the case can afford it).
         bounds: {name of the output: largest relative rms error}.
-        expression: outputs of the plain PyTorch expression in the same dtype, or None; the error may then
-            also be at most twice the expression's (or one ulp of the dtype, where that is more).
+        expression: outputs of the plain PyTorch expression in the same dtype, or None. With it the error may also be at
+            most twice the expression's (or one ulp of the dtype if that is more).
     """
     if len(outputs) != len(bounds):
         return Check(False, None, f"{len(outputs)} outputs, expected {len(bounds)}: {', '.join(bounds)}")

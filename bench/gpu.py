@@ -1,9 +1,9 @@
-"""`make gpu`: everything a machine with a GPU can tell, in one command and under nine minutes.
+"""`make gpu`: doctor, headline problems, tests and all other problems on a machine with a GPU, in under nine minutes.
 
 `python -m agrepa_fast.bench.gpu [FOLDER]` leaves gpu-NAME.json and gpu-NAME.log in FOLDER (default: bench/results of
-the checkout). In this order: doctor; the headline problems, over within four minutes; the tests, what is likeliest to
-fail first; all other problems. Both files grow as results come, so that a run cut short leaves what was measured. It
-needs the checkout, torch and triton; the tests need pytest, and are left out without it.
+the checkout). The order is: doctor; the headline problems, within four minutes; the tests, those first that are
+likeliest to fail; all other problems. Both files grow as results come, so a run that is cut short leaves what it
+measured. It needs the checkout, torch and triton; the tests also need pytest, and are left out without it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ HEADLINES_BY = 240.0
 LIMIT = 520.0
 # Seconds of a step.
 DOCTOR, TESTS = 15.0, 150.0
-RESERVE = 45.0  # kept for the last problem: none is started when less is left
+RESERVE = 45.0  # no problem is started when less time is left
 GRACE = 8.0  # between SIGINT and SIGKILL
 
-# The likeliest to fail and the costliest if it does comes first.
+# Tests that are likely to fail, or whose failure costs most, come first.
 TEST_ORDER = ("gpu/test_step.py", "kernels/values", "gpu/test_kernels.py", "gpu/test_attribution.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when tests and gates passed; 1 when one did not or was cut short; 2 without a GPU or a checkout."""
+    """Returns 0 if tests and gates passed; 1 if one failed or was cut short; 2 without a GPU or a checkout."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     root = checkout()
     if root is None:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(root: Path, out: Path, log: TextIO) -> list[int]:
-    """All steps; the exit codes of those that decide: doctor informs, tests and gates decide."""
+    """Run all steps. Returns the exit codes of those that decide: tests and gates, not doctor."""
     began = time.monotonic()
 
     def left(until: float) -> float:
@@ -92,7 +92,7 @@ def _run(root: Path, out: Path, log: TextIO) -> list[int]:
 
 
 def _seconds(out: Path) -> float | None:
-    """How long the run took that left `out`; None where it left nothing that can be resumed."""
+    """How long the run that left `out` took; None if it left nothing to resume."""
     try:
         seconds: Any = results.read(out)["seconds"]
     except Exception:
@@ -101,7 +101,7 @@ def _seconds(out: Path) -> float | None:
 
 
 def tests_of(root: Path) -> list[str]:
-    """Paths of the tests that need a device, relative to the checkout, by risk."""
+    """Paths of the tests that need a device, relative to the checkout, those likeliest to fail first."""
     tests = root / "tests"
     first = [tests / name for name in TEST_ORDER]
     rest = [path for path in sorted((tests / "gpu").glob("test_*.py")) if path not in first]
@@ -109,15 +109,17 @@ def tests_of(root: Path) -> list[str]:
 
 
 def name_of(device: str, now: datetime.datetime) -> str:
-    """ "NVIDIA H200" on a day -> "gpu-nvidia-h200-20260101"."""
+    """ "NVIDIA H200" on a day gives "gpu-nvidia-h200-20260101"."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return f"gpu-{slug}-{now:%Y%m%d}"
 
 
 @contextlib.contextmanager
 def _signals() -> Any:
-    """SIGTERM ends the steps as SIGINT does. Both are set, since a shell's background job ignores SIGINT, and its
-    children would too."""
+    """Let SIGTERM end the steps as SIGINT does.
+
+    Both handlers are set, since a shell's background job ignores SIGINT, and its children would too.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, signal.default_int_handler)
@@ -129,10 +131,11 @@ def _signals() -> Any:
 
 
 def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
-    """Run `python -m MODULE ...` from the checkout, its output on the screen and in the log.
+    """Run `python -m MODULE ...` from the checkout, with its output on the screen and in the log.
 
-    When the time is up it gets SIGINT, so that it says where it is. It runs in a process group of its own, of which
-    nothing is left afterwards: an orphan would disturb what is timed next."""
+    When its time is up it gets SIGINT, so that its traceback says where it is. It runs in a process group of its own,
+    which is killed afterwards: a process that is left would disturb later timings.
+    """
     _say(f"\n$ python -m {' '.join(module)}", log)
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""The problems that decide what the project is worth on a GPU, in the order in which they are measured."""
+"""The headline problems: those that decide on a GPU what the project is worth, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Headline:
-    """The problems of a case whose params have these values; after `seconds` no rival of them is built any more."""
+    """The problems of a case with these values of params. After `seconds` none of their rivals is built any more."""
 
     case: str
     params: Mapping[str, Any]
     seconds: float
 
     def fits(self, case: str, params: Mapping[str, Any]) -> bool:
-        # A problem that names its norm is about another one than the default.
+        # A problem names its norm only if it is not the default one.
         return (
             case == self.case
             and "norm" not in params
@@ -35,11 +35,11 @@ HEADLINES = (
 )
 
 
-OTHERS = 45.0  # seconds of a problem that is no headline
+OTHERS = 45.0  # seconds for a problem that is no headline
 
 
 def seconds_for(case: str, params: Mapping[str, Any], device_type: str) -> float | None:
-    """How long the rivals of a problem may be built; None for no limit, on the CPU, where nothing is cut short."""
+    """How long the rivals of a problem may be built; None for no limit, as on the CPU."""
     if device_type != "cuda":
         return None
     return next((headline.seconds for headline in HEADLINES if headline.fits(case, params)), OTHERS)

@@ -1,7 +1,7 @@
-"""Host microseconds of an eager op call: the processor time that Python spends on it. No GPU needed.
+"""Host microseconds of an eager op call: the processor time that Python spends on it. No GPU is needed.
 
-`python -m agrepa_fast.bench.host` prints medians. Launches are recorded instead of run, so Triton's own launcher
-(some 10 us each) is not in the figures; tensors are small and on the CPU, or on CUDA where there is a device.
+`python -m agrepa_fast.bench.host` prints medians. Launches are recorded instead of run, so the figures do not include
+Triton's own launcher (about 10 us each). Tensors are small, on CUDA if there is a device, else on the CPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "gated_residual_norm, with a gradient": lambda: ops.gated_residual_norm(*leaves),
         "gated_residual_norm, forward and backward": both,
         "gated_residual_norm, through the dispatcher": without_gradient(
-            GATED_RESIDUAL_NORM.registered, *norm, None, None, 1e-6, False
+            GATED_RESIDUAL_NORM.registered, *norm, *[None] * 5, 1e-6, "layer"
         ),
         "layer_norm_modulate": without_gradient(ops.layer_norm_modulate, x, shift, scale),
         "gated_residual": without_gradient(ops.gated_residual, x, branch, gate),
@@ -59,7 +59,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
 
 
 def measure(device: torch.device) -> dict[str, tuple[float, float]]:
-    """{call: (median, spread)} in microseconds over interleaved rounds; spread is between the 20 % and 80 % marks."""
+    """{call: (median, spread)} in microseconds over interleaved rounds; spread is from the 20 % to the 80 % mark."""
     named = calls(device)
     samples: dict[str, list[float]] = {name: [] for name in named}
     with record("portable") as recording:
@@ -78,7 +78,7 @@ def measure(device: torch.device) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Print the table."""
-    dispatch.INTERPRETED = True  # takes the kernels' path on CPU tensors; nothing is launched
+    dispatch.INTERPRETED = True  # take the kernels' path on CPU tensors; nothing is launched
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"host microseconds a call, launches not counted; torch {torch.__version__}, {device}")
     for name, (median, spread) in measure(device).items():

@@ -1,7 +1,7 @@
-"""How a call is timed, so that nobody can argue with it: interleaved variants, medians, a noise floor.
+"""How calls are timed: interleaved variants, medians, and a measured noise floor.
 
-Times are seconds per call. Variants take turns, round after round, in a rotated and then reversed order; one of
-them appears twice (A/A), and what the two differ by is noise by definition.
+Times are seconds per call. The variants take turns, round after round, in an order that is rotated and reversed. One of
+them appears twice (A/A); the difference of the two is noise by definition.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from .deadline import lift
 
 Call = Callable[[], object]
 
-GRAPH_BELOW = 100e-6  # shorter CUDA work is replayed from a graph: its launches would be most of what is timed
+GRAPH_BELOW = 100e-6  # shorter CUDA work is replayed from a graph, since launches would take most of its time
 CALLS_PER_GRAPH = 10
-SHORTEST_SAMPLE = 2e-3  # on the CPU, calls are repeated until a sample is this long
-LEAST_FLOOR = 0.01  # no claim is made on less than 1 %
+SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU, calls are repeated until a sample is so long
+LEAST_FLOOR = 0.01  # a difference below 1 % is never claimed
 SPREADS = 3.0  # standard errors that the noise floor covers
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a problem may be timed: rounds of all variants until `seconds`, between the two bounds."""
+    """How long a problem may be timed: rounds of all variants for `seconds`, within two bounds on their number."""
 
     seconds: float
     least_rounds: int = 5
     most_rounds: int = 60
 
     def rounds(self, round_seconds: float) -> int:
-        """Rounds that fit, given what one round of all variants takes."""
+        """The number of rounds that fit, if one round of all variants takes so long."""
         return max(self.least_rounds, min(self.most_rounds, int(self.seconds / max(round_seconds, 1e-9))))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one variant: one sample per round, in the order of the rounds."""
+    """Seconds per call of one variant: one sample for each round, in order."""
 
     samples: tuple[float, ...]
     calls: int  # calls in a sample
@@ -64,8 +64,11 @@ class Timing:
 
 
 class CaptureFailed(Exception):
-    """A call declared capturable was not. The allocator and the random number generators of the process may still
-    believe that a capture is under way, so nothing measured afterwards in this process can be trusted."""
+    """A call that was declared capturable was not.
+
+    The allocator and the random number generators of the process may still believe that a capture is under way, so no
+    later measurement in this process can be trusted.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be captured in a CUDA graph: {reason}")
@@ -73,10 +76,10 @@ class CaptureFailed(Exception):
 
 
 def order(names: Sequence[str], round_number: int) -> list[str]:
-    """The order of a round: rotated by one every second round, and every odd round runs backwards.
+    """The order of a round: it is rotated by one every second round, and every odd round runs backwards.
 
-    Over 2 n rounds each of the n variants stands in each place equally often and precedes each other one
-    as often as it follows it, so that drift and neighbours favour nobody.
+    Over 2 n rounds each of the n variants is equally often in each place, and precedes each other one as often as it
+    follows it. So neither drift nor neighbours favour a variant.
     """
     shift = (round_number // 2) % len(names)
     rotated = [*names[shift:], *names[:shift]]
@@ -84,10 +87,10 @@ def order(names: Sequence[str], round_number: int) -> list[str]:
 
 
 def noise_floor(first: Timing, second: Timing) -> float:
-    """The relative difference that says nothing, from two timings of the same work, taken in the same rounds.
+    """The largest relative difference that means nothing, from two timings of the same work in the same rounds.
 
-    The larger of: what the two medians differ by; three standard errors of the median of the rounds' log ratios
-    (the normal one, 1.2533 s / sqrt(n), with s from the median absolute deviation); 1 %.
+    It is the largest of: the difference of the two medians; three standard errors of the median of the rounds' log
+    ratios (the normal one, 1.2533 s / sqrt(n), with s from the median absolute deviation); 1 %.
     """
     ratios = [a / b for a, b in zip(first.samples, second.samples, strict=True)]
     centre = statistics.median(ratios)
@@ -97,13 +100,13 @@ def noise_floor(first: Timing, second: Timing) -> float:
 
 
 def difference(first: Timing, second: Timing) -> float:
-    """How far two medians lie apart, relative to the smaller."""
+    """The difference of two medians, relative to the smaller."""
     low, high = sorted((first.median, second.median))
     return high / low - 1
 
 
 def verdict(speedup: float, floor: float) -> str:
-    """ "win", "tie" or "loss" of ours at a speed-up: a tie is anything within the noise floor."""
+    """ "win", "tie" or "loss" of ours at a speed-up. Anything within the noise floor is a tie."""
     if speedup > 1 + floor:
         return "win"
     return "loss" if speedup < 1 / (1 + floor) else "tie"
@@ -115,11 +118,11 @@ def measure(
     """Time warmed-up variants against each other.
 
     Args:
-        variants: {name: call}; every one has run at these shapes before (the gate saw to it), and all run once
-            more, to see how long they take, before the first is timed.
-        device: where the work runs; "cuda" uses events with a cold L2, or graph replay for short work.
-        effort: how long.
-        capturable: names whose calls do not synchronise and may be captured in a CUDA graph.
+        variants: {name: call}. Each has run at these shapes before, in the gate, and runs once more to see how long it
+            takes.
+        device: where the work runs. "cuda" uses events with a cold L2, or graph replay for short work.
+        effort: how long to measure.
+        capturable: names of the calls that do not synchronise, which may be recorded in a CUDA graph.
     """
     if device.type == "cuda":
         return measure_cuda(variants, device, effort, capturable)
@@ -129,7 +132,7 @@ def measure(
 def measure_cpu(
     variants: dict[str, Call], effort: Effort, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
-    """`perf_counter` samples; short calls are repeated within a sample."""
+    """Samples of `perf_counter`; short calls are repeated within a sample."""
     calls = dict.fromkeys(variants, 1)
     lasted = 0.0
     for name, call in variants.items():
@@ -154,7 +157,8 @@ def measure_cpu(
 class ColdCache:
     """Evicts the L2 cache by reading a buffer of twice its size (at least 64 MiB).
 
-    A write would leave the cache full of changed lines, and the timed call would pay for writing them back."""
+    Writing would leave the cache full of changed lines, and the timed call would have to write them back.
+    """
 
     def __init__(self, device: torch.device) -> None:
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
@@ -168,8 +172,11 @@ class ColdCache:
 
 @contextlib.contextmanager
 def lane(device: torch.device) -> Iterator[None]:
-    """The side stream for set-up, warm-up, capture and timing: backward runs on its forward's stream, and a graph
-    can only be captured on a stream that is not the default one. Nothing on the CPU."""
+    """The side stream for set-up, warm-up, capture and timing; on the CPU it does nothing.
+
+    Backward runs on the stream of its forward, and a graph can only be captured on a stream that is not the default
+    one.
+    """
     if device.type != "cuda":
         yield
         return
@@ -183,11 +190,11 @@ def lane(device: torch.device) -> Iterator[None]:
 def measure_cuda(
     variants: dict[str, Call], device: torch.device, effort: Effort, capturable: frozenset[str]
 ) -> dict[str, Timing]:
-    """CUDA events around each call, the L2 evicted before it. Where the fastest capturable variant takes less than
-    100 us, every capturable variant is replayed from a graph of ten calls, each between its own event nodes and behind
-    its own eviction: neither launches nor a warm cache are timed. The eager calls are timed beside the replays.
+    """CUDA events around each call, after evicting the L2.
 
-    Call inside `lane`.
+    If the fastest capturable variant takes less than 100 us, every capturable variant is replayed from a graph of ten
+    calls, each between its own event nodes and after its own eviction, so that neither launches nor a warm cache are
+    timed. The eager calls are timed beside the replays. Call it inside `lane`.
 
     Raises:
         CaptureFailed: a variant in `capturable` could not be captured.
@@ -199,7 +206,7 @@ def measure_cuda(
     once: dict[str, float] = {}
     for name, run in eager.items():
         once[name] = run()[0]
-        if once[name] < 10 * GRAPH_BELOW:  # the first is the least steady, and where it is short more cost nothing
+        if once[name] < 10 * GRAPH_BELOW:  # the first call is the least steady one; more short calls cost little
             once[name] = statistics.median(run()[0] for _ in range(3))
     replays: dict[str, Callable[[], list[float]]] = {}
     if min((once[name] for name in variants if name in capturable), default=GRAPH_BELOW) < GRAPH_BELOW:
@@ -238,7 +245,7 @@ def _events(call: Call, cold: ColdCache) -> Callable[[], list[float]]:
 
 
 class _Replay:
-    """A captured graph of calls between event nodes; a run replays it and reads the events."""
+    """A captured graph of calls between event nodes. A run replays it and reads the events."""
 
     def __init__(self, graph: graphs.Recording, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
         self.graph = graph
@@ -256,7 +263,7 @@ def _graph(name: str, call: Call, cold: ColdCache) -> _Replay:
     Raises:
         CaptureFailed: they cannot be captured, or their replay measures nothing.
     """
-    # External events become record nodes of the graph and can be read after a replay.
+    # External events become nodes of the graph, and can be read after a replay.
     events = [
         (torch.cuda.Event(enable_timing=True, external=True), torch.cuda.Event(enable_timing=True, external=True))
         for _ in range(CALLS_PER_GRAPH)
@@ -277,7 +284,7 @@ def _graph(name: str, call: Call, cold: ColdCache) -> _Replay:
 
 
 def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
-    """`work` as a CUDA graph.
+    """Record `work` as a CUDA graph.
 
     Raises:
         CaptureFailed: it cannot be captured; `name` is the provider's.
@@ -286,12 +293,12 @@ def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
     torch.cuda.synchronize(device)
     try:
         return graphs.Recording(work, device)
-    except RuntimeError as error:  # out of memory too: the capture has ended halfway
+    except RuntimeError as error:  # also out of memory, which ends a capture halfway
         raise CaptureFailed(name, (str(error).strip() or "RuntimeError").splitlines()[0]) from error
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
-    """Seconds the host spends on a call before it returns (launches, and syncs if it has any); None on the CPU."""
+    """Seconds that the host spends in a call (launches, and syncs if it has any); None on the CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -304,7 +311,7 @@ def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call puts on the device; None on the CPU."""
+    """Number of kernels, copies and fills that a call launches; None on the CPU."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -323,20 +330,20 @@ Pool = tuple[int, int]
 
 
 def private_pools(device: torch.device) -> dict[Pool, int]:
-    """{id: bytes} of the memory pools that CUDA graphs hold for themselves; none on the CPU."""
-    found: dict[Pool, int] = {}
+    """{id: bytes} of the memory pools that CUDA graphs keep for themselves; empty on the CPU."""
+    sizes: dict[Pool, int] = {}
     if device.type == "cuda":
         for segment in torch.cuda.memory_snapshot():
             pool = tuple(segment["segment_pool_id"])
             if segment["device"] == (device.index or 0) and pool != (0, 0):
-                found[pool] = found.get(pool, 0) + segment["total_size"]
-    return found
+                sizes[pool] = sizes.get(pool, 0) + segment["total_size"]
+    return sizes
 
 
 def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -> int:
-    """Most bytes of tensors a call holds at once, beyond what is there before it; its results count.
+    """Most bytes of tensors that a call holds at once, beyond those before it. Its results count.
 
-    pools: ids of the private pools that belong to the call. A replay allocates nothing: it needs its whole pool.
+    pools: ids of the private pools that belong to the call. A replay allocates nothing, but needs its whole pool.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -345,12 +352,12 @@ def peak_bytes(call: Call, device: torch.device, pools: Collection[Pool] = ()) -
         kept = call()
         torch.cuda.synchronize(device)
         del kept
-        own = sum(size for pool, size in private_pools(device).items() if pool in pools)
-        return torch.cuda.max_memory_allocated(device) - before + own
+        replayed = sum(size for pool, size in private_pools(device).items() if pool in pools)
+        return torch.cuda.max_memory_allocated(device) - before + replayed
     from torch.profiler import ProfilerActivity, profile
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that events of earlier cycles are dropped: there is one cycle
+        warnings.simplefilter("ignore")  # the profiler warns that it drops events of earlier cycles; there is one cycle
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             kept = call()
     del kept

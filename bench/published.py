@@ -1,7 +1,8 @@
-"""The network and the probe in their published, straightforward form: the rivals, and an independent reference.
+"""The network and the probe in their published form: rivals, and an independent reference.
 
-A second writing of arXiv 2603.01006 in plain torch.nn, with the parameter names of the released checkpoints. Shapes as
-`agrepa_fast.DiT`: x_t [B, T, M], t [B], cond [B, T, C] -> velocity [B, T, M].
+This is a second implementation of arXiv 2603.01006 in plain torch.nn, with the parameter names of the released
+checkpoints.
+Shapes as `agrepa_fast.DiT`: x_t [B, T, M], t [B], cond [B, T, C] -> velocity [B, T, M].
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from agrepa_fast.models.dit import DiT, DiTConfig, released_names
 
 
 class Block(nn.Module):
-    """x [B, T, D], time embedding [B, D] -> [B, T, D]. `keep_weights`: attention through its weights, as released."""
+    """x [B, T, D], time embedding [B, D] -> [B, T, D]. `keep_weights`: compute attention's weights, as the released
+    code.
+    """
 
     def __init__(self, config: DiTConfig, keep_weights: bool) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class Block(nn.Module):
 
 
 class PublishedDiT(nn.Module):
-    """The network as one writes it down from the paper: a modulation Linear per block, eager norms and gates."""
+    """The network as the paper describes it: a modulation Linear in each block, eager norms and gates."""
 
     pos_emb: Tensor
     rates: Tensor
@@ -83,7 +86,7 @@ class PublishedDiT(nn.Module):
     def begin(self, x_t: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream before block 0 [B, T, D] and the time embedding [B, D]."""
         x = self.input_proj(torch.cat([x_t, cond], dim=-1))
-        # In the projection's dtype: under autocast a float32 table would promote the whole stream to float32.
+        # In the projection's dtype, because under autocast a float32 table would make the whole stream float32.
         x = x + self.pos_emb[: x_t.shape[1]].to(x.dtype)
         angle = t[:, None].to(self.rates.dtype) * self.rates
         return x, self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.pos_emb.dtype))
@@ -101,7 +104,8 @@ class PublishedDiT(nn.Module):
         """Velocity, with block `skip` switched off, and the hidden states asked for.
 
         mask: [B, T] bool, frames to attend to (the released code has none).
-        run_block: how a block is called (a compiled one), or None for plainly."""
+        run_block: calls a block (a compiled one, say); None calls it directly.
+        """
         x, embedded = self.begin(x_t, t, cond)
         hidden = {}
         for layer, block in enumerate(self.blocks):
@@ -118,7 +122,7 @@ def _rates(width: int) -> Tensor:
 
 
 def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
-    """A DiT with random weights throughout: at adaLN-zero's initialisation it would compute nothing but zeros."""
+    """A DiT with random weights everywhere, since at the adaLN-zero initialisation its velocity is zero."""
     model = DiT(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,9 +137,9 @@ def published(model: DiT, keep_weights: bool) -> PublishedDiT:
     """The published form with the same weights, device and dtype."""
     network = PublishedDiT(model.config, keep_weights)
     released: dict[str, Tensor] = {}
-    own = model.state_dict()
+    state = model.state_dict()
     for name, sources in released_names(model.config).items():
-        released |= zip(sources, own[name].chunk(len(sources)))
+        released |= zip(sources, state[name].chunk(len(sources)))
     network.load_state_dict(released)
     parameter = next(model.parameters())
     return network.to(parameter.device, parameter.dtype)
@@ -148,9 +152,10 @@ def foga_loop(
     host_sync: bool = False,
     run_block: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """FoG-A as a loop: one forward for the baseline and one per layer, the layer's block left out -> scores [L, B].
+    """FoG-A as a loop of forwards: the baseline, then one for each layer without its block -> scores [L, B].
 
-    host_sync: read every score off the device at once, as the released code does."""
+    host_sync: read every score from the device at once, as the released code does.
+    """
     base, _ = network(**inputs, run_block=run_block)
     energy = (base.float() if base.dtype != torch.float64 else base).square().mean((-2, -1))
     scores: list[Any] = []

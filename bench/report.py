@@ -1,6 +1,6 @@
-"""Writes what the docs say about speed: tables between markers, figures in docs/figures, all from bench/results.
+"""Write what the docs say about speed from bench/results: tables between markers, figures in docs/figures.
 
-A table stands between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or docs; no number is typed.
+A table is between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or of a page in docs.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Stored = Mapping[str, Mapping[str, Any]]  # {file name: result}
 
 
 def load(root: Path) -> dict[str, dict[str, Any]]:
-    """{stem: result} of bench/results/*.json, by name. Toy results mean nothing and are refused.
+    """{stem: result} of bench/results/*.json, sorted by name.
 
     Raises:
-        UserError: a file that is no result, or a toy one.
+        UserError: a file that is no result, or a toy result, which means nothing.
     """
-    found = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
-    for name, result in found.items():
+    loaded = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
+    for name, result in loaded.items():
         if result["scale"] == "toy":
             raise UserError(f"bench/results/{name}.json: toy sizes say nothing about speed; run --quick or full sizes")
-    return found
+    return loaded
 
 
 def write_report(root: Path, check: bool = False) -> list[Path]:
-    """Bring tables and figures up to date; returns the files that were not. `check` changes nothing.
+    """Update tables and figures; return the files that were out of date. `check` changes nothing.
 
     Raises:
-        UserError: a marker that names no table, or a marker without an end.
+        UserError: a marker that names no table, or that has no end.
     """
     stored = load(root)
     blocks = tables(stored)
@@ -85,7 +85,11 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
 
 
 def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
-    """`text` with every marked block replaced; UserError names the file of a marker that does not fit."""
+    """`text` with every marked block replaced.
+
+    Raises:
+        UserError: a marker that does not fit; names its file.
+    """
     if len(OPENED.findall(text)) != len(MARK.findall(text)):
         raise UserError(f"{name}: a <!-- bench:NAME --> without its <!-- /bench -->")
 
@@ -98,7 +102,7 @@ def fill(text: str, blocks: Mapping[str, str], name: str) -> str:
 
 
 def tables(stored: Stored) -> dict[str, str]:
-    """Every table the docs may ask for, by name."""
+    """Every table that the docs may ask for, by name."""
     blocks = {
         "machines": machines(stored),
         "roofline": rooflines(stored),
@@ -114,7 +118,7 @@ def tables(stored: Stored) -> dict[str, str]:
 
 
 def machines(stored: Stored) -> str:
-    """What every result was measured on."""
+    """The machine of every result."""
     rows = []
     for name, result in stored.items():
         e = result["environment"]
@@ -193,45 +197,46 @@ HEADLINE: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
 
 
 def headline(stored: Stored) -> str:
-    """The short table of the README: wins, ties and losses alike, the first fitting problem of each result.
+    """The short table of the README: wins, ties and losses, for the first fitting problem of each result.
 
-    Of the trainer's step every problem, since mixed lengths are another matter than equal ones."""
+    The trainer's step has all its problems in it, because mixed lengths differ from equal ones.
+    """
     rows = []
     for kind, title in KINDS.items():
         of_kind = [r for r in stored.values() if r["environment"]["device_type"] == kind]
         for work, case, match, providers in HEADLINE:
-            found = []
+            measured = []
             for result in of_kind:
                 fitting = [
                     p
                     for p in result["problems"]
                     if p["case"] == case and all(p["params"].get(k) == v for k, v in match.items())
                 ]
-                found += [(result, p) for p in (fitting if case == "trainer" else fitting[:1])]
-            if not found:
+                measured += [(result, p) for p in (fitting if case == "trainer" else fitting[:1])]
+            if not measured:
                 rows.append([work, "", of_kind[0]["environment"]["device"] if of_kind else title, UNMEASURED, ""])
-            for result, problem in found:
-                said = [
+            for result, problem in measured:
+                words = [
                     f"{speedup(row)} against {row['provider']}"
                     for name in providers
                     for row in problem["rows"]
                     if row["provider"] in (name, f"{name}, float32") and row["speedup"] is not None
                 ]
-                verdicts = "; ".join(said) if problem["gate"]["passed"] else gate_line(problem)
+                verdicts = "; ".join(words) if problem["gate"]["passed"] else gate_line(problem)
                 device, median = result["environment"]["device"], ours(problem)["median_us"]
                 rows.append([work, _size(problem["params"]), device, duration(median), verdicts])
     return markdown(["work", "size", "device", "ours", "ours is"], rows)
 
 
 def _size(params: Mapping[str, Any]) -> str:
-    """What tells problems of one case apart, in a few words."""
-    said = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
+    """What distinguishes the problems of a case, in a few words."""
+    forms = {"preset": "{}", "dtype": "{}", "lengths": "{} lengths"}
     named = ("preset", "layers", "rows", "width", "frames", "batch", "lengths", "dtype")
-    return ", ".join(said.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
+    return ", ".join(forms.get(name, f"{name} {{}}").format(params[name]) for name in named if name in params)
 
 
 def targets(stored: Stored) -> str:
-    """Every target with what was measured."""
+    """Every target, and what was measured."""
     measured = list(stored.values())
     rows = []
     for target in TARGETS:
@@ -251,16 +256,16 @@ def summary(stored: Stored) -> str:
             for row in problem["rows"]:
                 if row["speedup"] is not None:
                     tally.setdefault((problem["case"], row["provider"]), []).append((row["speedup"], row["verdict"]))
-        for (case, provider), found in tally.items():
-            mean = math.exp(sum(math.log(value) for value, _ in found) / len(found))
-            counts = [str(sum(word == wanted for _, word in found)) for wanted in ("win", "tie", "loss")]
+        for (case, provider), outcomes in tally.items():
+            mean = math.exp(sum(math.log(value) for value, _ in outcomes) / len(outcomes))
+            counts = [str(sum(word == wanted for _, word in outcomes)) for wanted in ("win", "tie", "loss")]
             rows.append([f"{name}: {case}", provider, *counts, f"{mean:.2f}x"])
     header = ["result and case", "against", "wins", "ties", "losses", "geometric mean"]
     return "\n\n".join([markdown(header, rows), *_missing(stored)])
 
 
 def exponents(stored: Stored) -> str:
-    """p of time and memory as size^p, along each axis of the scaling case."""
+    """Exponents p of time and memory as size^p, along each axis of the scaling case."""
     rows = []
     for name, result in stored.items():
         time, memory = (figures.curves(result, column) for column in ("median_us", "peak_bytes"))
@@ -272,9 +277,9 @@ def exponents(stored: Stored) -> str:
                 fitted = f"{figures.exponent(*held):.2f}" if held and len(set(held[0])) > 1 else "-"
                 span = f"{sizes[0]:g} to {sizes[-1]:g}"
                 ends = f"{duration(values[0])} to {duration(values[-1])}"
-                most = amount(held[1][-1]) if held else "-"
+                largest = amount(held[1][-1]) if held else "-"
                 rows.append(
-                    [f"{name}: {axis}", span, provider, ends, f"{figures.exponent(sizes, values):.2f}", most, fitted]
+                    [f"{name}: {axis}", span, provider, ends, f"{figures.exponent(sizes, values):.2f}", largest, fitted]
                 )
     header = ["result and axis", "sizes", "provider", "time", "p of time", "most memory", "p of memory"]
     return "\n\n".join([markdown(header, rows), *_missing(stored)])
@@ -291,7 +296,7 @@ def pictures(stored: Stored) -> str:
 
 
 def case_tables(case: str, stored: Stored) -> str:
-    """All problems of a case, result by result, rival by rival."""
+    """All problems of a case, by result and by rival."""
     parts: list[str] = []
     for name, result in stored.items():
         problems: Sequence[Mapping[str, Any]] = [p for p in result["problems"] if p["case"] == case]

@@ -1,6 +1,6 @@
-"""Result files: one JSON object per run, checked against schema.json when written and when read.
+"""Result files: one JSON object for each run, checked against schema.json when written and when read.
 
-A run writes its file anew after each problem, so what is cut short is kept (`complete` is then false).
+A run rewrites its file after each problem, so a run that is cut short leaves its results (`complete` is then false).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _is(value: Any, name: str) -> bool:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Validate and write; the file is whole at every moment."""
+    """Validate and write a result, so that the file is never there in part."""
     validate(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")

@@ -1,6 +1,6 @@
-"""The hardware's limit, measured before anything else in every run: copy bandwidth and matmul rate.
+"""The limits of the hardware, measured at the start of every run: copy bandwidth and matmul rate.
 
-Copy: bytes read plus bytes written per second, out of cache. Matmul: 2 n^3 per second, square, random data.
+Copy: bytes read plus bytes written per second, out of cache. Matmul: 2 n^3 per second, square matrices of random data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .protocol import Effort, measure
 
-# Bytes of the copied buffer and sides of the matrices, per scale.
+# For each scale: bytes of the copied buffer and side of the matrices.
 SIZES = {
     "cpu": {"toy": (1 << 20, 64), "quick": (128 << 20, 1024), "full": (256 << 20, 2048)},
     "cuda": {"toy": (1 << 20, 256), "quick": (1 << 30, 8192), "full": (2 << 30, 8192)},
@@ -48,7 +48,7 @@ def measure_roofline(device: torch.device, scale: str) -> dict[str, Any]:
 
 
 def bound(flops: float, moved: float, roofline: dict[str, Any], dtype: str) -> tuple[float, str]:
-    """Least seconds that the work can take on this machine, and what holds it: "copy" or "matmul"."""
+    """The least seconds in which this machine can do the work, and what limits it: "copy" or "matmul"."""
     memory = moved / roofline["copy_bytes_per_s"]
     rates = roofline["matmul_flops_per_s"]
     compute = flops / rates.get(dtype, max(rates.values()))

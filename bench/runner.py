@@ -1,4 +1,4 @@
-"""Runs problems: gate first, then interleaved timing, then memory, launches and energy; a row per provider."""
+"""Run problems: gate, interleaved timing, memory, launches and energy; one row for each provider."""
 
 from __future__ import annotations
 
@@ -42,17 +42,19 @@ def run_problem(
     barred: Mapping[str, str] | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Run one problem; returns its entry of the result file (schema.json, "problem").
+    """Run one problem; return its entry of the result file (schema.json, "problem").
 
-    barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
-        fails with that reason where it consists of one.
-    seconds: after so long no rival is built any more, and one that is being built is given up. Ours always is.
+    Args:
+        barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
+            fails with that reason if it consists of one.
+        seconds: after so long no rival is built any more, and one that is being built is given up. Ours is always
+            built.
 
     Raises:
         CaptureFailed: a capture failed, so this process must measure nothing more.
     """
     began = time.perf_counter()
-    torch.compiler.reset()  # compiled shapes of the last problem would count against Dynamo's limit
+    torch.compiler.reset()  # compiled shapes of the last problem count against Dynamo's limit
     with protocol.lane(device):
         torch.manual_seed(0)
         setup = _without_captures(problem.build(device), barred or {})
@@ -73,7 +75,7 @@ def run_problem(
 
 
 def _without_captures(setup: Setup, barred: Mapping[str, str]) -> Setup:
-    """The set-up with the barred providers timed eagerly, or failing where they are a graph themselves."""
+    """The set-up with barred providers timed eagerly, or failing if they are a graph themselves."""
 
     def failing(reason: str) -> Callable[[], Run]:
         def make() -> Run:
@@ -82,7 +84,7 @@ def _without_captures(setup: Setup, barred: Mapping[str, str]) -> Setup:
         return make
 
     def without(provider: Provider) -> Provider:
-        # Ours a second time is captured where ours is, so what bars one bars the other.
+        # Ours is captured both times or not at all, so what bars one bars the other.
         name = AGAIN if provider.role == "ours" and AGAIN in barred else provider.name
         if name not in barred:
             return provider
@@ -100,7 +102,7 @@ def _release(device: torch.device) -> None:
 
 
 def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofline: dict[str, Any]) -> dict[str, Any]:
-    """All providers are built, and take turns in every round."""
+    """Build all providers, and let them take turns in every round."""
     providers = with_again(gated.setup)
     calls: dict[str, Run] = {}
     for provider in gated.in_order(providers):
@@ -111,7 +113,7 @@ def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofl
     ours = next(p.name for p in providers if p.role == "ours")
     passed = ours in calls and AGAIN in calls
     if not passed:
-        # A wrong or broken op is not timed at all; the others are, and nothing is claimed against them.
+        # A wrong or broken op of ours is not timed. Its rivals are, and nothing is claimed against them.
         calls.pop(ours, None)
         calls.pop(AGAIN, None)
     effort = SINGLE if problem.single else EFFORT[device.type][scale]
@@ -136,11 +138,11 @@ def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofl
 def _run_alone(
     problem: Problem, gated: Gated, device: torch.device, scale: str, roofline: dict[str, Any]
 ) -> dict[str, Any]:
-    """One provider in memory at a time: each is built, timed and freed, in order and then in reverse order.
+    """Keep one provider in memory at a time: build, time and free each one, in order and then in reverse order.
 
-    Both passes together put the middle of every provider's samples at the same moment, so a steady drift favours
-    nobody. Ours comes first and, a second time, last. Drift within a pass shows in what the two differ by. The
-    second pass is left out where the first took more than half of the problem's time.
+    The middle of both passes is the same moment for every provider, so a steady drift favours none. Ours is the first
+    and, a second time, the last; the difference of the two shows the drift within a pass. The second pass is left out
+    if the first took more than half of the problem's time.
     """
     providers = sorted(with_again(gated.setup), key=lambda p: p.name != gated.setup.expression)
     effort = EFFORT[device.type][scale]
@@ -172,7 +174,7 @@ def _run_alone(
     twice = [block for name in (ours, AGAIN) for block in taken.get(name, ())]
     for name, blocks in taken.items():
         if gated.rows[name]["status"] == "ok":
-            # As many samples of both passes, in turn; and of ours as of ours again, which the noise floor pairs.
+            # Take as many samples of both passes, alternating; and as many of ours as of ours again, to pair them.
             least = min(len(block.samples) for block in (twice if name in (ours, AGAIN) else blocks))
             samples = tuple(sample for group in zip(*(block.samples[:least] for block in blocks)) for sample in group)
             timings[name] = dataclasses.replace(blocks[0], samples=samples)
@@ -188,28 +190,29 @@ def _run_alone(
 
 
 def _entry(rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> dict[str, Any]:
-    """Speed-ups, verdicts and the noise floor, from the rows of a problem.
+    """Speed-ups, verdicts and the noise floor from the rows of a problem.
 
-    Speed-ups compare times of the same timer: where ours is replayed from a graph and a row cannot be, the eager calls
-    of both are compared."""
+    A speed-up compares times of the same timer: if ours is replayed from a graph and a row cannot be, it compares the
+    eager calls of both.
+    """
     ours = next(name for name, row in rows.items() if row["role"] == "ours")
     passed = ours in timings and AGAIN in timings
     floor: float | None = None
     if passed:
-        own, again = timings[ours], timings[AGAIN]
-        floor = protocol.noise_floor(own, again)
+        first, second = timings[ours], timings[AGAIN]
+        floor = protocol.noise_floor(first, second)
         for name, timing in timings.items():
             row = rows[name]
             if row["role"] in ("ours", "again", "copy"):
                 continue
-            mine, limit = own, floor
-            if timing.timer != own.timer:
-                mine, twice = (
-                    dataclasses.replace(t, samples=t.eager, timer="events") if t.eager else t for t in (own, again)
+            compared, limit = first, floor
+            if timing.timer != first.timer:
+                compared, compared_again = (
+                    dataclasses.replace(t, samples=t.eager, timer="events") if t.eager else t for t in (first, second)
                 )
-                limit = protocol.noise_floor(mine, twice)
+                limit = protocol.noise_floor(compared, compared_again)
                 timing = dataclasses.replace(timing, samples=timing.eager) if timing.eager else timing
-            row["speedup"] = timing.median / mine.median
+            row["speedup"] = timing.median / compared.median
             row["verdict"] = protocol.verdict(row["speedup"], limit)
     reasons = [r["reason"] for r in rows.values() if r["role"] in ("ours", "again") and r["reason"]]
     reason = None if passed else next(iter(reasons), "ours was not timed")
@@ -217,7 +220,7 @@ def _entry(rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> dict[
 
 
 def _copy_call(problem: Problem, device: torch.device, roofline: dict[str, Any]) -> Callable[[], object] | None:
-    """A copy that reads and writes the problem's least bytes; None where the bytes are not what holds it."""
+    """A copy that reads and writes the problem's least bytes; None if bytes do not limit the problem."""
     if problem.bytes is None or problem.flops is None or problem.single:
         return None
     if bound(problem.flops, problem.bytes, roofline, problem.dtype)[1] != "copy":
@@ -235,7 +238,7 @@ def _columns(
     scale: str,
     pools: Collection[protocol.Pool],
 ) -> None:
-    """Memory, launches, host time and energy, each in calls of its own."""
+    """Memory, launches, host time and energy, each measured in calls of its own."""
     if problem.single:
         return
     row["peak_bytes"] = protocol.peak_bytes(call, device, pools)
@@ -246,7 +249,7 @@ def _columns(
 
 
 def with_again(setup: Setup) -> list[Provider]:
-    """The providers, and ours a second time, built anew, as the A/A row."""
+    """The providers, and ours a second time, built anew, for the A/A row."""
     ours = [provider for provider in setup.providers if provider.role == "ours"]
     if len(ours) != 1:
         raise ValueError(f"providers: expected one with the role 'ours', got {[p.name for p in ours]}")
@@ -254,7 +257,7 @@ def with_again(setup: Setup) -> list[Provider]:
 
 
 class Gated:
-    """The gate of a problem: builds a provider, runs it once, and admits its call when its outputs are right."""
+    """The gate of a problem. It builds a provider, runs it once, and admits its call if its outputs are right."""
 
     def __init__(self, setup: Setup, device: torch.device, deadline: Deadline) -> None:
         self.setup = setup
@@ -266,8 +269,9 @@ class Gated:
         self._expression: Outputs | None = None
 
     def in_order(self, providers: Sequence[Provider]) -> list[Provider]:
-        """The plain expression goes first, since ours is held to twice its error; then ours, for which there is no
-        time limit; then the rivals."""
+        """The order of building: the plain expression, since ours may have twice its error; ours, without a time limit;
+        rivals.
+        """
         return sorted(providers, key=lambda p: (p.name != self.setup.expression, p.role not in ("ours", "again")))
 
     def forget(self) -> None:
@@ -275,12 +279,12 @@ class Gated:
         self._reference = self._expression = None
 
     def admit(self, provider: Provider, limited: bool = True) -> Run | None:
-        """The provider's call, or None with the reason in its row.
+        """The provider's call; or None, with the reason in its row.
 
         limited: a rival must be built before the deadline.
 
         Raises:
-            CaptureFailed: building or calling it broke off a capture.
+            CaptureFailed: building or calling it broke a capture.
         """
         row = self.rows[provider.name]
         before = protocol.private_pools(self.device).keys()
@@ -302,14 +306,14 @@ class Gated:
             raise
         except torch.OutOfMemoryError as error:
             row["status"], row["reason"] = "out of memory", _line(error)
-        except Exception as error:  # a rival may fail in any way; that is a result, not the end of the run
+        except Exception as error:  # a rival may fail in any way, which is a result and does not end the run
             if self.device.type == "cuda" and re.search("captur|recorded as a CUDA graph", str(error)):
                 raise protocol.CaptureFailed(provider.name, _line(error)) from error
             row["status"], row["reason"] = "failed", f"{type(error).__name__}: {_line(error)}"
         else:
             self.pools[provider.name] = set(protocol.private_pools(self.device).keys() - before)
             return call if self._right(provider, outputs) else None
-        _release(self.device)  # of what was built before it failed
+        _release(self.device)  # free what was built before the failure
         return None
 
     def _right(self, provider: Provider, outputs: Outputs) -> bool:
@@ -337,12 +341,14 @@ def _empty_row(provider: Provider) -> dict[str, Any]:
 
 
 def _rates(problem: Problem, timing: Timing, roofline: dict[str, Any], copy: Timing | None) -> dict[str, Any]:
-    """Times, and what they mean: the case's least bytes and operations per second, the share of the limit.
+    """Times, least bytes and operations per second, and the share of the limit.
 
-    copy: a copy of the same bytes in the same rounds. It is the limit where there is one: small tensors are copied at
-        another rate than the large ones of the roofline."""
+    copy: a copy of the same bytes in the same rounds. If there is one it is the limit, because small tensors are copied
+        at
+    another rate than the large ones of the roofline.
+    """
     median = timing.median
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "median_us": median * 1e6,
         "p20_us": timing.percentile(0.2) * 1e6,
         "p80_us": timing.percentile(0.8) * 1e6,
@@ -355,17 +361,17 @@ def _rates(problem: Problem, timing: Timing, roofline: dict[str, Any], copy: Tim
         least, by = bound(problem.flops, problem.bytes, roofline, problem.dtype)
         if copy is not None:
             least = statistics.median(copy.samples if copy.timer == timing.timer else copy.eager)
-        found |= {
+        values |= {
             "gb_per_s": problem.bytes / median / 1e9,
             "tflop_per_s": problem.flops / median / 1e12,
             "roofline_share": least / median,
             "bound_by": by,
         }
-    return found
+    return values
 
 
 def _energy(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Joules per call and mean watts over a stretch of calls, from the card's energy counter."""
+    """Joules per call and mean watts over many calls, from the card's energy counter."""
     nvml = Nvml(device)
     if nvml.joules() is None:
         return {}

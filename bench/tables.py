@@ -1,4 +1,4 @@
-"""Text and Markdown tables of results: what a run prints, what the docs show, what `compare` says."""
+"""Text and Markdown tables of results: for the terminal, the docs, and `compare`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _three(value: float) -> str:
 
 
 def speedup(row: Mapping[str, Any]) -> str:
-    """Of ours over this row, with the word for what it is worth; empty where none may be claimed."""
+    """The speed-up of ours over this row, with its verdict; empty if none may be claimed."""
     return "" if row["speedup"] is None else f"{row['speedup']:.2f}x {row['verdict']}"
 
 
@@ -39,7 +39,7 @@ DEVICE_COLUMNS = ("launches", "host", "energy", "power", "timer")
 
 
 def columns(problem: Mapping[str, Any]) -> tuple[str, ...]:
-    """The table's columns: those of the card only where there was one."""
+    """The table's columns; those of the card only if there was one."""
     return COLUMNS + DEVICE_COLUMNS if any(row["launches"] is not None for row in problem["rows"]) else COLUMNS
 
 
@@ -70,14 +70,16 @@ EAGER_COLUMNS = ("provider", "eager call", "ours is", "launches", "host")
 
 
 def eager_cells(problem: Mapping[str, Any]) -> list[list[str]]:
-    """The second table of a problem that was replayed from graphs: what the same calls take when Python launches them.
-    Empty where no row was replayed."""
+    """The second table of a problem replayed from graphs: the same calls when Python launches them.
+
+    Empty if no row was replayed.
+    """
     rows = [row for row in problem["rows"] if row.get("eager_us") is not None]
-    own = next((row["eager_us"] for row in rows if row["role"] == "ours"), None)
+    ours_us = next((row["eager_us"] for row in rows if row["role"] == "ours"), None)
     table = []
     for row in rows:
-        compared = own is not None and row["role"] not in ("ours", "again", "copy")
-        ratio = f"{row['eager_us'] / own:.2f}x" if compared else ""
+        compared = ours_us is not None and row["role"] not in ("ours", "again", "copy")
+        ratio = f"{row['eager_us'] / ours_us:.2f}x" if compared else ""
         launches = "" if row["launches"] is None else str(row["launches"])
         table.append([row["provider"], duration(row["eager_us"]), ratio, launches, duration(row["host_us"])])
     return table
@@ -90,7 +92,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def gate_line(problem: Mapping[str, Any]) -> str:
-    """What the gate and the A/A row say of a problem."""
+    """The result of the gate and of the A/A row for a problem."""
     if not problem["gate"]["passed"]:
         return f"REFUSED, no speed-up is claimed: {problem['gate']['reason']}"
     return f"outputs checked; noise floor {problem['noise_floor']:.1%}"
@@ -111,7 +113,7 @@ def problem_table(problem: Mapping[str, Any]) -> str:
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Indented lines of columns: the first starts at the left, the others end at the right."""
+    """Indented lines of columns: the first is aligned left, the others right."""
     table = [header, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     return [
@@ -121,25 +123,25 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], floor: float) -> str:
-    """ "faster", "slower" or "same" of two rows' medians, by the larger noise floor."""
+    """ "faster", "slower" or "same" from two rows' medians, by the larger noise floor."""
     ratio = before["median_us"] / after["median_us"]
     return "faster" if ratio > 1 + floor else "slower" if ratio < 1 / (1 + floor) else "same"
 
 
 def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Two results, row by row: medians, their ratio, and whether it is more than noise. Differing conditions first."""
+    """Two results, row by row: medians, their ratio, and whether it is more than noise; differing conditions first."""
     lines = []
     for name in ("device", "threads", "driver", "python", "packages", "git"):
         old, new = before["environment"][name], after["environment"][name]
         if old != new:
             lines.append(f"{name} differs: {_differing(old, new)}")
-    found = {(p["case"], p["key"]): p for p in after["problems"]}
+    remaining = {(p["case"], p["key"]): p for p in after["problems"]}
     header = ["case and problem", "provider", "before", "after", "speed-up", "floor", ""]
     rows = []
     tally = {"faster": 0, "slower": 0, "same": 0}
     missing = []
     for problem in before["problems"]:
-        other = found.pop((problem["case"], problem["key"]), None)
+        other = remaining.pop((problem["case"], problem["key"]), None)
         if other is None:
             missing.append(f"only before: {problem['case']} {problem['key']}")
             continue
@@ -162,7 +164,7 @@ def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
                     word,
                 ]
             )
-    missing += [f"only after: {case} {key}" for case, key in found]
+    missing += [f"only after: {case} {key}" for case, key in remaining]
     summary = ", ".join(f"{count} {word}" for word, count in tally.items())
     return "\n".join([*lines, *([markdown(header, rows)] if rows else []), *missing, summary])
 

@@ -1,7 +1,7 @@
-"""What the project set out to reach, and how far the stored results are from it.
+"""The targets of the project, and how far the stored results are from them.
 
-A target reads one number off the problems it fits: the worst speed-up over a provider, share of the limit, memory
-or overhead. Where no result of its device exists it says so.
+A target reads one number from the problems it fits: the worst speed-up over a provider, share of the limit, memory or
+overhead. If there is no result of its device, it says so.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ NORM = {"op": "gated_residual_norm", "dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Target:
-    """`measure` gives the number of one problem (None: not in it); `most` says that it must not exceed `wanted`.
+    """`measure` gives the number of one problem (None: not part of it); `most` says that it must not exceed `wanted`.
 
-    least_rows, widths: the sizes for which it holds; a problem outside them is no evidence."""
+    least_rows, widths: the sizes for which the target holds; other problems are no evidence.
+    """
 
     device: str  # "cpu" or "cuda"
     work: str
@@ -45,16 +46,16 @@ class Target:
 
     def verdict(self, results: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
         """(measured, "met" or "not met") by the worst fitting problem of the device's results."""
-        found = [
+        values = [
             value
             for result in results
             if result["environment"]["device_type"] == self.device
             for problem in result["problems"]
             if self.fits(problem) and problem["gate"]["passed"] and (value := self.measure(problem)) is not None
         ]
-        if not found:
+        if not values:
             return UNMEASURED, ""
-        worst = max(found) if self.most else min(found)
+        worst = max(values) if self.most else min(values)
         met = worst <= self.wanted if self.most else worst >= self.wanted
         return f"{worst:.3g}", "met" if met else "not met"
 
@@ -64,7 +65,7 @@ def ours(problem: Problem) -> Mapping[str, Any]:
 
 
 def _row(problem: Problem, provider: str) -> Mapping[str, Any] | None:
-    """The provider's row; its name may go on after a comma with the dtype that it runs in."""
+    """The provider's row. Its name may go on after a comma with its dtype."""
     names = (provider, f"{provider}, float32")
     return next((row for row in problem["rows"] if row["provider"] in names and row["median_us"]), None)
 
@@ -80,16 +81,18 @@ def over(provider: str) -> Callable[[Problem], float | None]:
 
 
 def share(problem: Problem) -> float | None:
-    """Share of the measured matmul rate, or of a copy of the same bytes."""
+    """Share of the measured matmul rate, or of the rate of a copy of the same bytes."""
     return ours(problem)["roofline_share"]
 
 
 def memory_of(provider: str) -> Callable[[Problem], float | None]:
-    """Peak memory of ours over a provider's."""
+    """Peak memory of ours relative to a provider's."""
 
     def measure(problem: Problem) -> float | None:
-        row, own = _row(problem, provider), ours(problem)["peak_bytes"]
-        return own / row["peak_bytes"] if row is not None and own is not None and row["peak_bytes"] else None
+        row, ours_bytes = _row(problem, provider), ours(problem)["peak_bytes"]
+        return (
+            ours_bytes / row["peak_bytes"] if row is not None and ours_bytes is not None and row["peak_bytes"] else None
+        )
 
     return measure
 
@@ -101,7 +104,7 @@ def error(problem: Problem) -> float | None:
 _FORWARD, _BACKWARD = NORM | {"mode": "forward"}, NORM | {"mode": "backward"}
 _LOSS = {"part": "op", "mode": "both", "rows": 65536}
 _STEP = {"preset": "paper", "align": "on"}
-# Where 25 MB move in 8 us, launch and tail take a tenth: the shares hold for what takes tens of microseconds.
+# If 25 MB move in 8 us, launch and tail take a tenth. So the shares are for work of tens of microseconds.
 _RESIDUAL, _WIDTHS = "gated_residual_norm, bf16, rows >= 8k, width 384 to 1536", (384, 1536)
 _LARGE, _LARGE_ROWS = "gated_residual_norm, bf16, rows >= 32k, width 384 to 1536", 32768
 _PAPER, _COMPACT = "FoG-A, 24 x 1024, T 938", "FoG-A, 12 x 384, T 256, B 4"

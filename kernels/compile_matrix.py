@@ -8,35 +8,23 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from . import cosine, pooling, residual
-from .launch import MULTIPROCESSORS, WIDTHS, Launch, options, record, table_entry
+from . import cosine, pooling, residual, residual_backward, residual_sums
+from .launch import MULTIPROCESSORS, WIDTHS, Launch, record, table_entry
+from .machine_code import TARGETS, Source, compile_launch, parameters, resources, tensors, traffic
 
-TARGETS = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "sm120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # Stream and modulation, or prediction and target.
 DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
@@ -53,16 +41,12 @@ ODD_WIDTHS = (72, 384, 760, 1152, 1500)
 SUM_WIDTHS = (1024, 1500)  # the sum of partial rows has one tile; it is compiled for 16- and for 8-byte rows
 SEQUENCES, FRAMES, STREAMS = 8, 2048, 13
 RESIDUAL = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
-JOIN = "gated_residual_norm + join"  # as many sequences join as there are
+_WITHOUT = {"layer_norm_modulate": ("gate",), "gated_residual": ("shift", "scale")}
+# Variants of gated_residual_norm; as many sequences join as there are.
+JOIN, AFFINE, PER_TOKEN, PER_TOKEN_AFFINE = (
+    f"gated_residual_norm + {variant}" for variant in ("join", "affine", "per token", "per token, affine")
+)
 _FAMILY = {"projection_cosine_loss": "cosine_rows", "cosine_loss": "cosine_rows"}
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-}
 
 
 @dataclass(frozen=True)
@@ -113,8 +97,9 @@ def _widths(kernel: str) -> list[int]:
 def cases() -> list[Case]:
     """Every kernel, dtype, norm and launch configuration.
 
-    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, odd widths and the
-    halves of the cosine kernel are compiled in two dtypes; widths that may spill in one. With `join`: one width."""
+    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, modulation per
+    token, the norm's weight and bias, odd widths and the halves of the cosine kernel are compiled in two dtypes; widths
+    that may spill in one. With `join`: one width."""
     found = []
     for direction in ("forward", "backward"):
         widths = _widths(f"residual_{direction}")
@@ -133,6 +118,10 @@ def cases() -> list[Case]:
         found += [Case("velocity_delta", direction, 100, dtype) for dtype in ("fp32", "bf16")]
         for dtype in TWO:
             found += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
+        for variant, dtype in itertools.product((AFFINE, PER_TOKEN, PER_TOKEN_AFFINE), TWO):
+            some = [1024, SPILL_FREE] if variant == AFFINE else widths
+            found += [Case(variant, direction, width, dtype, "layer") for width in some]
+            found += [Case(variant, direction, 1024, dtype, "rms")]
     found += [Case(JOIN, "forward", 1024, dtype, "layer") for dtype in ("bf16+fp32", "fp32", "bf16", "fp16")]
     for dtype in DTYPES:
         found += [Case("projection_cosine_loss", "forward", width, dtype) for width in _widths("cosine_rows")]
@@ -143,9 +132,9 @@ def cases() -> list[Case]:
 def launches(case: Case, target: str) -> list[Launch]:
     """The launches of a case, recorded on meta tensors with the table of a target."""
     stream, other = DTYPES[case.dtype]
-    forward, rms = case.direction == "forward", case.norm == "rms"
+    forward, norm = case.direction == "forward", case.norm or "layer"
 
-    def empty(*shape: int, dtype: torch.dtype = stream) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = stream) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x = empty(SEQUENCES, FRAMES, case.width)
@@ -175,120 +164,34 @@ def launches(case: Case, target: str) -> list[Launch]:
             grad = y if case.op == "projection_cosine_loss" or not forward else None
             cosine.cosine_rows(y, z, target_scale, weight, 1e-8, False, loss, grad)
         else:
-            gate: Tensor | None
-            shift: Tensor | None
-            scale: Tensor | None
-            gate, shift, scale = empty(SEQUENCES, 3 * case.width, dtype=other).chunk(3, dim=1)
-            if case.op == "layer_norm_modulate":
-                gate = None
-            if case.op == "gated_residual":
-                shift = scale = None
+            op, _, variant = case.op.partition(" + ")
+            shape = (SEQUENCES, FRAMES, 3 * case.width) if "per token" in variant else (SEQUENCES, 3 * case.width)
+            modulation = empty(*shape, dtype=other).chunk(3, dim=-1)
+            gate, shift, scale = (
+                None if name in _WITHOUT.get(op, ()) else each
+                for name, each in zip(("gate", "shift", "scale"), modulation)
+            )
+            weight, bias = empty(2, case.width, dtype=other) if "affine" in variant else (None, None)
             branch = None if gate is None else x
-            join = x if case.op == JOIN else None
-            sequences = 2 * SEQUENCES if case.op == JOIN else SEQUENCES
+            join = x if variant == "join" else None
+            sequences = SEQUENCES if join is None else 2 * SEQUENCES
             s = None if gate is None else empty(sequences, dtype=other)
-            index = empty(sequences, dtype=torch.int64)
+            index = None if "per token" in variant else empty(sequences, dtype=torch.int64)
             if forward:
-                residual.forward(x, branch, gate, shift, scale, s, index, 1e-6, rms, join=join)
+                residual.forward(x, branch, gate, shift, scale, weight, bias, s, index, join, 1e-6, norm)
             else:
-                mean, rstd = (None, None) if scale is None else (empty(0) if rms else rows, rows)
-                grad_h = None if scale is None else x
-                residual.backward(branch, grad_h, x, branch, gate, scale, s, index, mean, rstd, rms)
+                mean, rstd = (None, None) if scale is None else (empty(0) if norm == "rms" else rows, rows)
+                normed = grad_h = None if scale is None else x
+                residual_backward.backward(
+                    grad_h, branch, normed, branch, gate, scale, weight, bias, s, index, mean, rstd, norm
+                )
     return recording.launches
-
-
-class Source(ASTSource):
-    """A kernel whose module is made from its Python once and read back from its text for the other targets.
-
-    Making it takes a quarter of a compilation; what follows differs from target to target, the module does not."""
-
-    texts: ClassVar[dict[str, str]] = {}
-
-    def make_ir(self, *arguments: Any) -> Any:
-        *_, context = arguments
-        if self.hash() not in self.texts:
-            module = super().make_ir(*arguments)
-            self.texts[self.hash()] = str(module)
-            return module
-        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
-            file.write(self.texts[self.hash()])
-            file.flush()
-            module = ir.parse_mlir_module(file.name, context)
-        module.context = context  # the module does not keep it alive
-        return module
-
-
-def source(launch: Launch) -> Source:
-    """What `triton.compile` needs to build a recorded launch: as the launcher would specialise it."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for position, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments)):
-        if value is None:
-            constants[name] = None
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            attributes[position,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    order = launch.kernel.arg_names
-    signature = {name: signature.get(name, "constexpr") for name in order}
-    return Source(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def compile_launch(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
-    """Build one recorded launch for a target."""
-    chosen = options(launch.num_warps, launch.registers, hip=TARGETS[target].backend == "hip")
-    return triton.compile(source(launch), target=TARGETS[target], options=chosen)
-
-
-UNTRACED = "?"
-
-
-def _loop(lines: list[str]) -> set[int]:
-    """Numbers of the lines of the row loop (between a label and a branch back to it); all where there is none."""
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
-    inside: set[int] = set()
-    for i, line in enumerate(lines):
-        match = re.search(r"\bbra\S*\s+(\$\w+);", line)
-        if match and labels.get(match[1], i) < i:
-            inside.update(range(labels[match[1]], i))
-    return inside or set(range(len(lines)))
-
-
-def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """(argument, "ld" or "st") -> bytes that each global instruction of the row loop moves for a thread.
-
-    An address is followed from the kernel's parameter through the arithmetic on it to the instruction; where that
-    fails, as it may with another Triton's PTX, the argument is UNTRACED."""
-    origin: dict[str, str] = {}
-    found: dict[tuple[str, str], list[int]] = {}
-    lines = ptx.splitlines()
-    inside = _loop(lines)
-    for line in lines * 2:  # twice: an address that a loop carries may be set further down
-        parameter = re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line)
-        arithmetic = re.match(r"\s*[a-z][\w.]*\s+(%rd\d+), (.*);", line)
-        if parameter and int(parameter[2]) < len(arguments):
-            origin[parameter[1]] = arguments[int(parameter[2])]
-        elif arithmetic:
-            for register in re.findall(r"%rd\d+", arithmetic[2]):
-                if register in origin:
-                    origin[arithmetic[1]] = origin[register]
-    for i in sorted(inside):
-        access = re.search(r"\b(ld|st)\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.[bfu](\d+)\s.*?\[ *(%rd\d+)", lines[i])
-        if access:
-            size = int(access[2] or 1) * int(access[3]) // 8
-            found.setdefault((origin.get(access[4], UNTRACED), access[1]), []).append(size)
-    return found
 
 
 def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, float]:
     """(share of loads, share of stores in 16-byte instructions, most passes over a tile) of the stream's tensors."""
-    given = [(name, value) for name, value in zip(launch.kernel.arg_names, launch.arguments) if value is not None]
-    stream = {
-        name: value
-        for name, value in given
-        if isinstance(value, Tensor) and value.numel() >= SEQUENCES * FRAMES * width
-    }
-    moved = {key: sizes for key, sizes in traffic(ptx, [name for name, _ in given]).items() if key[0] in stream}
+    stream = {name: value for name, value in tensors(launch).items() if value.numel() >= SEQUENCES * FRAMES * width}
+    moved = {key: sizes for key, sizes in traffic(ptx, parameters(launch)).items() if key[0] in stream}
     shares = []
     for kind in ("ld", "st"):
         sizes = [size for (_, k), each in moved.items() if k == kind for size in each]
@@ -301,27 +204,12 @@ def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, fl
     return shares[0], shares[1], max(passes, default=float("nan"))
 
 
-def _resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:
-    """(registers, spills) of a compiled kernel."""
-    if "amdgcn" in kernel.asm:
-        number = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", kernel.asm["amdgcn"]))
-        return int(number["vgpr_count"]), int(number["vgpr_spill_count"]) + int(number["sgpr_spill_count"])
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    number = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(number["REG"]), int(number["STACK"]) + int(number["LOCAL"])
-
-
 def _bytes_per_row(case: Case, launch: Launch) -> tuple[float, float]:
     """(moved, minimum) bytes per row of the stream: each tensor once; the minimum counts the stream's alone."""
     rows = SEQUENCES * FRAMES
-    tensors = [value for value in launch.arguments if isinstance(value, Tensor)]
-    sizes = [value.numel() * value.element_size() / rows for value in tensors]
-    whole = [size for value, size in zip(tensors, sizes) if value.numel() >= rows * case.width]
-    return sum(sizes), sum(whole)
+    sizes = [(value.numel(), value.numel() * value.element_size() / rows) for value in tensors(launch).values()]
+    whole = [size for count, size in sizes if count >= rows * case.width]
+    return sum(size for _, size in sizes), sum(whole)
 
 
 def _name(case: Case, launch: Launch) -> str:
@@ -333,11 +221,16 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
     """Compile the kernels of a case for the targets and read them."""
     found = []
     for target in targets:
+        names: set[str] = set()
         for launch in launches(case, target):
-            if launch.kernel is residual._sum_kernel and (case.width not in SUM_WIDTHS or case.norm == "rms"):
+            if launch.kernel is residual_sums._sum_kernel and (case.width not in SUM_WIDTHS or case.norm == "rms"):
                 continue
+            # The sums of weight and bias are a second launch of their kernel.
+            name = _name(case, launch)
+            name = f"{name}, affine" if name in names else name
+            names.add(name)
             kernel = compile_launch(launch, target)
-            registers, spills = _resources(kernel)
+            registers, spills = resources(kernel)
             ptx = kernel.asm.get("ptx")
             wide_loads, wide_stores, passes = _row_traffic(launch, case.width, ptx) if ptx else (float("nan"),) * 3
             moved, minimum = _bytes_per_row(case, launch)
@@ -345,7 +238,7 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
                 Compiled(
                     case=case,
                     target=target,
-                    kernel=_name(case, launch),
+                    kernel=name,
                     block_t=launch.constants.get("BLOCK_T") or launch.constants["BLOCK_P"],
                     num_warps=launch.num_warps,
                     registers=registers,
@@ -386,8 +279,9 @@ def _lines(rows: list[Compiled]) -> Iterator[str]:
     yield "Written by `python -m agrepa_fast.kernels.compile_matrix docs/ops/compile-matrix.md`; nothing here was run."
     yield f"Triton {triton.__version__}. `gated_residual_norm` is the residual kernels whole: in every dtype and norm,"
     yield f"at the widest row of each tile in the launch tables up to {SPILL_FREE}. The two ops that leave a part of it"
-    yield "out, odd widths and the halves of the cosine kernel are compiled in two dtypes, widths beyond in one. With"
-    yield "`join`, which brings as many sequences as there are, the forward kernel is compiled at one width."
+    yield "out, its variants with modulation per token and with the norm's weight and bias (affine), odd widths and the"
+    yield "halves of the cosine kernel are compiled in two dtypes, widths beyond in one. With `join`, which brings as"
+    yield "many sequences as there are, the forward kernel is compiled at one width."
     yield ""
     yield "Dtype: stream + modulation, or prediction + target. Registers are per thread; a trailing `+n` are n spills."
     yield "16-byte: share of the stream's bytes that 16-byte instructions load / store in the sm90 PTX; none where the"

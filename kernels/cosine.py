@@ -1,4 +1,5 @@
-"""Rows of a cosine loss, and their gradient in the same pass: `cosine_rows`.
+"""Rows of a cosine loss, and their gradient in the same pass: `cosine_rows`, of `cosine_loss` and of
+`projection_cosine_loss`.
 
     loss_r = w_r (1 - <y, z> / (sqrt(|y|^2 + eps) sqrt(|z|^2 + eps)))            y [M, W], z [M, W], w [M]
     dy_r   = w_r / (sqrt(|y|^2 + eps) sqrt(|z|^2 + eps)) (y <y, z> / (|y|^2 + eps) - z)

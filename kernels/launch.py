@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import direct
 from .tables import TABLES
 
 INTERPRETED = triton.knobs.runtime.interpret  # decided, like Triton's own choice, when the kernels are defined
@@ -162,6 +163,14 @@ def alignment(*strides: int) -> int:
     return math.gcd(16, *strides)
 
 
+def unspecialised(value: int) -> int:
+    """A member of a tuple argument in a form that Triton does not specialise on; the kernel takes it back by `>> 4`.
+
+    `do_not_specialize` does not reach into tuples: a member that is 1 is compiled in, and multiples of 16 make another
+    build, so that batches of other sizes would be compiled again and again. 16 value + 8 is neither."""
+    return value << 4 | 8
+
+
 @functools.cache
 def options(num_warps: int, registers: int = 255, hip: bool = torch.version.hip is not None) -> dict[str, int]:
     """Compiler options of a launch. NVIDIA's assembler may spill to reach a rounder register count; given the most
@@ -191,8 +200,10 @@ def launch(
         _recording.launches.append(Launch(kernel, programs, arguments, constants, num_warps, registers))
     elif not (cuda := _is_cuda(device)) and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on CUDA tensors (elsewhere under TRITON_INTERPRET=1), got {device}")
-    elif not cuda or device.index == torch.cuda.current_device():
+    elif not cuda:
         kernel[(programs,)](*arguments, **constants, **options(num_warps, registers))
+    elif device.index == torch.cuda.current_device():
+        direct.run(kernel, device.index, programs, arguments, constants, options(num_warps, registers))
     else:
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, **options(num_warps, registers))
+            direct.run(kernel, device.index, programs, arguments, constants, options(num_warps, registers))

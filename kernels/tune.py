@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from . import cosine, pooling, residual
+from . import cosine, pooling, residual, residual_backward
 from . import tables as tables_module
 from .launch import WIDTHS, LaunchConfig, architecture, table_entry
 from .pooling import MEAN_COLUMNS
@@ -58,13 +58,12 @@ def workload(kernel: str, width: int, device: torch.device) -> Callable[[LaunchC
         return lambda config: cosine.cosine_rows(y, target, None, None, 1e-8, False, loss, grad, config)
     branch = randn(*x.shape)
     gate, shift, scale = randn(SEQUENCES, 3 * width, dtype=torch.float32).chunk(3, dim=1)
+    inputs = (x, branch, gate, shift, scale, None, None, None, None, None, 1e-6, "layer")
     if kernel == "residual_forward":
-        return lambda config: residual.forward(x, branch, gate, shift, scale, None, None, 1e-6, False, config)
-    x_new, h, mean, rstd = residual.forward(x, branch, gate, shift, scale, None, None, 1e-6, False)
-    assert x_new is not None, "there is a branch"
-    return lambda config: residual.backward(
-        branch, h, x_new, branch, gate, scale, None, None, mean, rstd, False, config
-    )
+        return lambda config: residual.forward(*inputs, config)
+    x_new, h, mean, rstd = residual.forward(*inputs)
+    saved = (h, branch, x_new, branch, gate, scale, None, None, None, None, mean, rstd, "layer")
+    return lambda config: residual_backward.backward(*saved, config)
 
 
 def tune_kernel(kernel: str, width: int, config: LaunchConfig, cost: Callable[[LaunchConfig], float]) -> LaunchConfig:

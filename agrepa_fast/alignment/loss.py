@@ -1,14 +1,15 @@
 """Representation alignment: pull chosen hidden states toward frozen teachers.
 
-    L = sum_k lambda_k sum_teacher mean_rows(1 - cos(head_k(norm(pool(h_k))), teacher))
+    L = sum_teacher sum_k lambda_k mean_rows(1 - cos(head_k(norm(pool(h_k))), teacher))
 
-or, in place of 1 - cos, a distance between the relations of the rows (`similarity`). hidden {layer: [B, T, D]};
+or, in place of 1 - cos, a distance between the relations of the rows (`similarity`). Each teacher has its own heads
+and its own weights lambda_k; these may depend on a sample's flow time (`weights`). hidden {layer: [B, T, D]};
 targets {teacher: [B, W] pooled or [B, T, W] per frame}. Layers and teachers are paired by name, never by position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..buffers import FixedBuffers
 from ..errors import UserError
 from .heads import HEADS, grouped, one_by_one
-from .policy import LayerSelection, check_selection
 from .rows import (
     Domains,
     ZeroGradient,
@@ -33,20 +32,19 @@ from .rows import (
     counted_frames,
     domain_weights,
     grouped_ranks,
-    mean_of,
+    means_of,
     rank_shares,
     row_mask,
     similarity_of,
+    stacked,
     takes_global_means,
-    where_counted,
 )
-from .similarity import cka_distance, relation_distance, standardise
+from .selection import Selection, by_teacher
+from .similarity import OBJECTIVES, related, standardise
+from .weights import LayerWeights, upgrade
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-OBJECTIVES = ("cosine", "relation", "cka")
-RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
 
 
 def _check_pool(pool: str | None) -> None:
@@ -54,18 +52,20 @@ def _check_pool(pool: str | None) -> None:
         raise ValueError(f'pool: expected "mean" or None (frame by frame), got {pool!r}')
 
 
-class AlignmentLoss(FixedBuffers):
-    """AG-REPA's loss over the layers of a selection, one head for each layer and teacher.
+class AlignmentLoss(nn.Module):
+    """AG-REPA's loss over the layers of a selection, one head for each teacher and layer.
 
     The heads live here, outside the backbone: their own parameters and state dict, nothing at inference.
     `select` changes the weights in place. Pooled heads cost next to nothing, so all of them always run. Frame-wise
-    heads cost more, so only those of the selected layers (`active`) run. In one process the others get no gradient; in
-    a process group their gradients are exactly zero, because DistributedDataParallel waits for every parameter.
+    heads cost more, so only those of the selected layers (`active_heads`) run, unless weights change with flow time
+    (or `every_head`). In one process the others get no gradient; in a process group their gradients are exactly zero,
+    because DistributedDataParallel waits for every parameter.
 
     Args:
         width: D of the hidden states.
         teachers: {name: width of its features}.
-        selection: the layers that get heads, and their weights.
+        selection: the layers that get heads, and their weights: a `LayerSelection` for all teachers, or
+            {teacher: LayerSelection}. With weighting "by-time" the weights depend on each sample's flow time.
         pool: "mean" over the valid frames (AG-REPA; targets [B, W]), or None, frame by frame (REPA; [B, T, W]).
         head: "mlp" (AG-REPA's), "repa", "linear", "low-rank", or, frame by frame, "conv"; see `heads`.
         objective: "cosine"; or how the rows relate, of each clip's frames (or, pooled, of the batch's clips):
@@ -74,21 +74,24 @@ class AlignmentLoss(FixedBuffers):
             (iREPA); frame by frame only.
         process_group: the ranks over whose rows means are taken while gradients are recorded; None: all ranks. With
             a group of this rank alone (`new_group([rank])`) each rank takes its own means.
-    """
+        every_head: frame by frame, run the heads of unselected layers too (with weight 0). It costs their forward and
+            backward pass; in return `select` changes nothing that torch.compile has traced.
 
-    weights: Tensor
-    selected: Tensor
+    Raises:
+        UserError, ValueError, TypeError: an argument that does not fit, by name.
+    """
 
     def __init__(
         self,
         width: int,
         teachers: Mapping[str, int],
-        selection: LayerSelection,
+        selection: Selection,
         pool: str | None = "mean",
         head: str = "mlp",
         objective: str = "cosine",
         standardise_targets: bool = False,
         process_group: ProcessGroup | None = None,
+        every_head: bool = False,
     ) -> None:
         super().__init__()
         _check_pool(pool)
@@ -102,33 +105,78 @@ class AlignmentLoss(FixedBuffers):
             raise UserError('head: "conv" runs over time, which pool="mean" leaves none of: use pool=None')
         check_teachers(teachers)
         check_width("width", width)
-        check_selection(selection)
+        selections = by_teacher(selection, teachers)
+        if len({len(own.t_grid) for own in selections.values()}) > 1:
+            raise UserError(
+                "selection: expected scores at as many times for each teacher, or weights that are constant"
+            )
         self.width = width
         self.teachers = dict(teachers)
-        self.layers = selection.layers
+        self.layers = tuple(sorted({layer for own in selections.values() for layer in own.layers}))
         self.pool = pool
         self.process_group = process_group
         self.objective = objective
         self.standardise_targets = standardise_targets
         self.heads = nn.ModuleDict(
             {
-                name: nn.ModuleDict({str(layer): HEADS[head](width, size) for layer in self.layers})
+                name: nn.ModuleDict({str(layer): HEADS[head](width, size) for layer in selections[name].layers})
                 for name, size in self.teachers.items()
             }
         )
-        self._remember(dict(zip(selection.layers, selection.weights)))
-        for name, value in self.constants().items():
-            self.register_buffer(name, value)
+        self.layer_weights = nn.ModuleDict({name: LayerWeights(own) for name, own in selections.items()})
+        self.by_time = any(own.t_grid for own in selections.values())
+        self.every_head = every_head or pool is not None or self.by_time
+        if self.by_time and self._compares_samples:
+            raise UserError(
+                f"selection: pooled {objective!r} compares samples with each other, which have weights of "
+                'their own with weighting "by-time"'
+            )
 
-    def select(self, selection: LayerSelection) -> None:
-        """Take the weights of another selection among the layers that have heads; the others get 0."""
-        check_selection(selection)
-        unknown = set(selection.layers) - set(self.layers)
-        if unknown:
-            raise ValueError(f"selection: layer {min(unknown)} has no head, only {list(self.layers)}")
-        self._remember(dict(zip(selection.layers, selection.weights)))
-        for name, value in self.constants().items():
-            self.get_buffer(name).copy_(value)
+    @property
+    def _compares_samples(self) -> bool:
+        """Whether a row of the loss is the batch, so that a sample has no loss of its own."""
+        return self.pool is not None and self.objective != "cosine"
+
+    @property
+    def weights(self) -> Tensor:
+        """[teachers, layers] float32, a copy; 0 where a layer has no head for the teacher. By flow time, means."""
+        rows = []
+        for name in self.teachers:
+            own = self._weights_of(name)
+            row = own.weights.new_zeros(len(self.layers))
+            row[[self.layers.index(layer) for layer in own.layers]] = own.weights
+            rows.append(row)
+        return torch.stack(rows)
+
+    @property
+    def active_heads(self) -> tuple[tuple[str, int], ...]:
+        """(teacher, layer) of the heads that run."""
+        pairs = []
+        for name in self.teachers:
+            own = self._weights_of(name)
+            pairs += [(name, layer) for layer in (own.layers if self.every_head else own.chosen)]
+        return tuple(pairs)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The layers whose hidden states the loss needs."""
+        return tuple(sorted({layer for _, layer in self.active_heads}))
+
+    def _weights_of(self, name: str) -> LayerWeights:
+        return self.layer_weights.get_submodule(name)  # type: ignore[return-value]
+
+    def select(self, selection: Selection) -> None:
+        """Take the weights of another selection among the layers that have heads; the others get 0.
+
+        Raises:
+            ValueError: a layer without a head, a teacher that is unknown or left out, or weights by flow time in a
+                loss that was built without.
+        """
+        selections = by_teacher(selection, self.teachers)
+        for name, own in selections.items():  # all or none
+            self._weights_of(name).check(own)
+        for name, own in selections.items():
+            self._weights_of(name).select(own)
 
     def idle(self) -> Tensor:
         """0, a scalar that gives every head a gradient of exactly zero.
@@ -137,56 +185,24 @@ class AlignmentLoss(FixedBuffers):
         for a gradient of every parameter in every step."""
         return self._idle(())
 
-    def _idle(self, active: Sequence[int]) -> Tensor:
-        """0, which gives the heads of all layers but the active ones a gradient of exactly zero."""
+    def _idle(self, active: Sequence[tuple[str, int]]) -> Tensor:
+        """0, which gives all heads but the active ones a gradient of exactly zero."""
         parameters = [
             parameter
-            for heads in self.heads.children()
+            for name, heads in self.heads.named_children()
             for layer, head in heads.named_children()
-            if int(layer) not in active
+            if (name, int(layer)) not in active
             for parameter in head.parameters()
             if parameter.requires_grad
         ]
-        return ZeroGradient.apply(*parameters) if parameters else self.weights.new_zeros(())
+        return ZeroGradient.apply(*parameters) if parameters else next(self.parameters()).new_zeros(())
 
-    def _remember(self, chosen: dict[int, float]) -> None:
-        """Keep {selected layer: weight} on the host, where it decides which heads run."""
-        self._chosen = chosen
-        self.active = self.layers if self.pool is not None else tuple(chosen)
-
-    def constants(self) -> dict[str, Tensor]:
-        """The buffers: every layer's weight, and whether it is selected."""
-        return {
-            "weights": torch.tensor([self._chosen.get(layer, 0.0) for layer in self.layers], dtype=torch.float32),
-            "selected": torch.tensor([layer in self._chosen for layer in self.layers]),
-        }
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the weights and the selection; a state dict from before it held a selection selects weights above 0."""
-        if isinstance(state_dict.get(prefix + "weights"), Tensor):
-            state_dict.setdefault(prefix + "selected", state_dict[prefix + "weights"] > 0)
-            # With assign=True the buffer would take the dtype that it finds.
-            state_dict[prefix + "weights"] = state_dict[prefix + "weights"].float()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if self.selected.is_meta:  # nothing was loaded
-            return
-        rows = zip(self.layers, self.selected.tolist(), self.weights.tolist())
-        chosen = {layer: weight for layer, selected, weight in rows if selected}
-        if chosen:
-            self._remember(chosen)
-        else:
-            error_msgs.append(f"{prefix}selected: no layer is selected, expected at least one of {list(self.layers)}")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load also a state dict that an earlier version wrote."""
+        state = upgrade(state_dict, self.teachers, prefix)
+        state_dict.clear()
+        state_dict.update(state)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self,
@@ -195,6 +211,7 @@ class AlignmentLoss(FixedBuffers):
         mask: Tensor | None = None,
         domains: Domains = None,
         sample_weight: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and metrics.
 
@@ -208,6 +225,7 @@ class AlignmentLoss(FixedBuffers):
             sample_weight: [B] factors on the samples' losses (`timestep_weight`). Means stay over the rows that
                 count, not over the weights: weights whose mean is 1 leave the strength of alignment as it is.
                 Not with pooled "relation" and "cka", which compare samples with each other.
+            t: [B] the samples' flow times. Needed where the weights depend on them, and without effect elsewhere.
 
         Returns:
             The loss, and detached scalars on the device: "cosine/<teacher>/<layer>", the mean raw cosine of this rank,
@@ -222,9 +240,10 @@ class AlignmentLoss(FixedBuffers):
             ValueError, TypeError: a missing layer or teacher, or a container, type or shape that does not fit, by name.
         """
         form = f"[batch, frames, {self.width}]"
-        check_tensors("hidden", hidden, self.active, "hidden state of layer", f"{{layer: {form}}}")
-        any_hidden = hidden[self.active[0]]
-        for layer in self.active:
+        active = self.active
+        check_tensors("hidden", hidden, active, "hidden state of layer", f"{{layer: {form}}}")
+        any_hidden = hidden[active[0]]
+        for layer in active:
             h = hidden[layer]
             if h.dim() != 3 or h.shape[2] != self.width or h.shape != any_hidden.shape:
                 raise ValueError(f"hidden[{layer}]: expected {form}, the same for all layers, got {list(h.shape)}")
@@ -233,29 +252,47 @@ class AlignmentLoss(FixedBuffers):
         check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
         check_tensor("mask", mask, any_hidden.shape[:2], torch.bool)
         check_tensor("sample_weight", sample_weight, any_hidden.shape[:1])
-        if sample_weight is not None and self.pool is not None and self.objective != "cosine":
+        if sample_weight is not None and self._compares_samples:
             raise ValueError(f"sample_weight: pooled {self.objective!r} compares samples with each other")
+        check_tensor("t", t, any_hidden.shape[:1])
+        if self.by_time and (t is None or not t.is_floating_point()):
+            raise ValueError(f"t: expected floating point [{any_hidden.shape[0]}], as the weights depend on it")
         kept = domain_weights(list(self.teachers), domains, any_hidden)
         rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
         targets = {name: targets[name].detach() for name in self.teachers}
         if self.standardise_targets:
             targets = {name: standardise(target, mask) for name, target in targets.items()}
+        factors = self._factors(sample_weight, t)
         run = self._pooled if self.pool is not None else self._framewise
         frames = counted_frames(kept.values(), mask, any_hidden.shape[1])
-        distances = run(hidden, targets, frames, rows, sample_weight)
+        distances = dict(run(hidden, targets, frames, rows, factors))
         shares = self._shares(targets, rows) if takes_global_means(self.process_group) else None
         metrics: dict[str, Tensor] = {}
         loss = any_hidden.new_zeros((), dtype=torch.float32)
         if grouped_ranks() and self.pool is None:
-            loss = loss + self._idle(self.active)
-        for layer in self.active:
-            weight = self.weights[self.layers.index(layer)]
-            for name in self.teachers:
-                distance, weighted = distances[name, layer]
-                counted = rows[name] if self.objective == "cosine" else comparable(rows[name])
-                metrics[f"{self.objective}/{name}/{layer}"] = similarity_of(distance, counted)
-                loss = loss + weight * (weighted if shares is None else shares[name] * weighted)
+            loss = loss + self._idle(self.active_heads)
+        for layer, name in ((layer, name) for layer in active for name in self.teachers if (name, layer) in distances):
+            distance, weighted = distances[name, layer]
+            counted = rows[name] if self.objective == "cosine" else comparable(rows[name])
+            metrics[f"{self.objective}/{name}/{layer}"] = similarity_of(distance, counted)
+            if shares is not None:
+                weighted = shares[name] * weighted
+            if not self.by_time:
+                own = self._weights_of(name)
+                weighted = own.weights[own.layers.index(layer)] * weighted
+            loss = loss + weighted
         return loss, metrics
+
+    def _factors(self, sample_weight: Tensor | None, t: Tensor | None) -> dict[tuple[str, int], Tensor | None]:
+        """{(teacher, layer): [B] factors on the samples' losses}: sample_weight and, by flow time, the weights."""
+        if not self.by_time or t is None:
+            return dict.fromkeys(self.active_heads, sample_weight)
+        factors: dict[tuple[str, int], Tensor | None] = {}
+        for name in self.teachers:
+            own = self._weights_of(name)
+            weights = own.at(t) if sample_weight is None else own.at(t) * sample_weight
+            factors |= {(name, layer): weight for layer, weight in zip(own.layers, weights.unbind())}
+        return factors
 
     def _shares(self, targets: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """This rank's share of what the means are taken over, for each teacher."""
@@ -263,24 +300,43 @@ class AlignmentLoss(FixedBuffers):
             counts = {name: count(rows[name], targets[name]) for name in self.teachers}
         else:  # means are over clips or, pooled, over the ranks' batches
             counts = {name: count(comparable(rows[name]), targets[name][..., 0]) for name in self.teachers}
-        return rank_shares(counts, self.process_group)
+        return rank_shares(counts, self.process_group, self._must_agree())
+
+    def _must_agree(self) -> list[Tensor]:
+        """What has to be the same on all ranks: the weights, and which heads run."""
+        like = next(iter(self.layer_weights.buffers()))
+        values = []
+        if not self.every_head:
+            active = self.active_heads
+            runs = [(name, layer) in active for name in self.teachers for layer in self._weights_of(name).layers]
+            # As whole numbers, 20 heads each: float32 holds them, and the device gets them without a copy.
+            chunks = [sum(2**i for i, on in enumerate(runs[n : n + 20]) if on) for n in range(0, len(runs), 20)]
+            values = [like.new_full((1,), chunk, dtype=torch.float32) for chunk in chunks]
+        return [*values, *(buffer.float() for buffer in self.layer_weights.buffers())]
 
     def similarity(self, metrics: Mapping[str, Tensor]) -> Tensor:
-        """A step's raw cosines in one number, for `SimilarityStop`: their mean over teachers, by the layers' weights.
-
-        Of another objective what it has in their place. nan when no teacher has a sample in the batch."""
-        names = [f"{self.objective}/{name}/{layer}" for layer in self.active for name in self.teachers]
+        """A step's raw cosines in one number, for `SimilarityStop`: the mean over layers by their weights, then over
+        the teachers that have a sample in the batch; nan when none has. Of another objective what it has in place of
+        cosines."""
+        names = [f"{self.objective}/{name}/{layer}" for name, layer in self.active_heads]
         check_tensors("metrics", metrics, names, "metric", "as the loss returns it")
-        total = self.weights.new_zeros(())
-        for layer in self.active:
-            weight = self.weights[self.layers.index(layer)]
-            cosine = torch.stack([metrics[f"{self.objective}/{name}/{layer}"] for name in self.teachers]).nanmean()
-            total = total + torch.where(weight > 0, weight * cosine, 0)
-        return total
+        means = []
+        for name in self.teachers:
+            own = self._weights_of(name)
+            total = own.weights.new_zeros(())
+            for weight, layer in zip(own.weights.unbind(), own.layers):
+                if f"{self.objective}/{name}/{layer}" in names:
+                    cosine = metrics[f"{self.objective}/{name}/{layer}"]
+                    total = total + torch.where(weight > 0, weight * cosine, 0)
+            means.append(total / own.weights.sum())
+        return torch.stack(means).nanmean()
 
     def _norm(self, x: Tensor) -> Tensor:
         # Half-precision hidden states meet heads in float32; without autocast a Linear refuses the mix.
         return F.layer_norm(x.to(next(self.parameters()).dtype), (self.width,))
+
+    def _head(self, name: str, layer: int) -> Any:
+        return self.heads.get_submodule(f"{name}.{layer}")
 
     def _framewise(
         self,
@@ -288,34 +344,27 @@ class AlignmentLoss(FixedBuffers):
         targets: Mapping[str, Tensor],
         mask: Tensor | None,
         rows: Mapping[str, Tensor | None],
-        sample_weight: Tensor | None,
-    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-        """{(teacher, layer): (mean distance [], the same with the samples' weights [])}, one head after the other."""
-        distances = {}
+        factors: Mapping[tuple[str, int], Tensor | None],
+    ) -> Iterator[tuple[tuple[str, int], tuple[Tensor, Tensor]]]:
+        """((teacher, layer), (mean distance [], the same with the samples' factors [])), one head after the other."""
+        keys = self.active_heads
         for layer in self.active:
             x = hidden[layer]
             if mask is not None:
                 # Before the norm: the gradient of a padded frame that holds nan is nan, even where the loss is 0.
                 x = torch.where(mask.unsqueeze(-1), x, 0)
             x = self._norm(x)
-            for name in self.teachers:
-                head: Any = self.heads.get_submodule(f"{name}.{layer}")
+            for name in [name for name, other in keys if other == layer]:
+                head, target, row, factor = self._head(name, layer), targets[name], rows[name], factors[name, layer]
                 if self.objective != "cosine":
-                    by_clip = RELATIONAL[self.objective](head(x), targets[name], rows[name])
-                    clips = comparable(rows[name])
-                    by_clip = by_clip if clips is None else torch.where(clips, by_clip, 0)
-                    mean = weighted = mean_of(by_clip, clips)
-                    if sample_weight is not None:
-                        weighted = mean_of(by_clip * where_counted(sample_weight, clips), clips)
-                elif sample_weight is None:
-                    mean = weighted = head.loss(x, targets[name], rows[name])
+                    distances = related(self.objective, head(x), target, row)
+                    yield (name, layer), means_of(distances, comparable(row), factor)
+                elif factor is None:  # fused: the rows' losses are not kept
+                    mean = head.loss(x, target, row)
+                    yield (name, layer), (mean, mean)
                 else:
-                    row_loss = head.loss(x, targets[name], rows[name], reduction="none")
-                    mean = mean_of(row_loss, rows[name])
-                    weights = where_counted(sample_weight.unsqueeze(1), rows[name])
-                    weighted = mean_of(row_loss * weights, rows[name])
-                distances[name, layer] = mean, weighted
-        return distances
+                    losses = head.loss(x, target, row, reduction="none")
+                    yield (name, layer), means_of(losses, row, factor.unsqueeze(1))
 
     def _pooled(
         self,
@@ -323,32 +372,24 @@ class AlignmentLoss(FixedBuffers):
         targets: Mapping[str, Tensor],
         mask: Tensor | None,
         rows: Mapping[str, Tensor | None],
-        sample_weight: Tensor | None,
-    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        factors: Mapping[tuple[str, int], Tensor | None],
+    ) -> Iterator[tuple[tuple[str, int], tuple[Tensor, Tensor]]]:
         """The same of pooled states: all heads at once, at shapes that the batch cannot change."""
-        x = self._norm(torch.stack([ops.masked_mean(hidden[layer], mask) for layer in self.active]))
-        keys = [(name, layer) for name in self.teachers for layer in self.active]
-        heads: list[Any] = [self.heads.get_submodule(f"{name}.{layer}") for name, layer in keys]
-        distances: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        keys, active = self.active_heads, self.active
+        x = self._norm(torch.stack([ops.masked_mean(hidden[layer], mask) for layer in active]))
+        of_teachers = []
+        for name in self.teachers:
+            layers = self._weights_of(name).layers
+            of_teachers.append(x if layers == active else torch.stack([x[active.index(layer)] for layer in layers]))
         run = one_by_one if x.device.type == "cpu" else grouped
-        for members, y in run(heads, x.repeat(len(self.teachers), 1, 1)):
+        for members, y in run([self._head(*key) for key in keys], torch.cat(of_teachers)):
             names = [keys[i][0] for i in members]
             target = torch.stack([targets[name] for name in names])
-            # Which rows count may be said for one teacher and not for another.
-            counted = [rows[name] for name in names]
-            row = None
-            if any(r is not None for r in counted):
-                every = y.new_ones(y.shape[1], dtype=torch.bool)
-                row = torch.stack([every if r is None else r for r in counted])
+            row = stacked([rows[name] for name in names], y.new_ones(y.shape[1], dtype=torch.bool))
             if self.objective != "cosine":
-                distance = RELATIONAL[self.objective](y, target, row)
-                sets = comparable(row)
-                means = weighted = (distance if sets is None else torch.where(sets, distance, 0)).unbind()
+                means = weighted = related(self.objective, y, target, row)
             else:
-                loss = ops.cosine_loss(y, target, mask=row, reduction="none")
-                count = y.shape[1] if row is None else row.sum(1).clamp_min(1)
-                means = weighted = (loss.sum(1) / count).unbind()
-                if sample_weight is not None:
-                    weighted = ((loss * where_counted(sample_weight, row)).sum(1) / count).unbind()
-            distances |= {keys[i]: pair for i, pair in zip(members, zip(means, weighted))}
-        return distances
+                losses = ops.cosine_loss(y, target, mask=row, reduction="none")
+                factor = stacked([factors[keys[i]] for i in members], None)
+                means, weighted = means_of(losses, row, factor, dim=1)
+            yield from zip([keys[i] for i in members], zip(means.unbind(), weighted.unbind()))

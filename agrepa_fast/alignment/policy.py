@@ -1,106 +1,28 @@
-"""Which layers to align, and with what weights: a `LayerSelection`, made from scores or given."""
+"""Which layers to align: `select_layers` (FoG-A) and the policies it is compared with."""
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ..errors import UserError
+from .selection import WEIGHTINGS, LayerSelection
 
 if TYPE_CHECKING:
     from ..attribution.scores import LayerScores
 
-N = TypeVar("N", int, float)
 
-
-def _numbers(name: str, given: object, kind: type, convert: Callable[[Any], N]) -> tuple[N, ...]:
-    """A sequence of numbers, NumPy's among them, as Python's."""
-    words = "distinct ascending 0-based integers" if kind is Integral else "numbers"
-    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
-        raise ValueError(f"{name}: expected a sequence of {words}, got {given!r:.60}")
-    values = tuple(given)
-    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-        raise ValueError(f"{name}: expected {words}, got {values!r:.60}")
-    return tuple(map(convert, values))
-
-
-@dataclass(frozen=True)
-class LayerSelection:
-    """Aligned layers (0-based, ascending) and their weights lambda_k, which sum to 1."""
-
-    layers: tuple[int, ...]
-    weights: tuple[float, ...]
-    method: str = "fixed"
-
-    def __post_init__(self) -> None:
-        layers = _numbers("layers", self.layers, Integral, int)
-        weights = _numbers("weights", self.weights, Real, float)
-        if not layers or len(layers) != len(weights):
-            raise ValueError(f"layers and weights: expected as many of each, got {layers}, {weights}")
-        if sorted(set(layers)) != list(layers) or layers[0] < 0:
-            raise ValueError(f"layers: expected distinct ascending 0-based integers, got {layers}")
-        # So that nan, for which every comparison is false, is refused as well.
-        if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
-            raise ValueError(f"weights: expected numbers >= 0 that sum to 1, got {weights}")
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "weights", weights)
-
-    @classmethod
-    def uniform(cls, layers: Sequence[int], method: str = "fixed") -> LayerSelection:
-        """The given layers with equal weights."""
-        ordered = tuple(sorted(_numbers("layers", layers, Integral, int)))
-        return cls(ordered, (1 / len(ordered),) * len(ordered) if ordered else (), method)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write `{"layers": [...], "weights": [...], "method": ...}`."""
-        Path(path).write_text(json.dumps(self.state(), indent=1) + "\n", encoding="utf-8")
-
-    def state(self) -> dict[str, object]:
-        return {"layers": list(self.layers), "weights": list(self.weights), "method": self.method}
-
-    @classmethod
-    def from_state(cls, state: dict) -> LayerSelection:
-        return cls(tuple(state["layers"]), tuple(state["weights"]), state.get("method", "fixed"))
-
-    def synchronised(self, device: torch.device | None = None) -> LayerSelection:
-        """Rank 0's selection on every rank of the default process group; itself where there is none.
-
-        Every rank must call it. `device`: where the group's backend wants its tensors (NCCL: this rank's GPU)."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self
-        box = [self.state()]
-        distributed.broadcast_object_list(box, src=0, device=device)
-        return LayerSelection.from_state(box[0])
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> LayerSelection:
-        """Read a selection file.
-
-        Raises:
-            UserError: the file cannot be read or does not hold a selection; names the file.
-        """
-        try:
-            return cls.from_state(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a layer selection ({error})") from None
-
-
-def check_selection(selection: LayerSelection) -> None:
-    """Refuse what is no `LayerSelection`, and say how to make one."""
-    if not isinstance(selection, LayerSelection):
-        kind = type(selection).__name__
-        raise TypeError(f"selection: expected a LayerSelection (LayerSelection.uniform([0, 2]), say), got a {kind}")
+def check_weighting(weighting: str) -> None:
+    """Refuse an unknown way from scores to weights."""
+    if weighting not in WEIGHTINGS:
+        raise UserError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
 
 
 def check_k(k: int) -> None:
@@ -109,39 +31,88 @@ def check_k(k: int) -> None:
         raise TypeError(f"k: expected a number of layers, got {k!r:.60}")
 
 
-def select_layers(scores: LayerScores, k: int = 3) -> LayerSelection:
-    """AG-REPA's choice: the k layers of the highest mean score, weighted by score / sum over the chosen.
+def select_layers(scores: LayerScores, k: int = 3, weighting: str = "share") -> LayerSelection:
+    """AG-REPA's choice: the k layers of the highest mean score.
 
     Scores of branches are added up by layer; of equal scores the lower layer wins. Where no layer stands
     above the floor (a network at its adaLN-zero initialisation) the scores say nothing: a warning, and all
     layers with equal weights.
 
     Args:
-        scores: [U] units; see `LayerScores`.
+        scores: [U] units; see `LayerScores`. The scores of one domain: `scores.domain("speech")`.
         k: how many layers, at least 1 and at most as many as were scored.
+        weighting: "share": score / sum over the chosen layers (the paper). "score": the score itself (the authors'
+            release). "by-time": the k highest layers at each t of the scores, each sample weighted by their shares
+            at its own t; where no layer stands above the floor at one t, the k of the highest mean score.
 
     Raises:
-        ValueError, TypeError: k does not fit, or `scores` are no `LayerScores`.
+        ValueError, TypeError: k does not fit, `scores` are no `LayerScores`, or have no t for "by-time".
     """
     if not all(hasattr(scores, name) for name in ("layers", "mean", "above_floor")):
         raise TypeError(
             f"scores: expected LayerScores, as attribute_layers returns them, got a {type(scores).__name__}"
         )
+    check_weighting(weighting)
+    if getattr(scores, "sets", None) is not None:
+        raise ValueError("scores: of sets of layers; choose from scores of single blocks (without sets= and spans=)")
     check_k(k)
-    by_layer: dict[int, float] = {}
-    for layer, mean in zip(scores.layers, scores.mean.tolist()):
-        by_layer[layer] = by_layer.get(layer, 0.0) + mean
+    by_layer = mean_by_layer(scores)
     if not 1 <= k <= len(by_layer):
         raise ValueError(f"k: expected 1 to {len(by_layer)} layers, got {k}")
+    t_grid = times_of(scores) if weighting == "by-time" else ()
     if not scores.above_floor.any():
         warnings.warn(
             "no layer's score is above the floor: falling back to equal weights on all layers; train before probing",
             stacklevel=2,
         )
-        return LayerSelection.uniform(list(by_layer), "uniform")
-    chosen = sorted(sorted(by_layer, key=lambda layer: (-by_layer[layer], layer))[:k])
-    total = sum(by_layer[layer] for layer in chosen)
-    return LayerSelection(tuple(chosen), tuple(by_layer[layer] / total for layer in chosen), "foga")
+        return LayerSelection.uniform(list(by_layer), FALLBACK, t_grid).named(_block_names(scores))
+    if weighting != "by-time":
+        chosen = {layer: by_layer[layer] for layer in highest(by_layer, k)}
+        return LayerSelection.from_scores(chosen, "foga", weighting).named(_block_names(scores))
+    columns = []
+    for t in t_grid:
+        there = scores.at(t)
+        column = mean_by_layer(there) if there.above_floor.any() else by_layer
+        columns.append({layer: column[layer] for layer in highest(column, k)})
+    return selection_by_time(t_grid, columns, "foga").named(_block_names(scores))
+
+
+def _block_names(scores: LayerScores) -> dict[int, str] | None:
+    """{layer: its name in another model}; None where the scores carry numbers only, as those of a `DiT`."""
+    names: dict[int, str] = {}
+    branches = getattr(scores, "branches", None) or ("",) * len(scores.layers)
+    for layer, name, branch in zip(scores.layers, getattr(scores, "names", ()), branches):
+        names[layer] = name.removesuffix(f".{branch}") if branch else name
+    return None if all(name == str(layer) for layer, name in names.items()) else names
+
+
+def mean_by_layer(scores: LayerScores) -> dict[int, float]:
+    """{layer: mean score}; the scores of a layer's branches are added up."""
+    by_layer: dict[int, float] = {}
+    for layer, mean in zip(scores.layers, scores.mean.tolist()):
+        by_layer[layer] = by_layer.get(layer, 0.0) + mean
+    return by_layer
+
+
+def times_of(scores: LayerScores) -> tuple[float, ...]:
+    """The distinct times of the scores' samples, ascending, to six digits (`LayerScores.at` tells no more apart)."""
+    if scores.t is None:
+        raise ValueError('scores: have no t, which weighting "by-time" needs: attribute with a t for each sample')
+    return tuple(sorted({round(t, 6) for t in scores.t.tolist()}))
+
+
+def highest(scores: Mapping[int, float], k: int) -> list[int]:
+    """The k layers of the highest score, ascending; of equal scores the lower layer."""
+    return sorted(sorted(scores, key=lambda layer: (-scores[layer], layer))[:k])
+
+
+def selection_by_time(t_grid: Sequence[float], columns: Sequence[Mapping[int, float]], method: str) -> LayerSelection:
+    """A "by-time" selection of the layers {layer: score} at each time of the grid; elsewhere their scores are 0."""
+    layers = sorted({layer for column in columns for layer in column})
+    return LayerSelection.by_time(t_grid, {n: [column.get(n, 0.0) for column in columns] for n in layers}, method)
+
+
+FALLBACK = "uniform"  # the method of a selection of all layers, because no score stood above the floor
 
 
 # What a policy needs beside the depth and k.
@@ -168,6 +139,7 @@ def choose_layers(
     values: Sequence[float] | Tensor = (),
     scores: LayerScores | None = None,
     seed: int = 0,
+    weighting: str = "share",
 ) -> LayerSelection:
     """AG-REPA's choice and the controls it is compared with, each in one line.
 
@@ -178,6 +150,7 @@ def choose_layers(
             weighted by its score). All but FoG-A's weigh their layers equally.
         depth: number of layers. k: how many to choose.
         values: [depth] what a layer stores, or how the loss reacts to it.
+        weighting: as `select_layers`; all but FoG-A's policies have "share" alone.
 
     Raises:
         UserError: an unknown policy, a k or layer outside the depth, or what the policy needs is not given.
@@ -190,11 +163,13 @@ def choose_layers(
     check_k(k)
     if not 1 <= k <= depth:
         raise UserError(f"k: expected 1 to {depth} layers, got {k}")
-    if scores is not None and policy == "foga":
-        return select_layers(scores, k)
-    if scores is not None and policy == "foga-soft":
-        soft = select_layers(scores, len(set(scores.layers)))
-        return soft if soft.method == "uniform" else LayerSelection(soft.layers, soft.weights, policy)
+    check_weighting(weighting)
+    if POLICIES[policy] == "scores":
+        assert scores is not None
+        selection = select_layers(scores, k if policy == "foga" else len(set(scores.layers)), weighting)
+        return selection if selection.method == FALLBACK else replace(selection, method=policy)
+    if weighting != "share":
+        raise UserError(f"weighting {weighting!r} needs policy foga or foga-soft: {policy!r} weighs its layers equally")
     if policy == "fixed":
         outside = [layer for layer in layers if not 0 <= layer < depth]
         if outside or len(set(layers)) != len(layers):
@@ -210,7 +185,7 @@ def choose_layers(
         numbers = [float(value) for value in values]
         if len(numbers) != depth or not all(value == value for value in numbers):
             raise UserError(f"values: expected {depth} numbers, one a layer, got {numbers}")
-        chosen = sorted(range(depth), key=lambda layer: (-numbers[layer], layer))[:k]
+        chosen = highest(dict(enumerate(numbers)), k)
     return LayerSelection.uniform(chosen, policy)
 
 

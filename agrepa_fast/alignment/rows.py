@@ -148,9 +148,24 @@ def where_counted(sample_weight: Tensor, counted: Tensor | None) -> Tensor:
     return sample_weight if counted is None else torch.where(counted, sample_weight, 0)
 
 
-def mean_of(loss: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean over the rows that count; 0 when there is none."""
-    return loss.mean() if rows is None else loss.sum() / rows.sum().clamp_min(1)
+def mean_of(loss: Tensor, rows: Tensor | None, dim: int | None = None) -> Tensor:
+    """Mean over the rows that count, along one dimension or all; 0 when there is none."""
+    return loss.mean(dim) if rows is None else loss.sum(dim) / rows.sum(dim).clamp_min(1)
+
+
+def means_of(
+    losses: Tensor, counted: Tensor | None, factor: Tensor | None, dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean of the losses that count, over `dim` or all, and the same with a factor on each loss."""
+    mean = mean_of(losses, counted, dim)
+    return mean, mean if factor is None else mean_of(losses * where_counted(factor, counted), counted, dim)
+
+
+def stacked(values: Sequence[Tensor | None], default: Tensor | None) -> Tensor | None:
+    """[len(values), ...] with `default` for None; None where all are None."""
+    if all(value is None for value in values):
+        return None
+    return torch.stack([default if value is None else value for value in values])  # type: ignore[misc]
 
 
 def similarity_of(loss: Tensor, rows: Tensor | None) -> Tensor:
@@ -164,15 +179,25 @@ def takes_global_means(group: ProcessGroup | None) -> bool:
     return grouped_ranks() and distributed.get_world_size(group) > 1 and torch.is_grad_enabled()
 
 
-def rank_shares(counts: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
+def rank_shares(
+    counts: Mapping[str, Tensor], group: ProcessGroup | None, must_agree: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
     """{teacher: this rank's count over the mean rank's} of {teacher: what this rank counts}.
 
     A mean over a rank's rows, times its share, averaged over ranks (as DDP does with gradients) is the mean over all
-    ranks' rows. Every rank of the group must call it: one small all-reduce."""
-    mine = torch.stack(list(counts.values())).float()
+    ranks' rows. Every rank of the group must call it: one small all-reduce.
+
+    must_agree: float32 tensors that have to be the same on all ranks. Where they are not, the device raises (on a CPU
+    at once, as a RuntimeError); the host does not wait for the answer."""
+    mine = torch.cat([torch.stack(list(counts.values())).float(), *(value.flatten() for value in must_agree)])
     total = mine.clone()
     distributed.all_reduce(total, group=group)
-    shares = mine * distributed.get_world_size(group) / total.clamp_min(1)
+    ranks = distributed.get_world_size(group)
+    if must_agree:
+        held, summed = mine[len(counts) :], total[len(counts) :]
+        agree = ((summed - ranks * held).abs() <= 1e-5 * ranks * held.abs()).all()
+        torch._assert_async(agree, "alignment: ranks have different layers or weights; use selection.synchronised()")
+    shares = mine[: len(counts)] * ranks / total[: len(counts)].clamp_min(1)
     return dict(zip(counts, shares.unbind()))
 
 

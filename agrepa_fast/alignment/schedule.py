@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
@@ -12,6 +13,9 @@ from torch import Tensor, distributed
 from ..buffers import FixedBuffers
 from ..errors import UserError
 from .rows import check_tensor, described
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class AlignmentSchedule:
 class SimilarityStop(FixedBuffers):
     """1 until the running mean of the cosine has reached a threshold, 0 from then on; all of it on the device.
 
-    In a process group the cosine is the mean over the ranks that have one, so that all stop at the same step: every
-    rank must call it.
+    In a process group (None: of all ranks) the cosine is the mean over the ranks that have one, so that all stop at the
+    same step: every rank must call it.
 
     Args:
         threshold: the mean cosine at which alignment has done its work.
@@ -64,11 +68,11 @@ class SimilarityStop(FixedBuffers):
     mean: Tensor
     factor: Tensor
 
-    def __init__(self, threshold: float, momentum: float = 0.99) -> None:
+    def __init__(self, threshold: float, momentum: float = 0.99, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
         if not (-1 <= threshold <= 1 and 0 <= momentum < 1):
             raise UserError(f"expected threshold in [-1, 1] and momentum in [0, 1), got {threshold} and {momentum}")
-        self.threshold, self.momentum = threshold, momentum
+        self.threshold, self.momentum, self.process_group = threshold, momentum, process_group
         for name, value in self.constants().items():
             self.register_buffer(name, value)
 
@@ -84,7 +88,7 @@ class SimilarityStop(FixedBuffers):
         if distributed.is_available() and distributed.is_initialized():
             found = ~cosine.isnan()
             both = torch.stack([torch.where(found, cosine, 0), found.to(cosine.dtype)])
-            distributed.all_reduce(both)
+            distributed.all_reduce(both, group=self.process_group)
             cosine = both[0] / both[1]  # 0 / 0 where no rank has a sample: nan, passed over
         moved = torch.where(self.mean.isnan(), cosine, self.mean.lerp(cosine, 1 - self.momentum))
         self.mean.copy_(torch.where(cosine.isnan(), self.mean, moved))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.cosine import EPS
+from .rows import comparable
 
 
 def standardise(features: Tensor, mask: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -53,6 +54,17 @@ def cka_distance(y: Tensor, target: Tensor, mask: Tensor | None = None) -> Tenso
         first, second = kernels
         norms = (first.square().sum((-2, -1)) + EPS) * (second.square().sum((-2, -1)) + EPS)
         return 1 - (first * second).sum((-2, -1)) * torch.rsqrt(norms)
+
+
+OBJECTIVES = ("cosine", "relation", "cka")
+RELATIONAL = {"relation": relation_distance, "cka": cka_distance}
+
+
+def related(objective: str, y: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
+    """The distance of each set of rows by "relation" or "cka"; 0 for a set without two rows to compare."""
+    distances = RELATIONAL[objective](y, target, rows)
+    sets = comparable(rows)
+    return distances if sets is None else torch.where(sets, distances, 0)
 
 
 def _valid(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 
+from ..models.cost import branch_flops
 from ..models.dit import DiT, DiTConfig
 from .plan import AblationPlan, Sizes, split
 
@@ -18,6 +20,12 @@ CARDS = (24, 80, 141)  # GB
 SHARE = 0.9  # of a card that the probe may take, the rest being the context's and the allocator's
 KINDS: tuple[tuple[str, tuple[str, ...] | None], ...] = (("whole blocks", None), ("branches apart", ("attn", "ff")))
 PRECISIONS = (("bfloat16", 2), ("float32", 4))
+
+# The estimate of the time: samples in a pass, and what an H200 is assumed to do, in operations or bytes a second.
+BATCH = 4
+LIMIT = 798e12  # large matrix products in bfloat16
+MATRICES, ATTENTION, MEMORY = 615e12, 360e12, 3.1e12
+BETTER_ATTENTION, COPY = 500e12, 4.3e12
 
 PAGE = """\
 # The paper's network, on paper
@@ -42,6 +50,29 @@ all {samples} then take. Fused kernels need less than this peak, which reckons w
 |---|---|---|---:|---:|---:|---:|---:|
 {cards}
 
+## The time: an estimate
+
+No GPU has run this. At the rates below, which are assumptions, the {evaluations} block evaluations of {batch} samples
+in one pass (whole blocks, bfloat16) would take {total:.0f} ms: {share:.0%} of {limit:.0f} TFLOP/s, the rate of large
+matrix products that is assumed for an H200. Launches cost nothing here, as in one CUDA graph; embeddings, the output
+Linear and the control of the noise floor are left out.
+
+| part | work | assumed rate | time |
+|---|---:|---:|---:|
+{parts}
+
+What would bring it above 65 %, each step on top of those before it:
+
+| change | time | of {limit:.0f} TFLOP/s |
+|---|---:|---:|
+{steps}
+
+Which kernel attention runs is left to PyTorch: a call of `scaled_dot_product_attention` takes the first of its backends
+that can run it. `torch.nn.attention.sdpa_kernel(backends, set_priority=True)` around a probe puts another first, such
+as cuDNN's; a mask for padded frames rules out flash attention. Which one is fastest on a card is not yet measured.
+
+## From Python
+
 ```python
 from agrepa_fast import AblationPlan
 from agrepa_fast.attribution.plan import Sizes, split
@@ -51,6 +82,67 @@ plans, at_once = split(AblationPlan.build({depth}), paper, samples={samples}, bu
 print(at_once, [str(plan) for plan in plans], plans[0].peak_bytes(paper, at_once))
 ```
 """
+
+
+def times(
+    config: DiTConfig,
+    matrices: float = MATRICES,
+    attention: float = ATTENTION,
+    gelu: float = MEMORY,
+    residual: float = MEMORY,
+) -> dict[str, float]:
+    """Seconds of each part of a pass over BATCH samples, at these rates; an infinite rate leaves a part out."""
+    rates = {"matrices": matrices, "attention": attention, "GELU": gelu, "residual stream": residual}
+    return {name: work / rates[name] for name, work in _work(config).items()}
+
+
+def _work(config: DiTConfig) -> dict[str, float]:
+    """Operations of the matrices and of attention's two products; bytes of the GELU and of the residual stream."""
+    evaluations = AblationPlan.build(config.depth).block_evaluations * BATCH
+    block = sum(branch_flops(config.width, config.ff_ratio, FRAMES))
+    attention = 4 * FRAMES**2 * config.width
+    row = 2 * config.width * FRAMES  # bytes of a bfloat16 tensor of the stream
+    work = {
+        "matrices": block - attention,
+        "attention": attention,
+        "GELU": 2 * config.ff_ratio * row,  # read and written
+        "residual stream": 2 * 4 * row,  # twice: x and the branch are read, x' and h written
+    }
+    return {name: each * evaluations for name, each in work.items()}
+
+
+def _estimate(config: DiTConfig) -> dict[str, object]:
+    """What the page says about the time."""
+    work, now = _work(config), times(config)
+    operations = work["matrices"] + work["attention"]
+    rates = (MATRICES, ATTENTION, MEMORY, MEMORY)
+    parts = []
+    for (name, amount), rate in zip(work.items(), rates, strict=True):
+        unit, of = ("TFLOP", 1e12) if name in ("matrices", "attention") else ("GB", 1e9)
+        speed = f"{rate / 1e12:.0f} TFLOP/s" if unit == "TFLOP" else f"{rate / 1e12:.1f} TB/s"
+        parts.append(_row(name, f"{amount / of:.1f} {unit}", speed, f"{now[name] * 1e3:.0f} ms"))
+    changes: dict[str, dict[str, float]] = {
+        "as it is": {},
+        "GELU inside the matrix product before it": {"gelu": math.inf},
+        f"attention at {BETTER_ATTENTION / 1e12:.0f} TFLOP/s": {"attention": BETTER_ATTENTION},
+        f"residual stream at {COPY / 1e12:.1f} TB/s, a copy's rate": {"residual": COPY},
+    }
+    steps: list[str] = []
+    taken: dict[str, float] = {}
+    for name, change in changes.items():
+        taken |= change
+        seconds = sum(times(config, **taken).values())
+        steps.append(_row(name, f"{seconds * 1e3:.0f} ms", f"{operations / seconds / LIMIT:.0%}"))
+    total = sum(now.values())
+    return {
+        "evaluations": f"{AblationPlan.build(config.depth).block_evaluations:g}",
+        "batch": BATCH,
+        "total": total * 1e3,
+        "share": operations / total / LIMIT,
+        "limit": LIMIT / 1e12,
+        "parts": "\n".join(parts),
+        "steps": "\n".join(steps),
+    }
 
 
 def page() -> str:
@@ -92,6 +184,7 @@ def page() -> str:
         samples=samples,
         plans="\n".join(plans),
         cards="\n".join(cards),
+        **_estimate(config),
     )
 
 

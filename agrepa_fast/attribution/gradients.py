@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import ops
 from ..models.dit import EPS, DiT
 from .native import between
+from .networks import by_name
 from .plan import AblationPlan
-from .runner import by_name, check_finite, check_frames, probing
+from .runner import check_finite, check_frames, probing
 from .scores import METRICS, LayerScores, normalised_change, whole_number
 from .statistics import spearman
 
@@ -138,7 +139,7 @@ def _velocity(model: DiT, plan: AblationPlan, inputs: dict[str, Tensor]) -> tupl
     key_mask = model.key_mask(mask)
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
     for i, branch in enumerate(model.branches):
-        scales = [gate for unit, gate in zip(plan.units, gates) if unit.start <= i < unit.stop]
+        scales = [gate for unit, gate in zip(plan.units, gates) if unit.skips(i)]
         x, h = between(modulation, i, x, branch(h, key_mask), rows, scales[0] if scales else None)
     return model.close(x), gates
 

@@ -34,10 +34,27 @@ def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefi
     return torch.cat(rows)
 
 
-def nudged(x: Tensor) -> Tensor:
-    """x with every second channel a last bit away: an identity block that was switched off, as rounding sees it.
+def whole(model: DiT) -> DiT:
+    """The model itself, or a copy with whole weights where they are sharded (FSDP2): every rank must call it.
 
-    Its own bits would go through the same roundings as the baseline's and show none of them."""
+    A probe calls the parts of a `DiT` and not its forward, so that the hooks that gather weights do not run in order.
+    """
+    if not any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        return model
+    weights = {
+        name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        for name, weight in model.state_dict().items()
+    }
+    copy = DiT(model.config).to(next(iter(weights.values())).device)
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+def nudged(x: Tensor) -> Tensor:
+    """Perturb every second channel by half an ulp; the resulting change of the velocity is the rounding noise floor.
+
+    An unchanged copy would round exactly as the baseline does, and show nothing.
+    """
     second = torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
     return x + x * (second * (0.5 * torch.finfo(x.dtype).eps))
 
@@ -72,21 +89,24 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
     h = ops.layer_norm_modulate(
         x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
     )
-    # Of the baseline, the state before each unit that has started; it joins where the unit stops.
-    before: dict[int, Tensor] = {}
+    # The baseline's state before each unit that has started; it joins where the unit stops.
+    before: dict[int, list[Tensor]] = {}
     for i, branch in enumerate(model.branches):
         for unit in plan.units:
             if unit.start == i:
-                before[unit.stop] = x[first : first + batch]
-                if unit.stop > i + 1:  # a view would hold the memory of all streams of its time
-                    before[unit.stop] = before[unit.stop].clone()
+                state = x[first : first + batch]
+                # A view would hold the memory of all streams of its time.
+                before.setdefault(unit.stop, []).append(state.clone() if unit.stop > i + 1 else state)
         out = branch(h, None if masks is None else masks[: x.shape[0]])
         del h  # every stream's, so neither it nor `out` may outlive its use
         # The new stream skips the branch; the op that closes it writes that stream behind the others.
-        join = before.pop(i + 1, None)
-        rows = samples[: x.shape[0] + (0 if join is None else batch)]
-        x, h = between(modulation, i, x, out, rows, join=join)
-        del out, join
+        joining = before.pop(i + 1, [])
+        join = torch.cat(joining) if len(joining) > 1 else joining[0] if joining else None
+        rows = samples[: x.shape[0] + len(joining) * batch]
+        later = [stream for stream, unit in enumerate(plan.units, 1) if unit.stop <= i and unit.skips(i)]
+        scale = _without(later, x, len(rows), first, batch) if later else None
+        x, h = between(modulation, i, x, out, rows, scale, join)
+        del out, join, joining
     del h
     velocity = model.close(x)
     return velocity[:first], velocity[first:].unflatten(0, (plan.streams, batch))
@@ -99,13 +119,19 @@ def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Te
     x = torch.cat([*([nudged(x[:1])] if plan.control else ()), x.repeat(plan.streams, 1, 1)])
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, sample_index=samples, eps=EPS)
     for i, branch in enumerate(model.branches):
-        scale = torch.ones(x.shape[0], device=x.device, dtype=x.dtype)
-        for stream, unit in enumerate(plan.units, 1):
-            if unit.start <= i < unit.stop:
-                scale[first + stream * batch : first + (stream + 1) * batch].zero_()
+        off = [stream for stream, unit in enumerate(plan.units, 1) if unit.skips(i)]
+        scale = _without(off, x, x.shape[0], first, batch)
         x, h = between(modulation, i, x, branch(h, masks), samples, scale)
     velocity = model.close(x)
     return velocity[:first], velocity[first:].unflatten(0, (-1, batch))
+
+
+def _without(streams: Sequence[int], x: Tensor, rows: int, first: int, batch: int) -> Tensor:
+    """[rows] factors of a branch: 0 for the sequences of these streams, else 1."""
+    scale = torch.ones(rows, device=x.device, dtype=x.dtype)
+    for stream in streams:
+        scale[first + stream * batch : first + (stream + 1) * batch].zero_()
+    return scale
 
 
 def _loop(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -125,7 +151,7 @@ def _forward(
     x = x if enter is None else enter(x)
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
     for i, branch in enumerate(model.branches):
-        skipped = without is not None and without.start <= i < without.stop
+        skipped = without is not None and without.skips(i)
         x, h = between(modulation, i, x, x[:0] if skipped else branch(h, masks), samples)
     return model.close(x)
 

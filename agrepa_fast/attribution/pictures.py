@@ -5,7 +5,7 @@ They read a `LayerScores` of U units (layers or branches), N samples: by_sample 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -85,10 +85,10 @@ def unit_weight(name: str, selection: Selected | None) -> float | None:
     return None
 
 
-def plot_scores(scores: LayerScores, selection: Selected | None = None) -> Figure:
+def plot_scores(scores: LayerScores, selection: Selected | Mapping[str, Selected] | None = None) -> Figure:
     """Bars of the mean score of each unit with its standard error, domains side by side.
 
-    `selection` marks its layers with a band and their weight.
+    `selection` marks its layers with a band and their weight; {teacher: selection} with a row of weights for each.
     """
     names, domains = scores.names, scores.by_domain()
     positions = torch.arange(len(names), dtype=torch.float64)
@@ -116,12 +116,12 @@ def plot_scores(scores: LayerScores, selection: Selected | None = None) -> Figur
         error = scores.stderr.nan_to_num(0.0).numpy()
         axes.bar(positions.numpy(), scores.mean.numpy(), 0.7, yerr=error, color=PALETTE[0], error_kw=bar_style)
 
-    _mark_selection(axes, names, selection)
-    crowded = len(names) > 30
+    _mark_selection(axes, scores, selection)
+    crowded = len(names) > 30 or max(map(len, names)) > 8
     axes.set_xticks(positions.numpy(), names, rotation=90 if crowded else 0)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(bottom=min(0.0, float(scores.mean.nan_to_num(0.0).min())))
-    axes.set_xlabel("branch" if any("." in name for name in names) else "layer (0-based)")
+    axes.set_xlabel(_unit_label(scores))
     axes.set_ylabel(_score_label(scores))
     style_axes(axes)
     axes.tick_params(axis="x", length=0, labelsize=7.5 if crowded else 9)
@@ -156,7 +156,7 @@ def plot_layer_t_map(scores: LayerScores) -> Figure:
         axes.tick_params(left=axes is grid[0])
     rows = _every_few(units, limit=26)
     grid[0].set_yticks(rows, [scores.names[row] for row in rows])
-    grid[0].set_ylabel("branch" if any("." in name for name in scores.names) else "layer (0-based)")
+    grid[0].set_ylabel(_unit_label(scores))
     bar = figure.colorbar(image, ax=list(grid), pad=0.015, fraction=0.04)
     bar.set_label(_score_label(scores), color=INK, fontsize=10)
     bar.ax.tick_params(colors=INK, labelsize=9, length=3)
@@ -183,37 +183,52 @@ def legend_beside(figure: Figure, axes: Axes) -> None:
         text.set_parse_math(False)
 
 
-def _mark_selection(axes: Axes, names: tuple[str, ...], selection: Selected | None) -> None:
+def _unit_label(scores: LayerScores) -> str:
+    if scores.branches is not None:
+        return "branch"
+    return "layer (0-based)" if scores.names == tuple(map(str, scores.layers)) else "block"
+
+
+def _mark_selection(axes: Axes, scores: LayerScores, selection: Selected | Mapping[str, Selected] | None) -> None:
+    """A band over each selected layer, and above the axes a row of weights for each selection."""
     if selection is None:
         return
-    crowded = len({name.partition(".")[0] for name in names}) > 30
-    for layer in selection.layers:
-        units = [i for i, name in enumerate(names) if str(layer) in (name, name.partition(".")[0])]
-        if not units:
-            continue
-        axes.axvspan(units[0] - 0.48, units[-1] + 0.48, color=ACCENT, alpha=0.16, linewidth=0, zorder=0)
+    by_label = selection if isinstance(selection, Mapping) else {"weight": selection}
+    crowded = len(set(scores.layers)) > 30
+    banded = set()
+    for number, (label, own) in enumerate(reversed([*by_label.items()])):
+        height = 3 + number * (20 if crowded else 11)  # in points, above the row of the selection below
+        for layer, weight in zip(own.layers, own.weights, strict=True):
+            named = zip(scores.names, scores.layers)
+            units = [i for i, (name, n) in enumerate(named) if str(layer) in (name, str(n))]
+            if not units:
+                continue
+            if layer not in banded:
+                axes.axvspan(units[0] - 0.48, units[-1] + 0.48, color=ACCENT, alpha=0.16, linewidth=0, zorder=0)
+                banded.add(layer)
+            axes.annotate(
+                f"{float(weight):.2f}",
+                ((units[0] + units[-1]) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, height),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7 if crowded else 8.5,
+                fontweight="bold",
+                color=ACCENT,
+                rotation=90 if crowded else 0,
+            )
         axes.annotate(
-            f"{unit_weight(names[units[0]], selection):.2f}",
-            ((units[0] + units[-1]) / 2, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
+            label,
+            (0.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(-4, height),
             textcoords="offset points",
-            ha="center",
-            fontsize=7 if crowded else 8.5,
-            fontweight="bold",
+            ha="right",
+            fontsize=8.5,
             color=ACCENT,
-            rotation=90 if crowded else 0,
+            parse_math=False,
         )
-    axes.annotate(
-        "weight",
-        (0.0, 1.0),
-        xycoords="axes fraction",
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=ACCENT,
-    )
 
 
 def _score_label(scores: LayerScores) -> str:

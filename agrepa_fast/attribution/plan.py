@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models.cost import branch_flops
@@ -19,16 +19,51 @@ BRANCHES = ("attn", "ff")  # the branches of a block, in order
 
 @dataclass(frozen=True)
 class Unit:
-    """What one stream switches off: the branches start <= i < stop of the chain."""
+    """What one stream switches off: the branches start <= i < stop of the chain, and those of `more`.
+
+    layer: the first layer. more: further ranges (start, stop) of a set of layers that is not contiguous.
+    """
 
     layer: int
-    branch: str | None  # "attn", "ff", or None for the whole block
+    branch: str | None  # "attn", "ff", or None for whole blocks
     start: int
     stop: int
+    more: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[int]) -> Unit:
+        """Whole blocks, given as ascending layers."""
+        first, *more = _ranges(layers)
+        return cls(layers[0], None, *first, tuple(more))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers of which something is switched off."""
+        return tuple(dict.fromkeys(i // 2 for start, stop in self.ranges for i in range(start, stop)))
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        return ((self.start, self.stop), *self.more)
 
     @property
     def name(self) -> str:
-        return str(self.layer) if self.branch is None else f"{self.layer}.{self.branch}"
+        """ "3", "3.attn", or "0+1+5" for a set."""
+        return "+".join(map(str, self.layers)) if self.branch is None else f"{self.layer}.{self.branch}"
+
+    def skips(self, branch: int) -> bool:
+        """Whether the unit switches this branch off."""
+        return any(start <= branch < stop for start, stop in self.ranges)
+
+
+def _ranges(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending layers as ranges of branches; neighbours share one."""
+    ranges: list[tuple[int, int]] = []
+    for layer in layers:
+        if ranges and ranges[-1][1] == 2 * layer:
+            ranges[-1] = (ranges[-1][0], 2 * layer + 2)
+        else:
+            ranges.append((2 * layer, 2 * layer + 2))
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -48,6 +83,8 @@ class Sizes:
 class AblationPlan:
     """The streams of a probe of a chain of 2 `depth` branches; stream 0 is the baseline, stream k + 1 is units[k].
 
+    Units come in the order in which their streams join: ascending in `stop`. A stream runs every branch after it has
+    joined, also those of `Unit.more`, whose result it leaves out.
     control: whether one sequence more runs along, which measures the noise floor; one pass of a probe needs it.
     """
 
@@ -82,6 +119,14 @@ class AblationPlan:
                     units.append(Unit(layer, branch, 2 * layer + j, 2 * layer + j + 1))
         return cls(depth, tuple(units))
 
+    @classmethod
+    def of_sets(cls, depth: int, sets: Iterable[Sequence[int]], early: bool = False) -> AblationPlan:
+        """Plan the ablation of whole sets of layers, each an ascending sequence without duplicates (`layer_sets`).
+
+        early: order the units by their first layer, for other models, whose streams join there."""
+        units = sorted(map(Unit.of_layers, sets), key=lambda unit: (unit.stop, unit.start, unit.more))
+        return cls(depth, tuple(sorted(units, key=lambda unit: unit.start) if early else units))
+
     def active(self, branch: int) -> int:
         """Streams that run the given branch: the baseline and every unit that has joined by then."""
         return 1 + sum(unit.stop <= branch for unit in self.units)
@@ -103,7 +148,7 @@ class AblationPlan:
     @property
     def loop_block_evaluations(self) -> float:
         """What a loop of full forwards costs that skips the switched-off branches: L^2 for all whole blocks."""
-        skipped = sum(unit.stop - unit.start for unit in self.units)
+        skipped = sum(stop - start for unit in self.units for start, stop in unit.ranges)
         return (2 * self.depth * self.streams - skipped) / len(BRANCHES)
 
     def peak_bytes(self, sizes: Sizes, samples: int) -> int:
@@ -122,7 +167,9 @@ class AblationPlan:
             r = self.active(i) + control
             # The baseline's states kept for units of several branches, and the streams once the branch is closed.
             kept = sum(unit.start <= i < unit.stop and unit.stop - unit.start > 1 for unit in self.units)
-            s = r + sum(unit.stop == i + 1 for unit in self.units)
+            joining = sum(unit.stop == i + 1 for unit in self.units)
+            kept += joining if joining > 1 else 0  # several are put together first
+            s = r + joining
             log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
             branch = 2 * r + (2 * sizes.ff_ratio * r if i % 2 else 5 * r + log_sums) + kept
             # Where a stream skips the branch, the sum of the others lives beside the two together.
@@ -151,6 +198,43 @@ class AblationPlan:
             f"{len(self.units)} ablations of {self.depth} blocks: {self.block_evaluations:g} block evaluations "
             f"(a loop: {self.loop_block_evaluations:g}), {self.streams} streams"
         )
+
+
+def layer_sets(
+    depth: int, sets: Iterable[Iterable[int | str]] | None, spans: int | None, names: Mapping[str, int]
+) -> list[tuple[int, ...]]:
+    """The sets of layers to ablate, each ascending: as they are given, or every `spans` neighbours.
+
+    Args:
+        names: {name of a block: its layer}, for sets that hold names.
+
+    Raises:
+        ValueError: on an unknown layer, an empty or a repeated set, a length that does not fit, or both sets and spans.
+        TypeError: on a layer that is neither an integer nor a name.
+    """
+    if spans is not None:
+        if sets is not None:
+            raise ValueError("sets, spans: give one of them")
+        length = operator.index(spans)
+        if not 1 <= length <= depth:
+            raise ValueError(f"spans: expected 1 to {depth} blocks, got {spans}")
+        return [tuple(range(first, first + length)) for first in range(depth - length + 1)]
+    found: list[tuple[int, ...]] = []
+    for members in sets or ():
+        if isinstance(members, str | int) or not isinstance(members, Iterable):
+            raise TypeError(f"sets: expected sequences of layers, as [[0, 1], [4]], got {members!r:.60}")
+        layers = []
+        for member in members:
+            if isinstance(member, str) and member not in names:
+                raise ValueError(f"sets: no block {member!r}; blocks are {', '.join(names) or f'0 to {depth - 1}'}")
+            layers.append(names[member] if isinstance(member, str) else operator.index(member))
+        outside = [layer for layer in layers if not 0 <= layer < depth]
+        if outside or not layers or len(set(layers)) < len(layers):
+            raise ValueError(f"sets: expected distinct 0-based layers below {depth}, at least one, got {layers}")
+        found.append(tuple(sorted(layers)))
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"sets: expected at least one set, and none twice, got {found}")
+    return found
 
 
 def split(plan: AblationPlan, sizes: Sizes, samples: int, budget: int) -> tuple[tuple[AblationPlan, ...], int]:

@@ -75,18 +75,18 @@ def dissociations(scores: LayerScores, stored: Sequence[Stored], k: int = 3) -> 
     Raises:
         ValueError: a domain that was not scored, layers that differ, or k.
     """
-    found = []
+    results = []
     for entry in stored:
         of_domain = scores.domain(entry.domain) if entry.domain else scores
         result = dissociation(of_domain, entry.lasp, k)
         _, counts = of_domain.by_clip()
         cka = tuple(entry.cka.double().tolist())
-        found.append(
+        results.append(
             DomainDissociation(
                 entry.domain, entry.teacher, result, cka, entry.fitted, entry.lasp.shape[1], counts.numel()
             )
         )
-    return found
+    return results
 
 
 def write_scd(
@@ -118,16 +118,16 @@ def write_scd(
     _write_layers(folder / "foga_layers.csv", step, epoch, columns, scores.layers, list(rows))
     if scores.t is not None:
         _write_map(folder, scores, domains)
-    found = dissociations(scores, sorted(stored, key=lambda entry: _released_first(entry.domain)), k)
-    if found:
-        columns = [f"{_similarity(entry)}" for entry in found] + [f"{_similarity(e, 'cka')}" for e in found]
-        rows = zip(*(entry.result.stored for entry in found), *(entry.cka for entry in found))
+    results = dissociations(scores, sorted(stored, key=lambda entry: _released_first(entry.domain)), k)
+    if results:
+        columns = [f"{_similarity(entry)}" for entry in results] + [f"{_similarity(e, 'cka')}" for e in results]
+        rows = zip(*(entry.result.stored for entry in results), *(entry.cka for entry in results))
         _write_layers(folder / "lasp_layers.csv", step, epoch, columns, scores.layers, list(rows))
-        _write_scd(folder / "scd.csv", found)
-        state = {"step": step, "epoch": epoch, "k": k, "domains": [_plain(asdict(entry)) for entry in found]}
+        _write_scd(folder / "scd.csv", results)
+        state = {"step": step, "epoch": epoch, "k": k, "domains": [_plain(asdict(entry)) for entry in results]}
         with writing(folder / "scd.json"):
             (folder / "scd.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    return found
+    return results
 
 
 def read_scd(path: str | Path) -> list[DomainDissociation]:
@@ -140,11 +140,11 @@ def read_scd(path: str | Path) -> list[DomainDissociation]:
     return [DomainDissociation.from_state(entry) for entry in state["domains"]]
 
 
-def plot_scd(found: Sequence[DomainDissociation]) -> Figure:
+def plot_scd(results: Sequence[DomainDissociation]) -> Figure:
     """One panel per domain: bars of FoG-A by layer, LASP as points over them; the K highest of each are filled."""
     figure = new_figure(10, 3.6)
-    grid = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, entry in zip(grid, found, strict=True):
+    grid = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, entry in zip(grid, results, strict=True):
         result, places = entry.result, range(len(entry.result.layers))
         used = [layer in result.most_used for layer in result.layers]
         bars = axes.bar(places, result.foga, 0.7, color=PALETTE[0])
@@ -205,11 +205,11 @@ def _write_map(folder: Path, scores: LayerScores, domains: Sequence[str]) -> Non
         (folder / "foga_map.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_scd(path: Path, found: Sequence[DomainDissociation]) -> None:
+def _write_scd(path: Path, results: Sequence[DomainDissociation]) -> None:
     with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("domain", "teacher", "layer", "foga", "lasp", "cka", "most_used", "most_stored"))
-        for entry in found:
+        for entry in results:
             result = entry.result
             for layer, used, held, cka in zip(result.layers, result.foga, result.stored, entry.cka, strict=True):
                 among = (int(layer in result.most_used), int(layer in result.most_stored))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from ..errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +24,7 @@ EPS = 1e-8
 # Relative change of the velocity below which 16-bit rounding can decide ranks.
 SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
-OPTIONAL_COLUMNS = ("clip", "noise")  # which older files may lack
+OPTIONAL_COLUMNS = ("clip", "noise", "name")  # which older files may lack
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
@@ -79,6 +75,10 @@ class LayerScores:
             leaves the residual stream a last bit away; None where it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
         block_evaluations: what the probe cost, in evaluations of a block on all samples.
+        names: of the units: for another model its own ("single_transformer_blocks.7"), whose layers are numbered in
+            the order of its forward; for a `DiT` "0", "1", ... or "0.attn", "0.ff", ....
+        engine: what ran: see `attribute_layers`.
+        sets: the layers of each unit where sets or spans were switched off (`layers` has the first of each), or None.
     """
 
     layers: tuple[int, ...]
@@ -91,6 +91,9 @@ class LayerScores:
     block_evaluations: float | None = field(default=None, compare=False)
     clips: tuple[int, ...] | None = None
     noise_by_sample: Tensor | None = None
+    names: tuple[str, ...] = ()
+    engine: str | None = field(default=None, compare=False)
+    sets: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_sample, Tensor) or not self.by_sample.is_floating_point():
@@ -104,12 +107,18 @@ class LayerScores:
             unit, sample = (~self.by_sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"by_sample: the score of unit {unit} and sample {sample} is not finite")
         units, samples = self.by_sample.shape
+        if self.sets is not None and tuple(members[:1] for members in self.sets) != tuple((n,) for n in self.layers):
+            raise ValueError(f"sets: expected {units} sets that begin with {self.layers}, got {self.sets}")
         if len(self.layers) != units:
             raise ValueError(f"by_sample has {units} rows for {len(self.layers)} layers")
         if self.branches is not None and len(self.branches) != units:
             raise ValueError(
                 f"branches: expected a name for each of by_sample's {units} rows, got {len(self.branches)}"
             )
+        if not self.names:
+            object.__setattr__(self, "names", self._numbers())
+        if len(self.names) != units:
+            raise ValueError(f"names: expected a name for each of by_sample's {units} rows, got {len(self.names)}")
         per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
         for name, value in per_sample:
             if value is not None and value.shape != (samples,):
@@ -119,9 +128,10 @@ class LayerScores:
         if self.clips is not None and len(self.clips) != samples:
             raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches."""
+    def _numbers(self) -> tuple[str, ...]:
+        """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches; "0+1", "4+5", ... for sets."""
+        if self.sets is not None:
+            return tuple("+".join(map(str, members)) for members in self.sets)
         if self.branches is None:
             return tuple(map(str, self.layers))
         return tuple(f"{layer}.{branch}" for layer, branch in zip(self.layers, self.branches))
@@ -167,11 +177,13 @@ class LayerScores:
         # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
         return self.mean > self.noise_floor * (1 + 1e-6) + 1e-12
 
-    def domain(self, name: str) -> LayerScores:
-        """The scores of one domain's samples."""
-        if self.domains is None or name not in self.domains:
-            raise ValueError(f"domain: expected one of {sorted(set(self.domains or ()))}, got {name!r}")
-        return self._take([i for i, domain in enumerate(self.domains) if domain == name])
+    def domain(self, *names: str) -> LayerScores:
+        """The scores of the samples of one domain, or of several."""
+        known = sorted(set(self.domains or ()))
+        wrong = [name for name in names if name not in known]
+        if self.domains is None or wrong or not names:
+            raise ValueError(f"domain: expected one of {known}, got {', '.join(map(repr, wrong or names)) or 'none'}")
+        return self._take([i for i, domain in enumerate(self.domains) if domain in names])
 
     def by_domain(self) -> dict[str, LayerScores]:
         """{domain: scores}, in order of name; empty when the domains are unknown."""
@@ -198,28 +210,33 @@ class LayerScores:
             None if self.domains is None else tuple(self.domains[i] for i in samples),
             clips=None if self.clips is None else tuple(self.clips[i] for i in samples),
             noise_by_sample=None if self.noise_by_sample is None else self.noise_by_sample[index],
+            names=self.names,
+            engine=self.engine,
+            sets=self.sets,
         )
 
     def table(self) -> str:
         """Text table: unit, mean, standard error, mean per domain; highest first."""
         domains = self.by_domain() if len(set(self.domains or ())) > 1 else {}
         widths = {name: max(9, len(name)) for name in domains}
-        lines = ["layer        mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
+        wide = max(8, *(len(name) + 2 for name in self.names))
+        lines = [f"{'layer':<{wide}}     mean    stderr" + "".join(f" {name:>{widths[name]}}" for name in domains)]
         for u in self.mean.argsort(descending=True, stable=True).tolist():
-            row = f"{self.names[u]:<8}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
+            row = f"{self.names[u]:<{wide}}{self.mean[u]:9.4f} {self.stderr[u]:9.4f}"
             lines.append(row + "".join(f" {part.mean[u]:{widths[name]}.4f}" for name, part in domains.items()))
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer, branch, sample, t, domain, score, clip, noise (of the sample)."""
+        """One row per unit and sample: layer ("0+3" for a set), branch, sample, t, domain, score, clip, noise (of the
+        sample), name (of the unit)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
-            for u, layer in enumerate(self.layers):
+            for u, layers in enumerate(self.sets or ((layer,) for layer in self.layers)):
                 for n, score in enumerate(self.by_sample[u].tolist()):
                     writer.writerow(
                         (
-                            layer,
+                            "+".join(map(str, layers)),
                             "" if self.branches is None else self.branches[u],
                             n,
                             "" if self.t is None else repr(self.t[n].item()),
@@ -227,6 +244,7 @@ class LayerScores:
                             repr(score),
                             "" if self.clips is None else self.clips[n],
                             "" if self.noise_by_sample is None else repr(self.noise_by_sample[n].item()),
+                            self.names[u],
                         )
                     )
 
@@ -236,7 +254,7 @@ class LayerScores:
 
     def state(self) -> dict[str, Any]:
         """Everything as plain lists and numbers; `LayerScores.from_state` reads it back."""
-        return {
+        state = {
             "metric": self.metric,
             "layers": list(self.layers),
             "branches": None if self.branches is None else list(self.branches),
@@ -251,6 +269,14 @@ class LayerScores:
             "mean": self.mean.tolist(),
             "by_sample": self.by_sample.tolist(),
         }
+        # Files of older versions lack both, and are written again as they were.
+        if self.names != self._numbers():
+            state["names"] = list(self.names)
+        if self.engine is not None:
+            state["engine"] = self.engine
+        if self.sets is not None:
+            state["sets"] = [list(members) for members in self.sets]
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LayerScores:
@@ -263,8 +289,7 @@ class LayerScores:
             raise ValueError(f"scores: expected a mapping of their fields, got {type(state).__name__}")
 
         def entry(name: str, convert: Callable[[Any], Any], required: bool = False) -> Any:
-            # Files of older versions lack the noise.
-            if name not in state and name != "noise_by_sample":
+            if name not in state and name not in ("noise_by_sample", "names", "engine", "sets"):  # of older versions
                 raise ValueError(f"scores: {name} is missing")
             value = state.get(name)
             if value is None and not required:
@@ -285,6 +310,9 @@ class LayerScores:
             block_evaluations=entry("block_evaluations", float),
             clips=entry("clips", _tuple_of(int)),
             noise_by_sample=entry("noise_by_sample", _numbers),
+            names=entry("names", _tuple_of(str)) or (),
+            engine=entry("engine", _text),
+            sets=entry("sets", lambda sets: tuple(map(_tuple_of(int), sets))),
         )
 
     def plot(self) -> Figure:
@@ -292,62 +320,6 @@ class LayerScores:
         from .pictures import plot_scores
 
         return plot_scores(self)
-
-
-def read_scores(path: str | Path) -> LayerScores:
-    """Read a CSV that `LayerScores.to_csv` wrote (the metric is not in it: "rms" is assumed).
-
-    Raises:
-        UserError: names the file and line that does not fit.
-    """
-    units: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-    times: dict[int, Any] = {}
-    domains: dict[int, Any] = {}
-    clips: dict[int, Any] = {}
-    noises: dict[int, Any] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or not set(COLUMNS) <= set(reader.fieldnames):
-                raise UserError(f"{path}:1: expected the columns {','.join(COLUMNS)}")
-            for row in reader:
-                try:
-                    unit, sample, score, t = _parse(row)
-                    if sample in units[unit]:
-                        raise ValueError(f"a second score of sample {sample} for layer {row['layer']}{row['branch']}")
-                    facts = (
-                        (times, t),
-                        (domains, row["domain"]),
-                        (clips, int(row["clip"]) if row.get("clip") else None),
-                        (noises, float(row["noise"]) if row.get("noise") else None),
-                    )
-                    if any(known.setdefault(sample, value) != value for known, value in facts):
-                        raise ValueError(f"sample {sample} has another t, domain, clip or noise in an earlier line")
-                    units[unit][sample] = score
-                except ValueError as error:
-                    raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    samples = sorted(times)
-    if not units or any(sorted(scores) != samples for scores in units.values()):
-        raise UserError(f"{path}: expected a score for each of the {len(samples)} samples of every layer")
-    branches = tuple(branch for _, branch in units)
-    if any(branches) != all(branches):
-        raise UserError(f"{path}: expected a branch in every row or in none")
-    known_times = [t for t in (times[n] for n in samples) if t is not None]
-    return LayerScores(
-        tuple(layer for layer, _ in units),
-        torch.tensor([[s[n] for n in samples] for s in units.values()], dtype=torch.float64),
-        branches=branches if any(branches) else None,
-        t=torch.tensor(known_times) if len(known_times) == len(samples) else None,
-        domains=tuple(domains[n] for n in samples) if all(domains.values()) else None,
-        clips=tuple(clips[n] for n in samples) if None not in clips.values() else None,
-        noise_by_sample=(
-            torch.tensor([noises[n] for n in samples], dtype=torch.float64) if None not in noises.values() else None
-        ),
-    )
 
 
 def _numbers(values: Any) -> Tensor:
@@ -367,15 +339,3 @@ def _tuple_of(kind: type) -> Callable[[Any], Any]:
         return tuple(values)
 
     return convert
-
-
-def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[int, str], int, float, float | None]:
-    """One line of the CSV -> (layer, branch), sample, score, t; ValueError says what does not fit."""
-    if None in row or None in row.values():  # a line longer or shorter than the header
-        raise ValueError(f"expected {len(COLUMNS)} fields")
-    layer, score = int(row["layer"]), float(row["score"])
-    if layer < 0:
-        raise ValueError(f"expected a 0-based layer, got {layer}")
-    if not math.isfinite(score):
-        raise ValueError(f"the score is not finite: {row['score']}")
-    return (layer, row["branch"]), int(row["sample"]), score, float(row["t"]) if row["t"] else None

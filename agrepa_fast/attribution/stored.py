@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..models.dit import DiT
-from .runner import by_name, check_frames, probing
+from .networks import by_name
+from .runner import check_frames, probing
 from .scores import LayerScores, whole_number
 from .statistics import _top, kendall, spearman
 

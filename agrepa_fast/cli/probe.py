@@ -14,6 +14,7 @@ from .options import number, overrides
 if TYPE_CHECKING:
     from ..attribution.scd import Stored
     from ..attribution.scores import LayerScores
+    from ..training.config import RunConfig
 
 HELP = "Score every layer of a checkpoint (FoG-A) and select the ones to align."
 EXAMPLES = """\
@@ -45,42 +46,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..alignment.policy import select_layers
+    from ..alignment.reselect import LayerChooser
+    from ..alignment.selection import described, write_selection
     from ..attribution.pictures import plot_layer_t_map, plot_scores
     from ..attribution.scd import plot_scd, write_scd
 
     stored: list[Stored] = []
-    step = 0
+    step, weighting, domains = 0, "share", None
     if ":" in arguments.checkpoint and not Path(arguments.checkpoint).exists():
         scores, k = _score_factory(arguments)
     else:
-        scores, k, stored, step = _score_checkpoint(arguments)
+        scores, config, stored, step = _score_checkpoint(arguments)
+        k, weighting, a = config.probe.k, config.alignment.weights, config.alignment
+        if a.selection_per == "teacher":
+            domains = {name: teacher.domains for name, teacher in a.teachers.items()}
     if not 1 <= k <= len(set(scores.layers)):
         raise UserError(f"--k: expected 1 to {len(set(scores.layers))} layers, got {k}")
-    selection = select_layers(scores, k)
+    depth = max(scores.layers) + 1
+    selection = LayerChooser("foga", depth, k, weighting=weighting, domains=domains).choose(None, scores)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     scores.to_csv(out / "foga.csv")
     scores.to_json(out / "foga.json")
-    selection.to_json(out / "selection.json")
+    write_selection(selection, out / "selection.json")
     plot_scores(scores, selection).savefig(out / "foga.png", dpi=150)
     written = "foga.csv foga.json selection.json foga.png"
     if scores.t is not None:
         plot_layer_t_map(scores).savefig(out / "foga_map.png", dpi=150)
         written += " foga_map.png"
-    found = []
+    compared = []
     if scores.branches is None:
-        found = write_scd(out, scores, stored, k, step)
+        compared = write_scd(out, scores, stored, k, step)
         written += " foga_layers.csv" + (" foga_map.csv foga_map.json" if scores.t is not None else "")
-    if found:
-        plot_scd(found).savefig(out / "scd.png", dpi=150)
+    if compared:
+        plot_scd(compared).savefig(out / "scd.png", dpi=150)
         written += " lasp_layers.csv scd.csv scd.json scd.png"
     print(scores.table())
     low = [name for name, above in zip(scores.names, scores.above_floor.tolist()) if not above]
     print(f"a layer without effect would score {scores.noise_floor:.2g}; not above it: {', '.join(low) or 'none'}")
-    pairs = zip(selection.layers, selection.weights)
-    print("selected (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
-    for entry in found:
+    print(f"selected (0-based): {described(selection)}")
+    for entry in compared:
         result = entry.result
         print(
             f"{entry.domain}: {result.overlap:.0%} of the {k} most used layers are among the most stored, "
@@ -118,8 +123,9 @@ def _score_factory(arguments: argparse.Namespace) -> tuple[LayerScores, int]:
     return scores, min(3, len(set(scores.layers))) if arguments.k is None else arguments.k
 
 
-def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, list[Stored], int]:
-    """Scores of a checkpoint of `agrepa train` on held-out or given clips, K, what its layers store, and its step."""
+def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, RunConfig, list[Stored], int]:
+    """Scores of a checkpoint of `agrepa train` on held-out or given clips, its configuration, what its layers store,
+    and its step."""
     from ..training.clips import load_held_out
     from ..training.config import override_config
     from ..training.dissociation import stored_by_layer
@@ -160,4 +166,4 @@ def _score_checkpoint(arguments: argparse.Namespace) -> tuple[LayerScores, int, 
         stored = stored_by_layer(backbone, teachers, clips, config, device)
         if not stored:
             raise UserError("--lasp: no domain has three clips to fit a head on and measure; give more with --data")
-    return scores, config.probe.k, stored, checkpoint.state["step"]
+    return scores, config, stored, checkpoint.state["step"]

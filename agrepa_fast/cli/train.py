@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..alignment.selection import described
     from ..report import read_log
     from ..training.config import dump_config, load_config
     from ..training.distributed import rank, shutdown
@@ -57,9 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif losses:
         print(f"validation flow-matching loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
     if trainer.selection is not None:
-        pairs = zip(trainer.selection.layers, trainer.selection.weights)
         a = trainer.config.alignment
         label = "aligned layers" if a.enabled and a.weight > 0 else "selected layers, not aligned"
-        print(f"{label} (0-based): " + ", ".join(f"{layer} ({weight:.3f})" for layer, weight in pairs))
+        print(f"{label} (0-based): {described(trainer.selection)}")
     print(f"report: {run_dir / 'report.html'}")
     return 0

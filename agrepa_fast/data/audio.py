@@ -1,6 +1,6 @@
-"""Reading and writing sound files: any format and rate in, mono float32 [S] at the wanted rate out.
+"""Read and write sound files: any format and rate in, mono float32 [S] at the wanted rate out.
 
-Every way a file can be unusable is a UserError that names the file and the reason.
+A file that cannot be used raises a UserError that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import soundfile
 
-# About 3 steps of a 16-bit file (-80 dB of full scale): below it there is nothing to learn from.
+# About 3 steps of a 16-bit file (-80 dB of full scale). A file whose samples are all below it is silent.
 SILENCE = 1e-4
-# 18 dB above full scale: no mix is as loud, but samples of an integer file that were written as floats are.
+# 18 dB above full scale. No mix is as loud; integer samples that were written as floats are.
 LOUDEST = 8.0
 CANCELLED = 0.01
-# What may be missing of what a header claims: some writers count a few bytes too many.
+# A file may lack so much of what its header claims, because some writers count a few bytes too many.
 ENOUGH_SECONDS = 0.01
 LONGEST_SECONDS = 360_000
 UNKNOWN_SIZE = 0x7FFFF000
@@ -38,37 +38,50 @@ LOWEST_RATE, HIGHEST_RATE = 2000, 768000
 
 
 def import_torchaudio() -> ModuleType:
-    """torchaudio, imported on first use. UserError when it is missing or does not fit this torch."""
+    """torchaudio, imported on first use.
+
+    Raises:
+        UserError: it is not installed, or it was built for another torch.
+    """
     try:
-        import torchaudio
-    except (ImportError, OSError, RuntimeError) as error:
-        # A torchaudio built for another CUDA than torch raises OSError or RuntimeError on import.
-        raise UserError(f"torchaudio cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        import torchaudio.functional
+    except ModuleNotFoundError as error:
+        raise UserError(f"torchaudio is not installed ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"torchaudio does not fit torch {torch.__version__} ({_line(error)}): "
+            "install the two together, in versions built for each other, from one index"
+        ) from error
     return torchaudio
 
 
 def import_soundfile() -> ModuleType:
-    """soundfile, imported on first use. UserError when it or its C library is missing."""
+    """soundfile, imported on first use.
+
+    Raises:
+        UserError: it or its C library is missing.
+    """
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise UserError(f"soundfile cannot be imported ({_line(error)}): install agrepa-fast[audio]") from error
+        raise UserError(f"soundfile cannot be imported ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
     return soundfile
 
 
 class Header(NamedTuple):
-    """What a file says of itself before it is decoded."""
+    """What the header of a file says, before decoding."""
 
     frames: int  # samples of each channel
     rate: int  # Hz
-    exact: bool  # whether decoding gives that many; MP3 may only estimate it
+    exact: bool  # whether decoding gives exactly so many; the header of an MP3 may only estimate it
 
 
 def read_header(path: str | Path) -> Header:
     """The header of a sound file, checked against the size of the file.
 
-    UserError as for `read_audio`, as far as it can be told without decoding: missing, empty, unreadable, truncated,
-    without samples, at an absurd rate, longer than 100 hours.
+    Raises:
+        UserError: as `read_audio`, as far as it shows without decoding: missing, empty, unreadable, truncated, without
+            samples, at an absurd rate, longer than 100 hours.
     """
     with _opened(Path(path)) as file:
         return _header(Path(path), file)
@@ -77,13 +90,14 @@ def read_header(path: str | Path) -> Header:
 def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, silent: bool = False) -> Tensor:
     """One sound file as mono float32 [S] at `sample_rate` Hz.
 
-    WAV, FLAC, Ogg, MP3 and whatever else libsndfile reads; channels are averaged, or where they cancel out (the
-    average has less than 1 % of their power) the loudest is taken; other rates are resampled (windowed sinc; a ratio
-    with a denominator beyond 1000 is taken at the nearest ratio below it, off by less than one part in a million).
+    Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
+    average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a
+    ratio with a denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
 
-    UserError when the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-    after resampling, holds NaN or infinity, is silent (every |x| < 1e-4; `silent` allows it) or beyond full scale
-    (an |x| > 8).
+    Raises:
+        UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
+            after resampling, holds NaN or infinity, is silent (every |x| < 1e-4; `silent` allows it) or
+            beyond full scale (an |x| > 8).
     """
     path = Path(path)
     with _opened(path) as file:
@@ -105,16 +119,16 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, 
 
 
 def resampled_length(frames: int, rate: int, sample_rate: int) -> int:
-    """How many samples `read_audio` makes of a file's frames."""
+    """Number of samples that `read_audio` makes of a file's frames."""
     if rate == sample_rate:
         return frames
     ratio = _ratio(sample_rate, rate)
-    # In float32, as torchaudio has it: it differs from exact arithmetic in files of 17 minutes and more.
+    # In float32, as torchaudio computes it. Files of 17 minutes and more differ from exact arithmetic.
     return int(torch.ceil(torch.as_tensor(ratio.numerator * frames / ratio.denominator)).long())
 
 
 def check_minimum(path: Path, samples: int, sample_rate: int, minimum_samples: int) -> None:
-    """UserError when a clip has too few samples."""
+    """Raise a UserError if a clip has too few samples."""
     if samples < minimum_samples:
         raise UserError(f"{path}: too short ({samples} samples at {sample_rate} Hz, {minimum_samples} needed)")
 
@@ -134,7 +148,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
         size = path.stat().st_size
         if size == 0:
             raise UserError(f"{path}: the file is empty (0 bytes)")
-        # As bytes: soundfile cannot encode a name that is not UTF-8.
+        # The name as bytes, because soundfile cannot encode one that is not UTF-8.
         file = library.SoundFile(os.fsencode(path))
     except (library.LibsndfileError, OSError, TypeError) as error:
         # soundfile raises TypeError for header-less formats, which need settings that a file cannot give.
@@ -167,24 +181,27 @@ def _check_length(path: Path, claimed: int, frames: int, rate: int) -> None:
 
 
 def _claimed_share(log: str) -> float:
-    """How many times the sound in the file its header claims. libsndfile notes it in its log, and cuts the claim."""
-    found = _CLAIM.search(log)
-    if found is None:
+    """The length that the header claims, as a multiple of the sound in the file.
+
+    libsndfile writes it into its log, and then reads only what is there.
+    """
+    match = _CLAIM.search(log)
+    if match is None:
         return 1.0
-    claimed, real = int(found[1]), int(found[2])
+    claimed, real = int(match[1]), int(match[2])
     # A program that writes to a pipe cannot know the size: 0xffffffff (ffmpeg) or 0x7ffff000 and more (SoX).
     return claimed / max(real, 1) if real < claimed < UNKNOWN_SIZE else 1.0
 
 
 def _nist_frames(path: Path) -> int:
-    """Frames that the text header of a NIST SPHERE file claims, 0 where it does not say."""
+    """The number of frames that the text header of a NIST SPHERE file claims; 0 if it gives none."""
     with open(path, "rb") as file:
-        found = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
-    return int(found[1]) if found else 0
+        match = re.search(rb"^sample_count -i (\d+)", file.read(1024), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _cut_ogg(path: Path) -> bool:
-    """Whether the last page is longer than what is left of the file."""
+    """Whether the last Ogg page is longer than the rest of the file."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - LONGEST_OGG_PAGE))
         tail = file.read()
@@ -194,7 +211,7 @@ def _cut_ogg(path: Path) -> bool:
 
 
 def _mono(path: Path, channels: Tensor, silent: bool) -> Tensor:
-    """[S, C] to [S]. Checked before resampling, which would smear one bad sample over its neighbours."""
+    """[S, C] to [S]. It checks the samples before resampling, which would spread a bad one over its neighbours."""
     if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
     peaks = channels.abs().amax(0)
@@ -214,7 +231,9 @@ def _mono(path: Path, channels: Tensor, silent: bool) -> Tensor:
 def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     """Write [S] floats as a 16-bit PCM WAV, clipped to [-1, 1].
 
-    ValueError for a wrong shape or NaN, UserError when the file cannot be written."""
+    Raises:
+        ValueError: a wrong shape or NaN. UserError: the file cannot be written.
+    """
     soundfile = import_soundfile()
     if waveform.ndim != 1:
         raise ValueError(f"waveform must be [S], got shape {tuple(waveform.shape)}")
@@ -228,5 +247,5 @@ def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, so that the message stays one line."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]

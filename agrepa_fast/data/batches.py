@@ -1,7 +1,7 @@
 """Samples to fixed-shape batches: mel [B, T, M], mask and prompt [B, T], tokens [B, S, K], audio [B, n].
 
-T is one of a few bucket lengths. What batch number `step` holds depends only on (seed, step), so a run
-resumes exactly from its step number, whatever the number of worker processes.
+T is one of a few bucket lengths. Batch number `step` depends only on (seed, step), so a run resumes exactly from its
+step number, with any number of worker processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Batch:
     clips: list[Clip]
     indices: Tensor  # [B] int64, index of the clip in the dataset
     starts: Tensor  # [B] int64, the clip's mel frame where the crop begins
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)  # clips that others of the batch stand in for
+    skipped: list[Skipped] = dataclasses.field(
+        default_factory=list
+    )  # clips that could not be read, which others replace
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -62,9 +64,10 @@ class Batch:
 def collate(
     samples: Sequence[Sample], frames: int, domains: tuple[str, ...], mel_config: MelConfig, tokens_at_least: int = 1
 ) -> Batch:
-    """Samples padded to `frames` frames; tokens to the longest, rounded up to a multiple of 16.
+    """Pad samples to `frames` frames, and their tokens to the longest, rounded up to a multiple of 16.
 
-    ValueError when a sample is longer than `frames`.
+    Raises:
+        ValueError: a sample is longer than `frames`.
     """
     count = len(samples)
     longest = max(1, tokens_at_least, *(sample["tokens"].shape[0] for sample in samples))
@@ -104,7 +107,7 @@ def collate(
 
 
 def _candidates(batches: BucketBatches, step: int, place: int) -> Iterator[int]:
-    """The clip at a place of a batch, and those that may stand in for it, in turn."""
+    """The clip at a place of a batch, then those that may replace it, in order."""
     _, indices = batches.batch(step)
     yield from (*indices[place:], *indices[:place])
     others = batches.stand_ins(step)
@@ -113,14 +116,17 @@ def _candidates(batches: BucketBatches, step: int, place: int) -> Iterator[int]:
 
 
 def load_batch(dataset: ClipDataset, batches: BucketBatches, step: int, seed: int) -> Batch:
-    """Batch number `step`. Crop and prompt of a clip come from (seed, step, index) and nothing else.
+    """Batch number `step`. Crop and prompt of a clip depend on (seed, step, index) alone.
 
-    For a clip that cannot be read the next one of the batch stands in, and where none of the batch can be read, another
-    one of its bucket (`BucketBatches.stand_ins`); `Batch.skipped` names it. UserError when none of these can be read.
+    A clip that cannot be read is replaced by the next one of the batch, or if none of the batch can be read by another
+    one of its bucket (`BucketBatches.stand_ins`). `Batch.skipped` names it.
+
+    Raises:
+        UserError: none of these can be read.
     """
     frames, indices = batches.batch(step)
     threads = torch.get_num_threads()
-    # One thread, as in a worker process: the sums, and so the bits, do not depend on where this runs.
+    # One thread, as in a worker process, so that sums have the same bits wherever this runs.
     torch.set_num_threads(1)
     try:
         samples: list[Sample] = []

@@ -1,4 +1,4 @@
-"""Which clips make up which batch: a few bucket lengths, domains in balance, the same for any number of workers."""
+"""The plan of batches: a few bucket lengths, balanced domains, the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import numpy as np
 
 
 class BucketBatches:
-    """Which clips make up batch number `step`, for any step, from (seed, step) alone.
+    """Says which clips make up batch number `step`, from (seed, step) alone.
 
-    lengths: frames of each clip. Each clip goes into the shortest of `buckets` that holds it, and every batch
-    of a bucket of T frames has B = max(1, frames_per_batch // T) clips, so there are as many shapes as
-    buckets. An epoch covers every clip; the last batch of a bucket is filled from the bucket's beginning.
-    balance: every domain (domains: one name per clip) is drawn equally often over an epoch and spread evenly
-    through the batches of each bucket, the clips of smaller domains several times; one batch holds what its
-    bucket holds, so short clips of one domain make batches of that domain.
-    tokens: of each clip; a bucket's batches are all padded to its clips' most, so that their shapes are one.
-    Of `world_size` ranks, all get the same bucket at each step and different parts of its order.
+    Args:
+        lengths: frames of each clip. A clip goes into the shortest of `buckets` that holds it. Every batch of a bucket
+            of T frames has B = max(1, frames_per_batch // T) clips, so there are as many shapes as buckets. An epoch
+            covers every clip; the last batch of a bucket is filled up from the bucket's beginning.
+        balance: draw every domain equally often over an epoch, and spread each evenly over the batches of a bucket.
+            Clips of small domains then come several times. A batch holds clips of one bucket, so if all short clips are
+            of one domain, the batches of short clips are too.
+        domains: the domain of each clip.
+        tokens: number of tokens of each clip. All batches of a bucket are padded to the largest of its clips, so that
+            they have one shape.
+        world_size: number of ranks. At each step all of them get the same bucket, and different parts of its order.
 
-    ValueError when a clip is longer than the longest bucket, or for sizes that make no sense.
+    Raises:
+        ValueError: a clip is longer than the longest bucket, or a size makes no sense.
     """
 
     def __init__(
@@ -83,15 +87,15 @@ class BucketBatches:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Every (clips per batch, frames) that occurs."""
+        """Every (clips per batch, frames) that can occur."""
         return [(self.batch_size(frames), frames) for frames, _ in self._buckets]
 
     def batch_size(self, frames: int) -> int:
-        """Clips per batch and rank in the bucket of `frames` frames."""
+        """Clips of a batch of one rank in the bucket of `frames` frames."""
         return max(1, self.frames_per_batch // frames)
 
     def batch(self, step: int) -> tuple[int, tuple[int, ...]]:
-        """Batch number `step` of this rank: its bucket in frames and the indices of its clips."""
+        """Batch number `step` of this rank: the frames of its bucket, and the indices of its clips."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -101,19 +105,21 @@ class BucketBatches:
         return frames, tuple(indices[self.rank :: self.world_size].tolist())
 
     def stand_ins(self, step: int, count: int = 16) -> list[int]:
-        """Up to `count` other clips that fit batch number `step`, for one whose clips cannot be read: those of its
-        bucket, then those of shorter ones, in an order that depends on (seed, step, rank) alone."""
+        """Up to `count` other clips that fit batch number `step`, to replace clips that cannot be read.
+
+        First those of its bucket, then those of shorter ones, in an order that depends on (seed, step, rank) alone.
+        """
         frames, indices = self.batch(step)
         rng = np.random.default_rng([self.seed, step, self.rank])
-        found: list[int] = []
+        clips: list[int] = []
         for other, groups in reversed(self._buckets):
-            if other <= frames and len(found) < count:
+            if other <= frames and len(clips) < count:
                 members = np.setdiff1d(np.concatenate([members for members, _ in groups]), indices)
-                found += rng.permutation(members)[: count - len(found)].tolist()
-        return found
+                clips += rng.permutation(members)[: count - len(clips)].tolist()
+        return clips
 
     def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """The batches of all ranks together, in order: the same on every rank."""
+        """The batches of all ranks together, in order; the same on every rank."""
         rng = np.random.default_rng([self.seed, epoch])
         plan = []
         for frames, groups in self._buckets:
@@ -122,11 +128,11 @@ class BucketBatches:
                 whole, rest = divmod(draws, len(members))
                 extra = rng.permutation(members)[:rest]
                 drawn.append(np.concatenate([*(rng.permutation(members) for _ in range(whole)), extra]))
-                # Each domain evenly over 0 to 1, so that every stretch of the order has the same mix.
+                # Spread each domain evenly over 0 to 1, so that every part of the order has the same mix.
                 place.append((np.arange(draws) + rng.random(draws)) / draws)
             order = np.concatenate(drawn)[np.argsort(np.concatenate(place), kind="stable")]
             size = self.batch_size(frames) * self.world_size
             batches = -(-len(order) // size)
-            # np.resize repeats from the beginning.
+            # np.resize repeats the array from its beginning.
             plan += [(frames, chunk) for chunk in np.resize(order, (batches, size))]
         return [plan[position] for position in rng.permutation(len(plan))]

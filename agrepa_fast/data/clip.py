@@ -1,4 +1,4 @@
-"""`Clip`: one entry of a list of sounds, and how a row of a list becomes one."""
+"""`Clip`: one sound of a manifest, and how a row of a manifest becomes one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Clip:
-    """One sound and what is known about it."""
+    """One sound, with its text, domain and source."""
 
     path: Path  # audio file
     text: str  # transcript or caption, "" allowed
@@ -28,8 +28,10 @@ def clip_of_row(
 ) -> Clip:
     """The clip of one row: audio_file, text and, if given, domain, speaker, tokens and start.
 
-    audio_folder: where file names without a folder lie, relative to the manifest's folder.
-    UserError, naming the manifest and the line, for a value that does not fit.
+    audio_folder: the folder, relative to the manifest's, of file names without a folder.
+
+    Raises:
+        UserError: a value that does not fit; names the manifest and the line.
     """
     place = f"{manifest}:{number}"
     name, tokens = row["audio_file"], row.get("tokens")
@@ -63,7 +65,7 @@ def is_zero(value: str) -> bool:
 
 
 def path_inside(manifest: Path, number: int, name: str, allow_outside: bool) -> Path:
-    """The path of a file that a manifest names. It must lie in the manifest's folder unless `allow_outside`."""
+    """The path of a file that a manifest names. It must be in the manifest's folder, unless `allow_outside`."""
     try:
         if "\0" in name or len(name.splitlines()) > 1:
             what = "a zero character" if "\0" in name else "a line end: check the quotes in this line"

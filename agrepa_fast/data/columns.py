@@ -1,4 +1,4 @@
-"""Which column of a list is what: the names that data sets and toolkits use, in one table."""
+"""Meanings of columns: a table of the names that data sets and toolkits use."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ ALIASES = {
     "start": ("offset", "start", "start_time", "start_seconds"),
 }
 CAPTIONS = ("caption", "labels")  # text that describes a sound: its domain is audio unless the list says otherwise
-IDENTIFIER = "id"  # instead of a file name: the sound file is found by its stem
+IDENTIFIER = "id"  # names the stem of a sound file
 EXPECTED = "audio_file and text, or what docs/data.md lists for them, with optional domain, speaker, tokens"
 _MEANING = {alias: meaning for meaning, aliases in ALIASES.items() for alias in aliases}
 
 
 def known(names: Sequence[str]) -> int:
-    """How many of the names of columns are known ones."""
+    """Number of column names that have a meaning."""
     return sum(name.strip().lower() in _MEANING or name.strip().lower() == IDENTIFIER for name in names)
 
 
 def find_columns(names: Sequence[str], place: str) -> dict[str, int]:
-    """{meaning: position} of the columns; others are left out. Upper and lower case are the same.
+    """{meaning: position} of the columns. Unknown columns are left out; case does not matter.
 
-    A column "id" takes the part of the audio file where no other column names one.
+    A column "id" takes the place of the audio file if no other column names one.
 
-    UserError, beginning with `place`, where audio file or text are missing, where two columns mean the same, or where
-    a name looks like a misspelt column.
+    Raises:
+        UserError: begins with `place`; the audio file or the text is missing, two columns mean the same, or a name
+            looks like a misspelt one.
     """
     lowered = [name.strip().lower() for name in names]
     columns: dict[str, int] = {}

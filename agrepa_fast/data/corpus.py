@@ -1,6 +1,6 @@
 """The built-in corpus: synthetic speech with transcripts and sound events with captions, as WAV files [S].
 
-Needs numpy alone, no download; the same seed and sizes give the same bytes.
+It needs NumPy alone and no download. The same seed and sizes give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import UserError
 from .events import EVENTS, sound_event
 from .voice import LEXICON, SPEAKERS, Array, speak
 
-# Part of the record: a corpus written by an older recipe is not taken for this one.
+# It is recorded, so that a corpus of an older recipe is not taken for this one.
 RECIPE = 1
 LONGEST_SECONDS = 2.0
 
@@ -26,14 +26,15 @@ LONGEST_SECONDS = 2.0
 def write_corpus(
     folder: str | Path, *, seed: int = 0, speech: int = 120, audio: int = 120, sample_rate: int = 16000
 ) -> Path:
-    """Write `speech` spoken clips and `audio` sound events of 0.5 to 2 s; returns the path of metadata.csv.
+    """Write `speech` spoken clips and `audio` sound events of 0.5 to 2 s; return the path of metadata.csv.
 
-    The folder receives wav/*.wav (16-bit mono at `sample_rate` Hz), metadata.csv
-    (`audio_file|text|domain|speaker`, the two domains interleaved) and corpus.json. Speech is one to three
-    words out of 20 in one of six voices; audio is one of 13 classes of sound with a caption. Clip i depends
-    on the seed and i alone, so a larger corpus begins with the clips of a smaller one. A folder that
-    already holds the same corpus is reused; the folder appears complete or not at all.
-    Raises UserError when the folder holds anything else.
+    The folder gets wav/*.wav (16-bit mono at `sample_rate` Hz), metadata.csv (`audio_file|text|domain|speaker`, the two
+    domains alternating) and corpus.json. A spoken clip has one to three of 20 words in one of six voices; a sound event
+    is of one of 13 classes, with a caption. Clip i depends on the seed and i alone, so a larger corpus begins with the
+    clips of a smaller one. A folder that holds the same corpus is reused. The folder appears complete or not at all.
+
+    Raises:
+        UserError: the folder holds anything else.
     """
     if speech < 0 or audio < 0 or speech + audio == 0:
         raise UserError(f"a corpus needs at least one clip, got speech={speech} audio={audio}")
@@ -104,14 +105,14 @@ def _speech_clip(rng: np.random.Generator, rate: int) -> tuple[Array, str, str]:
 
 
 def _finish(waveform: Array, rng: np.random.Generator) -> Array:
-    """Level, short fades against clicks, and the faint noise of a room (-80 dB)."""
+    """Set the level, fade the ends against clicks, and add the faint noise of a room (-80 dB)."""
     fade = np.minimum(1.0, np.arange(1, len(waveform) + 1) / 80)
     waveform = waveform * fade * fade[::-1] * rng.uniform(0.3, 0.7)
     return waveform + 1e-4 * rng.standard_normal(len(waveform))
 
 
 def _write_wav(path: Path, waveform: Array, rate: int) -> None:
-    # The standard library's writer, so that the corpus can be made without the audio extra.
+    # Written by the standard library, so that the corpus needs no audio extra.
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
@@ -121,12 +122,12 @@ def _write_wav(path: Path, waveform: Array, rate: int) -> None:
 
 def _holds(folder: Path, record: dict[str, int]) -> bool:
     try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        recorded = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     clips = record["speech"] + record["audio"]
     complete = (folder / "metadata.csv").is_file() and len(list((folder / "wav").glob("*.wav"))) == clips
-    return found == record and complete
+    return recorded == record and complete
 
 
 def _describe(record: dict[str, int]) -> str:

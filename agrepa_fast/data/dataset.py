@@ -1,4 +1,4 @@
-"""Clips as samples: a crop's mel [T, M], tokens [S, K] and audio [n], read from their files."""
+"""A data set of clips: a sample is a crop's mel [T, M], tokens [S, K] and audio [n], read from its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .verdicts import Verdicts
 CACHE_BYTES = 1 << 30
 # `check` decodes data sets up to this size (17 minutes at 16 kHz), which takes seconds and finds silent files at once.
 SMALL_BYTES = 64 << 20
-# How much shorter or longer a file may turn out than its header said.
+# A decoded file may be shorter or longer than its header says by so much.
 LENGTH_SECONDS = 0.01
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sample(TypedDict):
-    """One clip's crop. T here is its own length, not the bucket's."""
+    """One clip's crop. T is the crop's own length, not the bucket's."""
 
     mel: Tensor  # [T, M] float32
     prompt: int  # frames of the reference prefix
@@ -47,7 +47,7 @@ class Sample(TypedDict):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A clip left out because it cannot be read."""
+    """A clip that cannot be read, and why."""
 
     path: Path
     source: str
@@ -55,17 +55,19 @@ class Skipped:
 
 
 class ClipDataset:
-    """Clips as samples: a random crop of at most `max_frames` frames, its mel, tokens and prompt length.
+    """Clips as samples: a random crop of at most `max_frames` frames, with its mel, tokens and prompt length.
 
-    vocabularies: name to the vocabulary size of each of K streams (K the same for all); vocabulary_of: domain
-    to the name its clips use ("text" when not given). A clip without a token file uses the bytes of its text,
-    which only a `(256,)` vocabulary can hold. prompt_share: the reference prefix is a share of the crop
-    drawn uniformly from this range. domains: the names and order that `Batch.domain` counts in; give the
-    training set's to a validation set (default: those of the clips, sorted).
+    Args:
+        vocabularies: for each name, the vocabulary sizes of K streams (the same K for all).
+        vocabulary_of: {domain: name}; "text" for a domain that is not named. A clip without a token file uses the bytes
+            of its text, which only a vocabulary `(256,)` can hold.
+        prompt_share: the length of the reference prefix, as a share of the crop, is drawn uniformly from this range.
+        domains: the names, in order, that `Batch.domain` indexes. Give a validation set those of the training set; the
+            default is those of the clips, sorted.
 
-    A cropped clip keeps the part of its tokens that the crop spans: of S tokens over L frames, a crop from
-    frame a to b keeps tokens floor(S a / L) to ceil(S b / L), so tokens stretched over the crop stay
-    aligned. An uncropped clip keeps all.
+    A cropped clip keeps the tokens that the crop spans: of S tokens over L frames, a crop from frame a to b keeps
+    tokens floor(S a / L) to ceil(S b / L), so tokens that are stretched over the crop stay aligned. An uncropped clip
+    keeps all.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class ClipDataset:
         self._token_counts: dict[Clip, int] = {}
         self._unreadable: set[Path] = set()
         self._cache: dict[Path, Tensor] | None = {} if cache else None
-        self._mels: dict[Path, Tensor] = {}  # of whole clips: a crop's is another one each time
+        self._mels: dict[Path, Tensor] = {}  # of whole clips; a crop differs each time
         self._cached_bytes = 0
 
     def __len__(self) -> int:
@@ -113,9 +115,12 @@ class ClipDataset:
 
     @property
     def lengths(self) -> list[int]:
-        """Frames of each clip, at most max_frames: what BucketBatches takes.
+        """Frames of each clip, at most max_frames, as `BucketBatches` takes them.
 
-        Reads the header of every file that `check` has not already read; UserError for one that cannot be read.
+        Reads the header of every file that `check` has not read.
+
+        Raises:
+            UserError: a header cannot be read.
         """
         for clip in self.clips:
             if clip.path not in self._samples:
@@ -124,7 +129,7 @@ class ClipDataset:
 
     @property
     def token_lengths(self) -> list[int]:
-        """Tokens that a crop of each clip has at most; reads those that `check` has not already read."""
+        """The largest number of tokens that a crop of each clip can have; reads those that `check` has not read."""
         longest = []
         for clip, frames in zip(self.clips, self.lengths):
             if clip not in self._token_counts:
@@ -137,13 +142,17 @@ class ClipDataset:
     def check(self, max_share: float, *, memory: Path | None = None, progress: bool = False) -> list[Skipped]:
         """Drop the clips that cannot be read, and return them with the reasons.
 
-        Headers, texts and token files are read; sound is decoded where the header does not tell its length (MP3), and
-        in data sets of at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and
-        `load_batch` puts another in its place.
+        It reads headers, texts and token files. It decodes sound if the header does not give its length (MP3), and in
+        data sets of at most 64 MiB. Elsewhere a silent or damaged file is found when it is first used, and `load_batch`
+        replaces it.
 
-        memory: file that keeps what was found, for the next start (`verdicts.verdict_file`). progress: show a bar.
+        Args:
+            max_share: the largest share of clips, from 0 to 1, that may be unreadable.
+            memory: a file that remembers the files that were fine, for the next start (see `verdicts.verdict_file`).
+            progress: show a bar.
 
-        UserError when more than `max_share` (0 to 1) of the clips, or all of them, cannot be read.
+        Raises:
+            UserError: more than `max_share` of the clips, or all of them, cannot be read.
         """
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be between 0 and 1, got {max_share}")
@@ -169,7 +178,7 @@ class ClipDataset:
         return skipped
 
     def readable(self, index: int) -> bool:
-        """Whether the sound of clip `index` can be decoded; a warning names it the first time that it cannot."""
+        """Whether the sound of clip `index` can be decoded. Warns the first time that it cannot."""
         clip = self.clips[index]
         if clip.path not in self._unreadable:
             try:
@@ -184,7 +193,8 @@ class ClipDataset:
 
         Without a generator the crop begins with the clip, and there is no prompt.
 
-        UserError when the clip or its tokens cannot be read.
+        Raises:
+            UserError: the clip or its tokens cannot be read.
         """
         clip = self.clips[index]
         waveform = self._waveform(clip.path)
@@ -204,7 +214,7 @@ class ClipDataset:
             share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
             "mel": self._mel(clip.path, waveform, whole=total == frames),
-            # Of the crop, never of the file: otherwise the prompt could reveal the whole target.
+            # A share of the crop and not of the file, so that the prompt cannot reveal the whole target.
             "prompt": int(share * frames),
             "tokens": tokens,
             "vocabulary": vocabulary,
@@ -244,13 +254,13 @@ class ClipDataset:
         return tokens, number
 
     def _each(self, clips: Sequence[Clip], read: Callable[[Clip], T], progress: bool) -> list[T | UserError]:
-        """What `read` returns for each clip, or the UserError that it raises; several threads call it."""
+        """What `read` returns for each clip, or the UserError that it raises. Several threads call it."""
 
         def result(clip: Clip) -> T | UserError:
             try:
                 return read(clip)
             except UserError as error:
-                # The traceback holds what was decoded so far.
+                # The traceback would keep the decoded sound in memory.
                 return error.with_traceback(None)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -258,7 +268,11 @@ class ClipDataset:
             return list(_bar(results, len(clips)) if progress else results)
 
     def _examine(self, clip: Clip, verdicts: Verdicts) -> None:
-        """Note the samples and tokens of a clip. Raises UserError where they cannot be read."""
+        """Note the number of samples and tokens of a clip.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         if clip.path not in self._samples:
             self._samples[clip.path] = self._measure(clip.path, verdicts)
         if clip.tokens is None:
@@ -274,7 +288,7 @@ class ClipDataset:
             self._token_counts[clip] = known[0]
 
     def _measure(self, path: Path, verdicts: Verdicts | None = None) -> int:
-        """Samples of a file at the rate of the mels."""
+        """Number of samples of a file at the rate of the mels."""
         config = self.mel_config
         known = verdicts.find(path, "sound", 2) if verdicts is not None else None
         if known is None:
@@ -306,7 +320,7 @@ class ClipDataset:
         return waveform[:expected]
 
     def _mel(self, path: Path, waveform: Tensor, whole: bool) -> Tensor:
-        """Log-mel of a crop; of a whole clip from the cache, where it has been computed before."""
+        """Log-mel of a crop. That of a whole clip is cached."""
         if path in self._mels:
             return self._mels[path]
         mel = self._log_mel(waveform)
@@ -324,7 +338,7 @@ class ClipDataset:
 
 
 def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str]:
-    """Why clips cannot be read: the results that are errors."""
+    """The results that are errors: why clips cannot be read."""
     return {
         clip: str(result).removeprefix(f"{clip.path}: ")
         for clip, result in zip(clips, results)
@@ -333,7 +347,7 @@ def _reasons(clips: Sequence[Clip], results: Sequence[object]) -> dict[Clip, str
 
 
 def _bar(results: Iterable[T], total: int) -> Iterable[T]:
-    """The results, with a progress bar where they take longer than a second and tqdm is installed."""
+    """The results, with a progress bar if they take longer than a second and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

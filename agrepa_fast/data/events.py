@@ -1,6 +1,6 @@
-"""Everyday sound events for the built-in corpus: a class name to (waveform [S] float64, peak 1; caption).
+"""Everyday sound events for the built-in corpus: from the name of a class to a waveform [S] float64 and its caption.
 
-Each event draws its parameters from the generator, and its caption says which (low or high, light or heavy).
+An event draws its parameters from the generator; the caption says which (low or high, light or heavy).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def bell(rng: np.random.Generator, samples: int, rate: int) -> tuple[Array, str]
     high = bool(rng.integers(2))
     pitch = rng.uniform(700, 1000) if high else rng.uniform(260, 400)
     time = np.arange(samples) / rate
-    # The partials of a church bell: hum, prime, tierce, quint, nominal and above.
+    # Partials of a church bell: hum, prime, tierce, quint, nominal and higher ones.
     partials = np.array([0.5, 1.0, 1.2, 1.5, 2.0, 2.66, 3.0, 4.0])
     decay = rng.uniform(2.0, 3.5) * np.sqrt(partials)
     level = rng.uniform(0.6, 1.0, len(partials)) / np.sqrt(partials)
@@ -192,7 +192,7 @@ def _shape(source: Array, rate: int, gain: Callable[[Array], Array]) -> Array:
 def _moving_noise(
     rng: np.random.Generator, samples: int, rate: int, swell: Array, gain: Callable[[Array], Array]
 ) -> Array:
-    """Noise [samples] whose level [frames] and spectrum [frames, bins] move together."""
+    """Noise [samples] whose level [frames] and spectrum [frames, bins] change over time."""
     hop = round(rate * FRAME_SECONDS)
     source = rng.standard_normal(len(swell) * hop)
     size = 1 << (8 * hop - 1).bit_length()
@@ -226,7 +226,7 @@ def _place(samples: int, rate: int, times: Array, sound: Array, rng: np.random.G
 
 
 def _gate(time: Array, period: float, duty: float) -> Array:
-    """On for `duty` of each period, with 4 ms edges."""
+    """A square wave that is on for `duty` of each period, with edges of 4 ms."""
     position = time % period
     return np.clip(np.minimum(position, duty * period - position) / 0.004, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Data sets known by how their files are laid out: LibriSpeech, LJSpeech, and sounds found by the stem (AudioSet)."""
+"""Data sets known by their layout of files: LibriSpeech, LJSpeech, and sounds found by their stem (AudioSet)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_librispeech(transcript: Path) -> list[Clip]:
-    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID TEXT`, beside ID.flac."""
+    """Read SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt: lines `ID TEXT`, each with its ID.flac beside the file."""
     clips = []
     for number, line in lines(read_text(transcript)):
         name, _, text = line.strip().partition(" ")
@@ -40,9 +40,9 @@ def read_librispeech(transcript: Path) -> list[Clip]:
 
 
 def read_ljspeech(path: Path, allow_outside: bool) -> Iterator[Clip]:
-    """Lines `ID|TEXT` or `ID|TEXT|NORMALISED TEXT` without a header and without quoting.
+    """Read lines `ID|TEXT` or `ID|TEXT|NORMALISED TEXT`, without a header and without quoting.
 
-    The sound file is wavs/ID.wav; a name with a sound file's suffix or with a folder is a path. The last cell is the
+    The sound file is wavs/ID.wav. An ID with a folder or with a sound file's suffix is a path. The last cell is the
     text.
     """
     width = 0
@@ -60,7 +60,7 @@ def read_ljspeech(path: Path, allow_outside: bool) -> Iterator[Clip]:
 
 
 def read_segments(path: Path, text: str) -> list[Clip]:
-    """AudioSet's own lists: `# YTID, start_seconds, end_seconds, positive_labels`, and rows of these."""
+    """Read AudioSet's own lists: `# YTID, start_seconds, end_seconds, positive_labels`, then such rows."""
     comments = [(number, line) for number, line in lines(text) if line.lstrip().startswith("#")]
     titles = [line.lstrip("# ").replace(" ", "") for _, line in comments]
     if "YTID,start_seconds,end_seconds,positive_labels" not in titles:
@@ -74,7 +74,7 @@ def read_segments(path: Path, text: str) -> list[Clip]:
 def check_width(
     path: Path, rows: Iterable[tuple[int, list[str]]], width: int, delimiter: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
-    """The rows; UserError for one that has not `width` cells."""
+    """The rows; a UserError if one does not have `width` cells."""
     for number, cells in rows:
         if len(cells) != width:
             raise UserError(
@@ -87,10 +87,13 @@ def check_width(
 def read_by_stem(
     path: Path, rows: Iterable[tuple[int, list[str]]], columns: dict[str, int], *, labels: bool
 ) -> list[Clip]:
-    """Rows matched to the sound files in the table's folder by stem: ID, YID, ID_start or ID_start_end.
+    """Match rows to the sound files in the table's folder by stem: ID, YID, ID_start or ID_start_end.
 
-    A name that is a file's path is that file. Rows without a file are left out with a warning; UserError where none
-    has one or one fits several. labels: the text is a list of labels, by commas.
+    A name that is the path of a file means that file. Rows without a file are left out with a warning. labels: the text
+    is a list of labels, separated by commas.
+
+    Raises:
+        UserError: no row has a file, or several files fit one row.
     """
     names = _label_names(path.parent / LABEL_NAMES) if labels else {}
     files = _by_stem(path.parent)
@@ -101,14 +104,14 @@ def read_by_stem(
         name, start = row["audio_file"], row.pop("start", None)
         if not name:
             raise UserError(f"{path}:{number}: the first column is empty")
-        found = [path.parent / name] if name in by_path else _match(files, name, start)
-        if len(found) > 1:
-            shown = ", ".join(file.name for file in found[:3])
+        fitting = [path.parent / name] if name in by_path else _match(files, name, start)
+        if len(fitting) > 1:
+            shown = ", ".join(file.name for file in fitting[:3])
             raise UserError(f"{path}:{number}: {name} fits several files ({shown})")
-        if not found:
+        if not fitting:
             missing += 1
             continue
-        row["audio_file"] = str(found[0].relative_to(path.parent))
+        row["audio_file"] = str(fitting[0].relative_to(path.parent))
         row["domain"] = row.get("domain") or "audio"
         if labels:
             each = [names.get(label.strip(), label.strip()) for label in row["text"].split(",")]
@@ -132,7 +135,7 @@ def _label_names(path: Path) -> dict[str, str]:
 
 
 def _by_stem(folder: Path) -> dict[str, list[tuple[Path, str | None]]]:
-    """Sound files under `folder` by each stem they may be asked for, with the start that was split off."""
+    """Sound files under `folder` by each stem that a row may name, with the start that was split off."""
     files: dict[str, list[tuple[Path, str | None]]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in AUDIO_SUFFIXES:
@@ -150,12 +153,14 @@ def _match(files: dict[str, list[tuple[Path, str | None]]], name: str, start: st
     suffix = Path(name).suffix.lower()
     if suffix in AUDIO_SUFFIXES:
         name = Path(name).name[: -len(suffix)]
-    found = [*files.get(name, []), *files.get(f"Y{name}", [])]
-    exact = [path for path, at in found if at is None]
+    candidates = [*files.get(name, []), *files.get(f"Y{name}", [])]
+    exact = [path for path, at in candidates if at is None]
     if exact or start is None:
-        return list(dict.fromkeys(exact or [path for path, _ in found]))
+        return list(dict.fromkeys(exact or [path for path, _ in candidates]))
     try:
         seconds = float(start)
     except ValueError:
         return []
-    return list(dict.fromkeys(path for path, at in found if at is not None and float(at) in (seconds, seconds * 1000)))
+    return list(
+        dict.fromkeys(path for path, at in candidates if at is not None and float(at) in (seconds, seconds * 1000))
+    )

@@ -17,7 +17,7 @@ MAX_RESTARTS = 3
 
 
 class _Steps(torch.utils.data.Dataset):
-    """Batches by step number, for the DataLoader's worker processes."""
+    """Batches by step number, for the worker processes of a DataLoader."""
 
     def __init__(self, dataset: ClipDataset, batches: BucketBatches) -> None:
         self.dataset = dataset
@@ -32,10 +32,11 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def _workers(loader: torch.utils.data.DataLoader) -> Iterator[Batch | str]:
-    """The loader's batches. A dead worker is found when a batch is asked for, within five seconds.
+    """The batches of a loader. A dead worker is noticed within five seconds of asking for a batch.
 
-    The handler that the DataLoader sets for SIGCHLD would raise in whatever the main thread is doing just then, in
-    the middle of an optimizer step for instance."""
+    The DataLoader's handler of SIGCHLD is replaced: it would raise in whatever the main thread is doing, for instance
+    in the middle of an optimizer step.
+    """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
@@ -56,8 +57,8 @@ def iterate(
 ) -> Iterator[Batch]:
     """Batches number `start` to `stop` - 1 in order, the same for any number of worker processes.
 
-    A worker that dies (out of memory, killed) costs a restart of all: `notice` is told, and the batches go on where
-    they were. The random state of the calling process is neither used nor changed.
+    If a worker dies (out of memory, killed), all workers start again and the batches go on where they were; `notice` is
+    called with the reason. The random state of the calling process is neither used nor changed.
 
     Raises:
         UserError: no clip of a batch can be read, or workers died MAX_RESTARTS times for one batch.
@@ -76,7 +77,7 @@ def iterate(
             batch_size=None,
             num_workers=workers,
             pin_memory=pin_memory,
-            # Otherwise the loader draws its base seed from the global generator.
+            # Without a generator the loader would draw its base seed from the global one.
             generator=torch.Generator(),
         )
         read = _workers(loader)
@@ -84,7 +85,7 @@ def iterate(
             try:
                 batch = next(read)
             except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                # The last three: what fetching a batch from a worker that has died since meets.
+                # The last three are raised by fetching a batch from a worker that has died since.
                 died += 1
                 what = str(error)
                 if not isinstance(error, RuntimeError):

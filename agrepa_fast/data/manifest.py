@@ -1,6 +1,6 @@
-"""Lists of clips: a table (CSV), a JSONL file, a LibriSpeech tree or an AudioSet folder to a list of `Clip`.
+"""Read manifests: a table (CSV), a JSONL file, a LibriSpeech tree or an AudioSet folder to a list of `Clip`.
 
-Only the list is read here; whether a sound file exists and decodes is found out when it is read.
+Only the manifest is read here. Whether a sound file exists and can be decoded shows when it is read.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from .rows import INSTEAD, csv_rows, lines, read_text
 __all__ = ["Clip", "read_manifest"]
 
 DELIMITERS = ("|", "\t", ",", ";")
-LJSPEECH, UNQUOTED = "ljspeech", "unquoted"  # what may stand before a path, with a colon
+LJSPEECH, UNQUOTED = "ljspeech", "unquoted"  # prefixes of a path, before a colon
 _PACKED = (".parquet", ".tar", ".zip", ".tar.gz", ".tgz", ".arrow")
 
 
 def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip]:
     """The clips that a manifest file or folder lists, in order.
 
-    A file: a table as Python's csv module writes it, whose header says what each column is (`columns.ALIASES`;
-    separated by `|`, tabs, commas or semicolons, whichever fits the header), JSONL with the same keys, an AudioSet
-    list, or a LibriSpeech transcript. A folder: one that holds metadata.csv or metadata.jsonl, a LibriSpeech tree
-    (`*.trans.txt`), or a single list. `ljspeech:PATH` is a list without header, or the folder of one;
-    `unquoted:PATH` a table in which double quotes are part of the text.
+    - A file: a table as Python's csv module writes it, with a header that names the columns (`columns.ALIASES`;
+      separated by `|`, tabs, commas or semicolons, whichever fits the header), JSONL with the same keys, an AudioSet
+      list, or a LibriSpeech transcript.
+    - A folder: one that holds metadata.csv or metadata.jsonl, a LibriSpeech tree (`*.trans.txt`), or a single list.
+    - `ljspeech:PATH`: a list without header, or its folder.
+    - `unquoted:PATH`: a table in which double quotes are part of the text.
 
-    Paths are relative to the manifest's folder and must stay inside it unless `allow_outside`.
+    Paths are relative to the manifest's folder and must stay inside it, unless `allow_outside`.
 
-    UserError, naming the file and line, for anything missing, empty, malformed or ambiguous.
+    Raises:
+        UserError: something is missing, empty, malformed or ambiguous; names the file and line.
     """
     kind, colon, rest = str(spec).partition(":")
     if not colon or kind not in (LJSPEECH, UNQUOTED):
@@ -60,7 +62,7 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
 
 
 def _list_in(folder: Path, kind: str) -> Path:
-    """The list in a folder; the folder itself where it is a LibriSpeech tree."""
+    """The list in a folder; the folder itself if it is a LibriSpeech tree."""
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
             return folder / name
@@ -117,7 +119,7 @@ def _read_table(path: Path, text: str, first: str, allow_outside: bool, quoted: 
     audio, words = (header[columns[meaning]].lower() for meaning in ("audio_file", "text"))
     if audio == IDENTIFIER or (audio == "file_name" and words in CAPTIONS):
         return read_by_stem(path, rows, columns, labels=words == "labels")
-    # Common Voice keeps its sounds in the folder clips beside its lists, and does not say so in them.
+    # Common Voice keeps its sounds in a folder clips beside its lists, which do not mention it.
     folder = "clips" if (audio, words) == ("path", "sentence") and (path.parent / "clips").is_dir() else ""
     clips = []
     for number, cells in rows:
@@ -157,7 +159,7 @@ def _read_jsonl(path: Path, text: str, allow_outside: bool) -> Iterator[Clip]:
 
 
 def _json_object(line: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Names and values of one JSON object, in its order. A name that occurs twice is kept twice."""
+    """Names and values of one JSON object, in order. A name that occurs twice is kept twice."""
     pairs = json.loads(line, object_pairs_hook=_Pairs)
     if not isinstance(pairs, _Pairs):
         raise ValueError(f"but {type(pairs).__name__}")

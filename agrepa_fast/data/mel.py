@@ -1,4 +1,4 @@
-"""Log-mel spectrograms and a way back: waveform [B, S] or [S] to normalised log-mel [B, T, M] or [T, M].
+"""Log-mel spectrograms and their inverse: waveform [B, S] or [S] to normalised log-mel [B, T, M] or [T, M].
 
 The settings are those of the Vocos mel-24khz vocoder (torchaudio defaults: HTK scale, no filter norm).
 """
@@ -32,7 +32,7 @@ class MelConfig(Section, name="mel"):
     mels: Annotated[int, between(1, 1024), "mel bins; at most n_fft // 2 + 1"] = 100
     f_min: Annotated[float, between(0, 192_000), "lowest frequency in Hz"] = 0.0
     f_max: Annotated[float, between(0, 192_000), "highest frequency in Hz; at most sample_rate / 2"] = 12000.0
-    # Within these bounds the exponential of a generated mel stays a float32.
+    # Within these bounds the exponential of a generated mel does not overflow float32.
     mean: Annotated[float, between(-20, 20), "subtracted from the log-mel"] = -5.8843
     std: Annotated[float, between(0.01, 10), "the log-mel is divided by it"] = 2.2615
 
@@ -69,7 +69,7 @@ class MelConfig(Section, name="mel"):
 
     @property
     def minimum_samples(self) -> int:
-        """Shortest waveform the centred transform can reflect at its borders."""
+        """The shortest waveform that the centred transform can reflect at its borders."""
         return self.n_fft // 2 + 1
 
     def frames(self, samples: int) -> int:
@@ -77,7 +77,7 @@ class MelConfig(Section, name="mel"):
         return 1 + samples // self.hop_length
 
     def samples(self, frames: int) -> int:
-        """The most samples that still give `frames` frames; the inverse of `frames`."""
+        """The largest number of samples that gives `frames` frames."""
         return frames * self.hop_length - 1
 
 
@@ -92,11 +92,12 @@ MEL_PRESETS: dict[str, MelConfig] = {
 class LogMel(nn.Module):
     """Normalised log-mel magnitude and its approximate inverse.
 
-    `forward`: waveform [B, S] or [S], any float dtype, to [B, T, M] or [T, M] float32 with
-    T = config.frames(S): `(log(max(mel(|STFT|), 1e-5)) - mean) / std`, HTK mel scale, no filter norm, Hann
-    window, centred frames with reflected borders. Always computed in float32, also under autocast.
-    Raises UserError when torchaudio is missing, ValueError for a wrong rank or a waveform shorter than
-    `config.minimum_samples`.
+    `forward`: waveform [B, S] or [S], any float dtype, to [B, T, M] or [T, M] float32 with T = config.frames(S):
+    `(log(max(mel(|STFT|), 1e-5)) - mean) / std`, with the HTK mel scale, no filter norm, a Hann window, and centred
+    frames with reflected borders. It is computed in float32, also under autocast.
+
+    Raises:
+        UserError: torchaudio is missing. ValueError: a wrong rank, or a waveform shorter than `config.minimum_samples`.
     """
 
     def __init__(self, config: MelConfig) -> None:
@@ -122,7 +123,7 @@ class LogMel(nn.Module):
             hop_length=config.hop_length,
             power=1.0,
             n_iter=64,
-            # Zero phases to start with, so the result is the same every time.
+            # The phases start at zero, so that the result is the same every time.
             rand_init=False,
         )
 
@@ -139,10 +140,10 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def inverse(self, mel: Tensor) -> Tensor:
-        """Normalised log-mel [T, M] to a waveform [S] float32, S = (T - 1) * hop. Deterministic.
+        """Normalised log-mel [T, M] to a waveform [S] float32 with S = (T - 1) * hop. Deterministic.
 
-        The magnitude is the non-negative part of the filter bank's pseudo-inverse, sharpened by the
-        multiplicative least-squares update of Lee and Seung (NeurIPS 2000), the phase is Griffin-Lim's.
+        The magnitude is the non-negative part of the filter bank's pseudo-inverse, sharpened by the multiplicative
+        least-squares update of Lee and Seung (NeurIPS 2000). The phase is Griffin-Lim's.
         """
         if mel.ndim != 2 or mel.shape[1] != self.config.mels:
             raise ValueError(f"mel must be [T, {self.config.mels}], got shape {tuple(mel.shape)}")

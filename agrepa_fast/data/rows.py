@@ -1,4 +1,4 @@
-"""Text files of rows: read as UTF-8, cut into cells as Python's csv module writes them, with their line numbers."""
+"""Text files of rows: read as UTF-8, and split into cells as Python's csv module writes them, with line numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import UserError
 
 LISTS = "a list of clips: CSV with the header audio_file|text, or JSONL (docs/data.md)"
 INSTEAD = f"extract its sound files into a folder, and write {LISTS}"
-# (offset, the bytes there, what such a file is, what to do)
+# (offset, bytes at that offset, kind of file, what to do)
 _OTHER_FILES = (
     (0, b"PAR1", "a Parquet file", INSTEAD),
     (0, b"ARROW1", "an Arrow file", INSTEAD),
@@ -36,7 +36,8 @@ _OTHER_FILES = (
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without byte order mark. Bytes that are not UTF-8 become lone surrogates.
 
-    UserError when it cannot be read or is another kind of file: the message says what to give instead.
+    Raises:
+        UserError: it cannot be read, or is of another kind; the message says what to give instead.
     """
     try:
         with open(path, "rb") as file:
@@ -63,10 +64,12 @@ def lines(text: str) -> list[tuple[int, str]]:
 
 
 def csv_rows(path: Path, text: str, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the number of the line where it begins; cells without outer spaces.
+    """The rows that are not blank, each with the number of its first line; cells without outer spaces.
 
-    quoted: cells may stand in double quotes and then hold the delimiter, line ends and doubled quotes.
-    UserError for quotes that do not fit.
+    quoted: cells may be in double quotes, and then hold the delimiter, line ends and doubled quotes.
+
+    Raises:
+        UserError: quotes that do not match.
     """
     reader = csv.reader(
         io.StringIO(text, newline=""),

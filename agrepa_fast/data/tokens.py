@@ -1,4 +1,4 @@
-"""Token streams of the condition: text as bytes, or pre-computed tokens from a file; always int64 [S, K].
+"""Token streams of the condition: the bytes of a text, or tokens from a file; always int64 [S, K].
 
 K is the number of streams: 1 (a single tokenizer) or 2 (a primary token and its companion at each position).
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..errors import UserError
 
 BYTE_VOCABULARY = 256
-# What a few bytes of a file claim must not fill the memory: the shape of an expanded tensor or of a header.
+# A few bytes of a file may claim a huge shape (an expanded tensor, a header). More tokens are refused.
 MOST_TOKENS = 1 << 24
 MOST_BYTES = 16 * MOST_TOKENS
-# Others (quantised ones, or torch.uint4) have no integers to take out.
+# Other dtypes (quantised ones, torch.uint4) have no integers to read.
 _INTEGERS = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
@@ -30,7 +30,8 @@ _INTEGERS = (
 def encode_text(text: str) -> Tensor:
     """UTF-8 bytes of `text` as int64 [S, 1], values 0 to 255; an empty text gives [0, 1].
 
-    UserError for a lone surrogate: half a character from JSON (\\ud83d), or a byte that was not UTF-8.
+    Raises:
+        UserError: a lone surrogate, which is half a character from JSON (\\ud83d), or a byte that was not UTF-8.
     """
     try:
         data = text.encode("utf-8")
@@ -49,12 +50,13 @@ def encode_text(text: str) -> Tensor:
 def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     """Tokens of one clip from a .npy or .pt file as int64 [S, K], K = len(vocabularies).
 
-    One vocabulary: the file holds S integers (or [S, 1]). Two: [S, 2], or flat and interleaved
-    `[t1, b1, t2, b2, ...]`. Stream k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a
-    tensor or a list of integers; neither kind of file may carry pickled objects.
+    One vocabulary: the file holds S integers (or [S, 1]). Two: [S, 2], or flat and interleaved `[t1, b1, t2, b2, ...]`.
+    Stream k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a tensor or a list of integers; neither
+    kind of file may carry pickled objects.
 
-    UserError when the file is missing, unreadable, empty, damaged, of the wrong shape or type, out of range, or has
-    more than 2^24 tokens (62 hours at 75 a second).
+    Raises:
+        UserError: the file is missing, unreadable, empty, damaged, of the wrong shape or type, out of range, or has
+            more than 2^24 tokens (62 hours at 75 a second).
     """
     if len(vocabularies) not in (1, 2) or any(size < 1 for size in vocabularies):
         raise ValueError(f"vocabularies must be one or two positive sizes, got {list(vocabularies)}")
@@ -81,7 +83,7 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
 
 
 def _load(path: Path) -> np.ndarray:
-    """The integers of a file, of any width and shape."""
+    """The integers of a file, in any width and shape."""
     if not path.is_file():
         raise UserError(f"{path}: no such token file")
     if path.suffix not in (".npy", ".pt"):
@@ -91,7 +93,7 @@ def _load(path: Path) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:
-        # A damaged file can fail anywhere in either reader; all of it means the same to the user.
+        # A damaged file can fail anywhere in either reader; all failures mean the same to the user.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as tokens ({reason})") from error
 
@@ -102,10 +104,10 @@ def _check_count(path: Path, count: int) -> None:
 
 
 def _load_numpy(path: Path) -> np.ndarray:
-    """Checks what the header says against the file before anything is allocated."""
+    """Read a .npy file. Its header is checked against its size before memory is allocated."""
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
-        # Version 3 is for names of fields, which tokens have not.
+        # Version 3 exists for field names, which tokens do not have.
         if version == (1, 0):
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         else:

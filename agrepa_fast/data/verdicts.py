@@ -1,7 +1,7 @@
-"""What is known of files from earlier starts: found again by path, size and time of change, so that none is read twice.
+"""A memory of files that were fine at an earlier start, by path, size and time of change, so that none is read twice.
 
-Only files that were fine are remembered. The file of verdicts begins with a digest of its content: a damaged one is
-ignored and written anew, and one that cannot be written costs time, nothing else.
+The file of verdicts begins with a digest of its content. A damaged one is ignored and written anew; if it cannot be
+written, the next start only takes longer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-# Raise it when what is remembered, or what is refused, changes.
+# Raise this when something else is remembered or refused.
 VERSION = 1
-# A file may change again within one tick of its time of change: what is that fresh is not remembered.
+# A file can change twice within one tick of its time of change, so very fresh files are not remembered.
 SETTLED_NS = 2_000_000_000
 
 
@@ -24,10 +24,10 @@ def cache_folder() -> Path | None:
     """Where files are kept that are only there to save time: $AGREPA_CACHE, or agrepa-fast in the user's cache.
 
     None where the user has no folder for it."""
-    given = os.environ.get("AGREPA_CACHE")
+    chosen = os.environ.get("AGREPA_CACHE")
     try:
         return (
-            Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
+            Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
         )
     except RuntimeError:
         return None
@@ -46,7 +46,7 @@ def verdict_file(paths: Iterable[Path]) -> Path | None:
 
 
 class Verdicts:
-    """Numbers by file and kind of check. Several threads may use one; several processes may write one file."""
+    """Numbers by file and kind of check. Several threads may share one; several processes may write one file."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -54,7 +54,7 @@ class Verdicts:
         self._new: dict[str, list[int]] = {}
 
     def find(self, path: Path, kind: str, count: int) -> tuple[int, ...] | None:
-        """The `count` numbers that were remembered, if the file is still the same."""
+        """The `count` numbers remembered of a file, if it has not changed."""
         entry = self._known.get(_key(path, kind)) if self._known else None
         stamp = _stamp(path) if entry is not None else None
         if entry is None or stamp is None or len(entry) != 2 + count or tuple(entry[:2]) != stamp:
@@ -62,13 +62,13 @@ class Verdicts:
         return tuple(entry[2:])
 
     def remember(self, path: Path, kind: str, *numbers: int) -> None:
-        """Keep numbers about a file that is fine. Call it with what was read from the file as it is now."""
+        """Remember numbers about a file that is fine. They must come from the file as it is now."""
         stamp = _stamp(path) if self.file is not None else None
         if stamp is not None and stamp[1] < time.time_ns() - SETTLED_NS:
             self._new[_key(path, kind)] = [*stamp, *numbers]
 
     def save(self) -> None:
-        """Write what is new, beside what others have written meanwhile."""
+        """Write what is new, and keep what others have written meanwhile."""
         if self.file is None or not self._new:
             return
         content = json.dumps({"version": VERSION, "files": {**_load(self.file), **self._new}}).encode()

@@ -1,7 +1,7 @@
 """Formant synthesis for the built-in corpus: words written as phonemes to a speech-like waveform [S].
 
-A band-limited glottal pulse train and noise each pass a filter that follows the formant tracks
-(Klatt 1980, done in the short-time Fourier domain); vowel formants from Peterson and Barney 1952.
+A band-limited glottal pulse train and noise each pass a filter that follows the formant tracks (Klatt 1980, done in the
+short-time Fourier domain). The vowel formants are those of Peterson and Barney 1952.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Phoneme:
     formants: tuple[float, float, float]
     voiced: float
     noise: float = 0.0
-    noise_centre: float = 0.0  # 0: the noise passes the formants (aspiration)
+    noise_centre: float = 0.0  # 0: the noise passes through the formants (aspiration)
     noise_width: float = 1.0
     seconds: float = 0.09
     nasal: bool = False
@@ -33,7 +33,7 @@ class Phoneme:
 
 @dataclass(frozen=True)
 class Speaker:
-    """One voice: mean pitch in Hz, formant scale (shorter tract, higher formants), breath and tempo."""
+    """One voice: mean pitch in Hz, formant scale (a shorter tract has higher formants), breath and tempo."""
 
     name: str
     pitch: float
@@ -134,7 +134,7 @@ def speak(words: list[str], speaker: Speaker, rng: np.random.Generator, sample_r
     frequency = np.fft.rfftfreq(size, 1 / sample_rate)
     resonance = _formant_gain(formants, nasal, speaker.tract, frequency)
     voice_gain = voiced[:, None] * resonance
-    # Fricatives and bursts keep their own band; aspiration takes the shape of the tract.
+    # Fricatives and bursts keep their own band; aspiration is filtered by the tract.
     centre = np.array([sound.noise_centre for sound in sounds])[owner][:, None]
     width = np.array([sound.noise_width for sound in sounds])[owner][:, None]
     band = np.exp(-0.5 * ((frequency[None, :] - centre) / width) ** 2)
@@ -154,7 +154,7 @@ def speak(words: list[str], speaker: Speaker, rng: np.random.Generator, sample_r
 
 
 def pulse_train(pitch: Array, sample_rate: int) -> Array:
-    """Band-limited pulses at the pitch track [S] in Hz: the closed form of 1 + 2 sum_k cos(2 pi k phase)."""
+    """Band-limited pulses at the pitch track [S] in Hz, by the closed form of 1 + 2 sum_k cos(2 pi k phase)."""
     phase = np.cumsum(pitch) / sample_rate
     harmonics = int(0.48 * sample_rate / pitch.max())
     distance = phase - np.round(phase)
@@ -187,12 +187,12 @@ def short_time_filter(source: Array, gain: Array, hop: int) -> Array:
 
 
 def _transform_size(hop: int) -> int:
-    # Twice the window at least: room for the filter to ring on both sides.
+    # At least twice the window, so that the filter can ring on both sides.
     return 1 << (8 * hop - 1).bit_length()
 
 
 def _formant_gain(formants: Array, nasal: Array, tract: float, frequency: Array) -> Array:
-    """Magnitude [frames, bins] of five second-order resonances and a -6 dB per octave source, unit power."""
+    """Magnitude [frames, bins] of five second-order resonances and a source of -6 dB per octave, at unit power."""
     frames = formants.shape[0]
     upper = np.broadcast_to(np.array([3500.0, 4500.0]) * tract, (frames, 2))
     centres = np.concatenate([formants, upper], axis=1)
@@ -207,7 +207,7 @@ def _formant_gain(formants: Array, nasal: Array, tract: float, frequency: Array)
 
 
 def _smooth(track: Array, width: int) -> Array:
-    """Moving Hann average over `width` frames with held ends."""
+    """Moving Hann average over `width` frames; the ends are held."""
     kernel = np.hanning(width + 2)[1:-1]
     padded = np.pad(track, width // 2, mode="edge")
     return np.convolve(padded, kernel / kernel.sum(), mode="valid")

@@ -1,7 +1,8 @@
-"""Token condition: tokens [B, S, K] -> embedding [B, T, C] on the mel's time axis, then beside the reference mel.
+"""Token condition: tokens [B, S, K] -> embedding [B, T, C] on the mel's time axis, beside the reference mel.
 
-Topologies: one token stream ("single", K = 1) or two in step ("dual", K = 2: each primary token followed by a
-secondary one, embedded apart, concatenated, projected). Samples may use different primary vocabularies.
+There is one token stream ("single", K = 1), or two of equal length ("dual", K = 2): each primary token has a secondary
+one;
+the two are embedded apart, concatenated and projected. Samples may use different primary vocabularies.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class TokenConditioner(FixedBuffers):
         self.register_buffer("offsets", self.constants()["offsets"], persistent=False)
 
     def constants(self) -> dict[str, Tensor]:
-        """The buffer: where the rows of each vocabulary start."""
+        """The buffer with the first row of each vocabulary."""
         return {"offsets": torch.tensor([0, *self.vocabularies.values()]).cumsum(0)[:-1]}
 
     @property
@@ -52,8 +53,9 @@ class TokenConditioner(FixedBuffers):
     def embed(self, tokens: Tensor, vocabulary: Tensor) -> Tensor:
         """tokens [B, S, K], vocabulary [B] (index into `vocabularies`) -> [B, S, C].
 
-        The projections act on the tables, not on the tokens: the same numbers, and the samples of all
-        vocabularies are one gather (no boolean indexing, so fixed shapes and no host sync)."""
+        The projections are applied to the tables instead of the tokens. The result is the same, and the samples of all
+        vocabularies are one gather, without boolean indexing: fixed shapes and no host sync.
+        """
         names = list(self.vocabularies)
         weights: list[Any] = [self.projections[name].weight for name in names]
         tables: list[Any] = [self.tables[name].weight for name in names]
@@ -67,17 +69,17 @@ class TokenConditioner(FixedBuffers):
         return embedded
 
     def forward(self, tokens: Tensor, token_lengths: Tensor, vocabulary: Tensor, mask: Tensor) -> Tensor:
-        """Token embedding per mel frame.
+        """Token embedding for each mel frame.
 
         Args:
-            tokens: [B, S, K] int64, each below its vocabulary's size (not checked here: that would wait for
-                the device). What lies beyond a sample's length is not read.
-            token_lengths: [B] (0 = no tokens: the null embedding, zeros).
+            tokens: [B, S, K] int64, each below its vocabulary's size (not checked, since that would wait for the
+                device). Tokens beyond a sample's length are not read.
+            token_lengths: [B]; 0 means no tokens, which gives the null embedding, zeros.
             vocabulary: [B] index into `vocabularies`.
             mask: [B, T] bool, the valid mel frames (a prefix); a sample's tokens span its valid frames.
 
         Returns:
-            [B, T, C], unit L2 norm per valid frame, zeros elsewhere.
+            [B, T, C], of unit L2 norm in each valid frame, zero elsewhere.
         """
         streams = 1 if self.secondary is None else 2
         if tokens.dim() != 3 or tokens.shape[2] != streams or 0 in tokens.shape:
@@ -88,7 +90,7 @@ class TokenConditioner(FixedBuffers):
         tokens = torch.where(inside.unsqueeze(-1), tokens, 0)
         stretched = interpolate_time(self.embed(tokens, vocabulary), token_lengths, mask.sum(1), mask.shape[1])
         kept = (mask & (token_lengths > 0).unsqueeze(1)).unsqueeze(-1)
-        # In float32 or wider: float16 has no room for normalize's eps, and 0 / 0 would be nan.
+        # In float32 or wider: in float16 the eps of normalize is zero, and 0 / 0 would be nan.
         unit = F.normalize(stretched.to(torch.promote_types(stretched.dtype, torch.float32)), dim=-1)
         return torch.where(kept, unit, 0).to(stretched.dtype)
 
@@ -99,17 +101,17 @@ class TokenConditioner(FixedBuffers):
         Raises:
             ValueError: names the missing key or the shape that does not fit.
         """
-        found = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
-        if not found:
+        names = [n for n in RELEASED_VOCABULARIES if f"token_embedding_{n}.weight" in state_dict]
+        if not names:
             raise ValueError("released checkpoint: no 'token_embedding_s3.weight' or 'token_embedding_as.weight'")
-        tables = {n: state_dict[f"token_embedding_{n}.weight"] for n in found}
-        conditioner = cls({n: table.shape[0] for n, table in tables.items()}, tables[found[0]].shape[1])
-        own = {}
-        for name in found:
+        tables = {n: state_dict[f"token_embedding_{n}.weight"] for n in names}
+        conditioner = cls({n: table.shape[0] for n, table in tables.items()}, tables[names[0]].shape[1])
+        renamed = {}
+        for name in names:
             if f"P_{name}.weight" not in state_dict:
                 raise ValueError(f"released checkpoint: no 'P_{name}.weight'")
-            own[f"tables.{name}.weight"] = tables[name]
-            own[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
+            renamed[f"tables.{name}.weight"] = tables[name]
+            renamed[f"projections.{name}.weight"] = state_dict[f"P_{name}.weight"]
             width = conditioner.width
             for key, expected in (
                 (f"token_embedding_{name}.weight", [tables[name].shape[0], width]),
@@ -119,14 +121,14 @@ class TokenConditioner(FixedBuffers):
                     raise ValueError(
                         f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
                     )
-        conditioner.load_state_dict(own)
+        conditioner.load_state_dict(renamed)
         return conditioner
 
 
 def interpolate_time(x: Tensor, lengths: Tensor, frame_lengths: Tensor, frames: int) -> Tensor:
     """Stretch x[b, :lengths[b]] linearly over frame_lengths[b] frames: [B, S, C] -> [B, frames, C].
 
-    The convention of `F.interpolate(mode="linear", align_corners=False)`, sample by sample, without a loop.
+    Each sample is stretched as by `F.interpolate(mode="linear", align_corners=False)`, without a loop.
     """
     position = torch.arange(frames, device=x.device, dtype=torch.float32) + 0.5
     ratio = lengths.float() / frame_lengths.clamp_min(1).float()

@@ -1,4 +1,4 @@
-"""Floating point operations of a DiT, from its sizes: multiply-adds count twice, pointwise work is left out."""
+"""Floating point operations of a DiT from its sizes. A multiply-add counts as two; pointwise work is left out."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
 
 def branch_flops(width: int, ff_ratio: int, frames: int) -> tuple[int, int]:
-    """Attention and feed-forward of one block on one sequence: their matrices, and attention's two products."""
+    """Operations of a block's attention and of its feed-forward on one sequence; attention's two products count."""
     attention = 8 * frames * width**2 + 4 * frames**2 * width
     return attention, 4 * ff_ratio * frames * width**2
 
 
 def block_flops(config: DiTConfig, sequences: int, frames: int) -> int:
-    """One block."""
+    """Operations of one block."""
     return sequences * sum(branch_flops(config.width, config.ff_ratio, frames))
 
 
 def ends_flops(config: DiTConfig, sequences: int, streams: int, frames: int) -> int:
-    """Input Linear, time embedding, modulation of all blocks; output Linear for every stream."""
+    """Input Linear, time embedding and modulation of all blocks, and the output Linear for every stream."""
     width = config.width
     entry = 2 * sequences * frames * (config.mels + config.cond) * width
     time = 2 * sequences * (8 * width**2 + config.depth * 6 * width**2)
@@ -28,5 +28,5 @@ def ends_flops(config: DiTConfig, sequences: int, streams: int, frames: int) -> 
 
 
 def forward_flops(config: DiTConfig, sequences: int, frames: int) -> int:
-    """One forward. A training step is three: backward has two products for each of the forward's."""
+    """One forward. A training step needs three times as much: backward has two products for each of the forward's."""
     return config.depth * block_flops(config, sequences, frames) + ends_flops(config, sequences, 1, frames)

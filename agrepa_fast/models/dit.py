@@ -28,16 +28,16 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a `DiT`. `paper` is the network of AG-REPA (arXiv 2603.01006), at 24 blocks of 1024."""
+    """Sizes of a `DiT`. The preset `paper` is the network of AG-REPA (arXiv 2603.01006): 24 blocks of width 1024."""
 
     depth: int = 24  # blocks; each has an attention and a feed-forward branch
     width: int = 1024
     heads: int = 16
     mels: int = 100  # mel bins of x_t and of the velocity
     cond: int = 1124  # channels of the condition: token embedding, then reference mel; 0 for none
-    ff_ratio: int = 4  # inner width of the feed-forward over `width`
-    dropout: float = 0.2  # of the attention weights and inside the feed-forward, while training
-    max_frames: int = 2048  # longest sequence the position table covers
+    ff_ratio: int = 4  # inner width of the feed-forward, as a multiple of `width`
+    dropout: float = 0.2  # dropout of the attention weights and in the feed-forward, while training
+    max_frames: int = 2048  # length of the position table
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "mels", "ff_ratio", "max_frames"):
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise branch: h [B, T, D] -> [B, T, D], exact GELU. Takes a mask only to be called like Attention."""
+    """Position-wise branch with exact GELU: h [B, T, D] -> [B, T, D]. It takes a mask to have Attention's signature."""
 
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
@@ -154,11 +154,11 @@ class DiT(FixedBuffers):
         self._initialise()
 
     def constants(self) -> dict[str, Tensor]:
-        """The buffer: one row for each position."""
+        """The buffer with one row for each position."""
         return {"positions": position_table(self.config.max_frames, self.config.width)}
 
     def _initialise(self) -> None:
-        """Every block starts as the identity and the velocity as zero (adaLN-zero)."""
+        """Initialise every block as the identity and the velocity as zero (adaLN-zero)."""
         nn.init.normal_(self.modulation.weight, std=0.02)
         nn.init.zeros_(self.modulation.bias)
         for branch in self.branches:
@@ -203,7 +203,7 @@ class DiT(FixedBuffers):
         ]
 
     def close(self, x: Tensor) -> Tensor:
-        """Residual stream after the last block [R, T, D] -> velocity [R, T, M]."""
+        """From the residual stream after the last block [R, T, D] to the velocity [R, T, M]."""
         return self.output(self.output_norm(x))
 
     def forward(
@@ -220,15 +220,15 @@ class DiT(FixedBuffers):
             x_t: [B, T, M] noisy mel.
             t: [B] in [0, 1], 0 = noise, 1 = data.
             cond: [B, T, C], or None for a model without a condition.
-            mask: [B, T] bool, True = real frame. Padded frames are never attended to; what x_t and cond hold there,
-                nan included, changes nothing in the others.
-            hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is wanted too.
+            mask: [B, T] bool, True = real frame. No frame attends to padded frames, and what x_t and cond hold there,
+                nan included, does not change the others.
+            hidden_layers: 0-based blocks whose output (the residual stream, [B, T, D]) is returned too.
 
         Returns:
             velocity [B, T, M]; with `hidden_layers`, also {layer: hidden state}.
 
         Raises:
-            ValueError: when a shape or a layer does not fit.
+            ValueError: a shape or a layer does not fit.
         """
         wanted = frozenset(hidden_layers or ())
         if not wanted <= frozenset(range(self.depth)):
@@ -277,14 +277,14 @@ class DiT(FixedBuffers):
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor], heads: int = 16, dropout: float = 0.2) -> DiT:
-        """Load the network out of a checkpoint in the layout of AG-REPA's released code.
+        """Load the network from a checkpoint in the layout of AG-REPA's released code.
 
-        Sizes are read from the shapes (the number of heads leaves no trace there). Token tables, teacher
-        projections and alignment heads in the same state dict belong to other modules and are left alone
+        Sizes are read from the shapes, except the number of heads, which the shapes do not show. Token tables, teacher
+        projections and alignment heads in the state dict belong to other modules and are ignored
         (`TokenConditioner.from_released` reads the tables).
 
         Raises:
-            ValueError: names the first missing key or the shape that does not fit.
+            ValueError: names the first missing key, or the shape that does not fit.
         """
         layers = {int(m[1]) for key in state_dict if (m := re.match(r"blocks\.(\d+)\.", key))}
         for key in ("input_proj.weight", "output_layer.1.weight", "blocks.0.ff.0.weight"):
@@ -304,7 +304,7 @@ class DiT(FixedBuffers):
         )
         model = cls(config)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        own = {}
+        renamed = {}
         for name, source in released_names(config).items():
             rows, *rest = shapes[name]
             expected = [rows // len(source), *rest]
@@ -315,13 +315,13 @@ class DiT(FixedBuffers):
                     raise ValueError(
                         f"released checkpoint: {key!r} is {list(state_dict[key].shape)}, expected {expected}"
                     )
-            own[name] = torch.cat([state_dict[key] for key in source])
-        model.load_state_dict(own)
+            renamed[name] = torch.cat([state_dict[key] for key in source])
+        model.load_state_dict(renamed)
         return model
 
 
 def released_names(config: DiTConfig) -> dict[str, list[str]]:
-    """Our parameter name -> the released name(s); several are concatenated on the first axis."""
+    """{name of our parameter: released names}; several are concatenated on the first axis."""
     names = {}
     for kind in ("weight", "bias"):
         names[f"input.{kind}"] = [f"input_proj.{kind}"]

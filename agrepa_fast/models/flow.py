@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,20 @@ SIGMA = 0.5
 
 
 def path(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Point on the path and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
+    """Point on the path, and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
     step = t[:, None, None].to(x.dtype)
     return torch.lerp(noise, x, step), x - noise
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
+    """Mean squared error of each sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
 
-    Masked frames give exactly zero loss and gradient, whatever they hold; no valid frame gives 0."""
+    Masked frames contribute exactly zero loss and gradient, whatever they hold. A sample without valid frames gives 0.
+    """
     error = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target
     if mask is None:
         return error.square().mean(dim=(-2, -1))
-    # Selected before the square, whose gradient at a masked nan would be nan.
+    # Select before squaring: the gradient of the square at a masked nan would be nan.
     error = torch.where(mask.unsqueeze(-1), error, 0).square().mean(-1)
     return error.sum(-1) / mask.sum(-1).clamp_min(1)
 
@@ -39,31 +41,51 @@ def probe_inputs(
     mask: Tensor | None,
     t_grid: Sequence[float],
     generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
+    *,
+    sigma: float = SIGMA,
+    names: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Inputs of `attribute_layers` on the path: every sample at every t of the grid, folded into the batch.
 
-    x [B, T, M] clean mel, cond [B, T, C], mask [B, T] -> x_t [G B, T, M], t [G B], cond, mask for G grid
-    points, t-major. A sample keeps one noise draw over the grid, so that only t differs.
+    Args:
+        x: [B, ...] clean data, [B, T, M] for a mel.
+        cond, mask: [B, ...], or None.
+        t_grid: G values in [0, 1]; 0 is noise.
+        sigma: standard deviation of the noise in training (F5-TTS: 1).
+        names: {"x_t", "t", "cond", "mask": what the model's forward calls it}; others stay.
+        extra: further arguments of the forward, by the model's names. Tensors whose first size is B are repeated.
+
+    Returns:
+        {name: [G B, ...]}, t-major. A sample keeps one noise draw over the grid, so that only t differs.
 
     Raises:
-        ValueError: the grid is empty, or holds a value outside [0, 1].
+        ValueError: the grid is empty, or holds a value outside [0, 1]; an unknown name; a sigma of 0 or less.
     """
     if len(t_grid) == 0 or not all(0 <= t <= 1 for t in t_grid):
         raise ValueError(f"t_grid: expected at least one value, each in [0, 1], got {list(t_grid)}")
-    noise = SIGMA * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    grid = len(t_grid)
-    t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(x.shape[0])
-    x_t, _ = path(x.repeat(grid, 1, 1), noise.repeat(grid, 1, 1), t)
-    inputs = {"x_t": x_t, "t": t}
-    if cond is not None:
-        inputs["cond"] = cond.repeat(grid, 1, 1)
-    if mask is not None:
-        inputs["mask"] = mask.repeat(grid, 1)
-    return inputs
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma: expected a standard deviation above 0, got {sigma}")
+    own = ("x_t", "t", "cond", "mask")
+    names = {name: name for name in own} | dict(names or {})
+    if set(names) != set(own):
+        raise ValueError(f"names: expected some of {', '.join(own)}, got {next(n for n in names if n not in own)!r}")
+    noise = sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    batch, grid = x.shape[0], len(t_grid)
+
+    def over_grid(value: Any) -> Any:
+        carries = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value.repeat(grid, *[1] * (value.dim() - 1)) if carries else value
+
+    t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(batch)
+    step = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    inputs = {"x_t": torch.lerp(over_grid(noise), over_grid(x), step), "t": t, "cond": cond, "mask": mask}
+    named = {names[name]: over_grid(value) for name, value in inputs.items() if value is not None}
+    return named | {name: over_grid(value) for name, value in (extra or {}).items()}
 
 
 def sway(t: Tensor, coefficient: float = -1.0) -> Tensor:
-    """Sway sampling (F5-TTS, arXiv 2410.06885): t + c (cos(pi t / 2) - 1 + t); c < 0 lingers near noise."""
+    """Sway sampling (F5-TTS, arXiv 2410.06885): t + c (cos(pi t / 2) - 1 + t); c < 0 puts more steps near noise."""
     return t + coefficient * (torch.cos(math.pi / 2 * t) - 1 + t)
 
 

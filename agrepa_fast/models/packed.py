@@ -1,7 +1,8 @@
-"""Attention over the valid frames alone: those of all samples packed into one row, a block-diagonal mask between them.
+"""Attention over valid frames alone: all samples' valid frames in one row, with a block-diagonal mask between them.
 
-xformers' memory-efficient attention, for batches of very different lengths. How many frames are packed is read from
-the mask, which waits for the device once a forward: a batch in buckets of fixed lengths is better off with SDPA.
+It uses xformers' memory-efficient attention and is for batches of very different lengths. The number of packed frames
+is read from the mask, which waits for the device once per forward; for batches in buckets of fixed lengths SDPA is
+better.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class Packing:
-    """Where the valid frames of a batch are. mask: [B, T] bool."""
+    """The places of a batch's valid frames. mask: [B, T] bool."""
 
     def __init__(self, mask: Tensor) -> None:
         ops = _xformers()
@@ -40,7 +41,7 @@ def _xformers() -> Any:
 
 
 def check(device: torch.device) -> str | None:
-    """Why packed attention cannot run on `device`; None where it can."""
+    """Why packed attention cannot run on `device`; None if it can."""
     try:
         _xformers()
     except ImportError as error:

@@ -19,6 +19,7 @@ from .library import FusedOp
 
 # Rows per chunk: on a GPU enough to fill it with one GEMM, on a CPU a buffer that stays in its caches.
 CUDA_CHUNK, CPU_CHUNK = 8192, 1024
+_LINEAR = ("hidden", "weight", "bias")  # what a projection's loss is differentiated by
 
 
 def _rows(y: Tensor, *arguments: Any) -> None:
@@ -90,52 +91,38 @@ def _run_projection(
     return loss, loss.sum(), grad_hidden, grad_weight, grad_bias
 
 
-def _fake_projection(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    target_scale: Tensor | None,
-    row_weight: Tensor | None,
-    eps: float,
-    normalized: bool,
-    chunk: int,
-    with_hidden: bool,
-    with_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _accumulator(hidden)
+def _fake_projection(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, dtype = a.hidden, a.weight, _accumulator(a.hidden)
     return (
         hidden.new_empty(hidden.shape[:1], dtype=dtype),
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(hidden.shape if with_hidden else (0,)),
-        weight.new_empty(weight.shape if with_weight else (0,), dtype=dtype),
-        weight.new_empty(weight.shape[:1] if with_weight and bias is not None else (0,), dtype=dtype),
+        hidden.new_empty(hidden.shape if a.with_hidden else (0,)),
+        weight.new_empty(weight.shape if a.with_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[:1] if a.with_weight and a.bias is not None else (0,), dtype=dtype),
     )
 
 
-def _save_projection_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[0], *output[2:])
+def _save_projection_sum(ctx: Any, a: Any, outputs: tuple[Tensor, ...]) -> None:
+    loss, _, *grads = outputs
+    ctx.mark_non_differentiable(loss, *grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
-    bias = inputs[2]
-    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, None if bias is None else bias.dtype)
+    ctx.save_for_backward(*grads)
+    ctx.dtypes = {name: value.dtype for name in _LINEAR if (value := getattr(a, name)) is not None}
 
 
-def _projection_sum_gradient(ctx: Any, _: Any, grad: Tensor | None, *others: Any) -> Any:
+def _projection_sum_gradient(ctx: Any, _: Any, grad: Tensor | None, *others: Any) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * 11
-    held = ctx.saved_tensors
+        return {}
+    held = dict(zip(_LINEAR, ctx.saved_tensors))
     # In place unless the graph is kept for another backward: the gradient of hidden is the largest tensor here.
     last = not torch.compiler.is_compiling() and _last_backward(ctx)
-    grads: list[Tensor | None] = []
-    for saved, dtype in zip(held, ctx.dtypes):
-        if saved.numel() == 0 or dtype is None:
-            grads.append(None)
-        elif last and type(saved) is Tensor:
-            grads.append(saved.mul_(grad).to(dtype))
-        else:
-            grads.append((saved * grad).to(dtype))
-    return (*grads, *(None,) * 8)
+    grads: dict[str, Tensor | None] = {}
+    for name, dtype in ctx.dtypes.items():
+        saved = held[name]
+        if saved.numel():
+            in_place = last and type(saved) is Tensor
+            grads[name] = (saved.mul_(grad) if in_place else saved * grad).to(dtype)
+    return grads
 
 
 def _last_backward(ctx: Any) -> bool:
@@ -148,28 +135,27 @@ def _last_backward(ctx: Any) -> bool:
     return False
 
 
-def _save_projection_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
+def _save_projection_rows(ctx: Any, a: Any, outputs: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:9]
+    ctx.save_for_backward(a.hidden, a.weight, a.bias, a.target, a.target_scale, a.row_weight)
+    ctx.options = a.eps, a.normalized, a.chunk
 
 
-def _projection_rows_gradient(ctx: Any, grad: Tensor | None, *others: Any) -> Any:
+def _projection_rows_gradient(ctx: Any, grad: Tensor | None, *others: Any) -> dict[str, Tensor | None]:
     """A gradient per row arrives only now: the chunks run again, with it as the rows' weights."""
     if grad is None:
-        return (None,) * 11
+        return {}
     *tensors, row_weight = ctx.saved_tensors
-    hidden, weight, bias = tensors[:3]
+    needed = dict(zip(PROJECTION_COSINE_ROWS.arguments._fields, ctx.needs_input_grad))
     row_weight = grad.contiguous() if row_weight is None else torch.where(row_weight != 0, row_weight * grad, 0)
-    needs_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    outputs = PROJECTION_COSINE_SUM(*tensors, row_weight, *ctx.options, ctx.needs_input_grad[0], needs_weight)
-    return (
-        outputs[2].to(hidden.dtype) if ctx.needs_input_grad[0] else None,
-        outputs[3].to(weight.dtype) if needs_weight else None,
-        outputs[4].to(bias.dtype) if needs_weight and bias is not None else None,
-        *(None,) * 8,
-    )
+    with_weight = needed["weight"] or needed["bias"]
+    outputs = PROJECTION_COSINE_SUM(*tensors, row_weight, *ctx.options, needed["hidden"], with_weight)
+    grads: dict[str, Tensor | None] = {}
+    for name, value, grad in zip(_LINEAR, tensors, outputs[2:]):
+        if value is not None and (needed["hidden"] if name == "hidden" else with_weight):
+            grads[name] = grad.to(value.dtype)
+    return grads
 
 
 def _run_cosine(
@@ -198,46 +184,43 @@ def _run_cosine_backward(
     return grad
 
 
-def _save_cosine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+def _save_cosine(ctx: Any, a: Any, loss: Tensor) -> None:
+    ctx.save_for_backward(a.y, a.target, a.target_scale, a.row_weight)
+    ctx.options = a.eps, a.normalized
 
 
-def _cosine_gradient(ctx: Any, grad: Tensor) -> Any:
+def _cosine_gradient(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     y, target, target_scale, row_weight = ctx.saved_tensors
     row_weight = grad.contiguous() if row_weight is None else torch.where(row_weight != 0, row_weight * grad, 0)
-    return COSINE_LOSS_BACKWARD(y, target, target_scale, row_weight, *ctx.options), *(None,) * 5
+    return {"y": COSINE_LOSS_BACKWARD(y, target, target_scale, row_weight, *ctx.options)}
 
 
-_PROJECTION = (
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? target_scale, Tensor? row_weight, float eps, "
-    "bool normalized, SymInt chunk, bool with_hidden, bool with_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 # One computation, differentiated in two ways: the sum brings its gradients along, the rows run again for theirs.
 PROJECTION_COSINE_SUM = FusedOp(
-    "projection_cosine_sum" + _PROJECTION,
+    "projection_cosine_sum",
     _run_projection,
     _fake_projection,
-    (_save_projection_sum, _projection_sum_gradient),
+    save=_save_projection_sum,
+    gradient=_projection_sum_gradient,
 )
 PROJECTION_COSINE_ROWS = FusedOp(
-    "projection_cosine_rows" + _PROJECTION,
+    "projection_cosine_rows",
     _run_projection,
     _fake_projection,
-    (_save_projection_rows, _projection_rows_gradient),
+    save=_save_projection_rows,
+    gradient=_projection_rows_gradient,
 )
 COSINE_LOSS = FusedOp(
-    "cosine_loss(Tensor y, Tensor target, Tensor? target_scale, Tensor? row_weight, float eps, bool normalized) "
-    "-> Tensor",
+    "cosine_loss",
     _run_cosine,
-    lambda y, target, target_scale, row_weight, eps, normalized: y.new_empty(y.shape[:1], dtype=_accumulator(y)),
-    (_save_cosine, _cosine_gradient),
+    lambda a: a.y.new_empty(a.y.shape[:1], dtype=_accumulator(a.y)),
+    save=_save_cosine,
+    gradient=_cosine_gradient,
 )
 COSINE_LOSS_BACKWARD = FusedOp(
-    "cosine_loss_backward(Tensor y, Tensor target, Tensor? target_scale, Tensor row_weight, float eps, "
-    "bool normalized) -> Tensor",
+    "cosine_loss_backward",
     _run_cosine_backward,
-    lambda y, target, target_scale, row_weight, eps, normalized: y.new_empty(y.shape),
+    lambda a: a.y.new_empty(a.y.shape),
 )
 
 

@@ -6,6 +6,8 @@ traced), so that eps and flags reach the kernels as the Python constants they ar
 
 from __future__ import annotations
 
+import inspect
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -19,53 +21,109 @@ LIBRARY = torch.library.Library("agrepa_fast", "DEF")
 
 
 class FusedOp:
-    """A registered op and its short eager path; both end in the same function that launches the kernels.
+    """A registered op, written down once: the annotated signature of `run` is its schema.
 
-    Going through the dispatcher costs several microseconds of Python per call, more than small kernels take.
-    It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor subclass.
+    Everything else of an op picks what it needs from `arguments`, a named tuple of that signature, so that a new
+    argument is written there, and where it is used.
 
-    A gradient cannot be differentiated again: a backward that is asked for its own graph raises.
+    A call goes straight to `run` in eager PyTorch: the dispatcher costs several microseconds of Python, more than small
+    kernels take. It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor
+    subclass. A gradient cannot be differentiated again: a backward that is asked for its own graph raises.
     """
 
     def __init__(
         self,
-        schema: str,
+        name: str,
         run: Callable[..., Any],
-        fake: Callable[..., Any],
-        gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+        fake: Callable[[Any], Any],
+        *,
+        outputs: int | None = None,
+        save: Callable[[Any, Any, Any], None] | None = None,
+        gradient: Callable[..., dict[str, Tensor | None]] | None = None,
+        reference: Callable[..., Any] | None = None,
     ) -> None:
-        """`run` launches; `fake` gives empty outputs; `gradient` is (setup_context, backward), None for the op of a
-        gradient, which has none of its own."""
-        name = schema.split("(")[0]
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        """Register `agrepa_fast::name`.
+
+        Args:
+            run: launches the kernels and returns fresh tensors.
+            fake: arguments (named tuple) -> empty outputs.
+            outputs: how many tensors are returned; None where the annotation of `run` says it.
+            save: (ctx, arguments, outputs) keeps what the gradient needs. The op of a gradient has neither.
+            gradient: (ctx, gradients of the outputs) -> gradients of the arguments by name; others have none.
+            reference: the op in plain PyTorch. Its parameters have names of `run`'s.
+        """
+        signature = inspect.signature(run, eval_str=True)
+        self.arguments: Any = namedtuple(name, signature.parameters)  # type: ignore[misc]
+        self.run = run
+        self.reference = reference
+        parameters = {} if reference is None else inspect.signature(reference).parameters
+        self._reference_names = tuple(parameters)
+        self.needed = tuple(n for n, p in parameters.items() if p.default is p.empty)  # cannot be None
+        if unknown := set(self._reference_names) - set(signature.parameters):
+            raise TypeError(f"{name}: the reference takes {', '.join(sorted(unknown))}, which the op does not")
+
+        LIBRARY.define(_schema(name, signature, outputs), tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, run, device)
-        torch.library.register_fake(f"agrepa_fast::{name}", fake, lib=LIBRARY)
-        setup_context, backward = (None, _refuse) if gradient is None else (gradient[0], _first_only(gradient[1]))
-        torch.library.register_autograd(f"agrepa_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        qualified = f"agrepa_fast::{name}"
+        torch.library.register_fake(qualified, lambda *inputs: fake(self.arguments(*inputs)), lib=LIBRARY)
         self.registered = getattr(torch.ops.agrepa_fast, name).default
-        self.run = run
-        self.differentiable: Callable[..., Any] | None = None
-        if gradient is not None:
-            save = gradient[0]
+        self._differentiable: Callable[..., Any] | None = None
+        if save is None or gradient is None:
+            torch.library.register_autograd(qualified, _refuse, lib=LIBRARY)
+        else:
+            self._register_gradient(name, save, gradient)
 
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = run(*inputs)
-                save(ctx, inputs, output)
-                return output
+    def _register_gradient(self, name: str, save: Callable[..., None], gradient: Callable[..., Any]) -> None:
+        run, arguments = self.run, self.arguments
 
-            # With forward and setup_context apart, and in `Function.apply` before it reaches C++, every call would
-            # inspect signatures and look for transforms: three times the cost of the rest.
-            members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-            function = type(name, (torch.autograd.Function,), members)
-            self.differentiable = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, arguments(*inputs), output)
 
-    def __call__(self, first: Tensor, *others: Any) -> Any:
-        if not eager(first):
-            return self.registered(first, *others)
-        if self.differentiable is not None and torch.is_grad_enabled():
-            return self.differentiable(first, *others)
-        return self.run(first, *others)
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            # The kernels leave no graph behind, so what is recorded would lack every term that runs through this op,
+            # and autograd would not notice: it would take the gradient for a constant.
+            if torch.is_grad_enabled():
+                _refuse()
+            return tuple(map(gradient(ctx, *grads).get, arguments._fields))
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            save(ctx, arguments(*inputs), output)
+            return output
+
+        qualified = f"agrepa_fast::{name}"
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+        # With forward and setup_context apart, and in `Function.apply` before it reaches C++, every call would
+        # inspect signatures and look for transforms: three times the cost of the rest.
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function = type(name, (torch.autograd.Function,), members)
+        self._differentiable = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """One of the first two inputs is a tensor; it shows whether the call may go past the dispatcher."""
+        if not eager(inputs[1] if inputs[0] is None else inputs[0]):
+            return self.registered(*inputs)
+        if self._differentiable is not None and torch.is_grad_enabled():
+            return self._differentiable(*inputs)
+        return self.run(*inputs)
+
+    def in_pytorch(self, arguments: Any) -> Any:
+        """The reference on the arguments that it takes."""
+        assert self.reference is not None, "only ops with a reference are called"
+        return self.reference(**{name: getattr(arguments, name) for name in self._reference_names})
+
+
+def _schema(name: str, signature: inspect.Signature, outputs: int | None) -> str:
+    """The schema of an op; where `outputs` says how many tensors it returns, in place of the annotation."""
+
+    def prototype() -> None: ...
+
+    returns = signature.return_annotation
+    if outputs is not None:
+        returns = Tensor if outputs == 1 else tuple[(Tensor,) * outputs]  # type: ignore[misc]
+    prototype.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, op_name=name, mutates_args=())
 
 
 def eager(x: Tensor) -> bool:
@@ -76,20 +134,6 @@ def eager(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not transformed()
     )
-
-
-def _first_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward`, but an error where autograd would record it (`create_graph=True`).
-
-    The kernels leave no graph behind, so what is recorded would lack every term that runs through this op, and
-    autograd would not notice: it would take the gradient for a constant."""
-
-    def first_only(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            _refuse()
-        return backward(ctx, *grads)
-
-    return first_only
 
 
 def _refuse(*arguments: Any) -> Any:

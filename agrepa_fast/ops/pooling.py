@@ -38,64 +38,70 @@ def _run_velocity_delta_backward(
     return kernels.velocity_delta_backward(grad_change, grad_energy, velocity, mask, count)
 
 
-def _fake_masked_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((x.shape[0], x.shape[2])), x.new_empty((x.shape[0],), dtype=dtype)
+def _fake_masked_mean(a: Any) -> tuple[Tensor, Tensor]:
+    batch, _, width = a.x.shape
+    dtype = torch.promote_types(a.x.dtype, torch.float32)
+    return a.x.new_empty((batch, width)), a.x.new_empty((batch,), dtype=dtype)
 
 
-def _fake_velocity_delta(velocity: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    streams, batch = velocity.shape[:2]
-    dtype = torch.promote_types(velocity.dtype, torch.float32)
+def _fake_velocity_delta(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    streams, batch = a.velocity.shape[:2]
+    dtype = torch.promote_types(a.velocity.dtype, torch.float32)
     shapes = ((streams - 1, batch), (batch,), (batch,))
-    change, energy, count = (velocity.new_empty(shape, dtype=dtype) for shape in shapes)
+    change, energy, count = (a.velocity.new_empty(shape, dtype=dtype) for shape in shapes)
     return change, energy, count
 
 
-def _save_masked_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
+def _save_masked_mean(ctx: Any, a: Any, outputs: tuple[Tensor, Tensor]) -> None:
+    _, count = outputs
+    ctx.mark_non_differentiable(count)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[1], output[1])
-    ctx.frames = inputs[0].shape[1]
+    ctx.save_for_backward(a.mask, count)
+    ctx.frames = a.x.shape[1]
 
 
-def _masked_mean_gradient(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-    return None if grad is None else MASKED_MEAN_BACKWARD(grad, *ctx.saved_tensors, ctx.frames), None
+def _masked_mean_gradient(ctx: Any, grad: Tensor | None, _: Any) -> dict[str, Tensor | None]:
+    return {} if grad is None else {"x": MASKED_MEAN_BACKWARD(grad, *ctx.saved_tensors, ctx.frames)}
 
 
-def _save_velocity_delta(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[2])
+def _save_velocity_delta(ctx: Any, a: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, count = outputs
+    ctx.mark_non_differentiable(count)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[2])
+    ctx.save_for_backward(a.velocity, a.mask, count)
 
 
-def _velocity_delta_gradient(ctx: Any, grad_change: Tensor | None, grad_energy: Tensor | None, _: Any) -> Any:
+def _velocity_delta_gradient(
+    ctx: Any, grad_change: Tensor | None, grad_energy: Tensor | None, _: Any
+) -> dict[str, Tensor | None]:
     if grad_change is None and grad_energy is None:
-        return None, None
-    return VELOCITY_DELTA_BACKWARD(*ctx.saved_tensors, grad_change, grad_energy), None
+        return {}
+    return {"velocity": VELOCITY_DELTA_BACKWARD(*ctx.saved_tensors, grad_change, grad_energy)}
 
 
 MASKED_MEAN = FusedOp(
-    "masked_mean(Tensor x, Tensor? mask) -> (Tensor mean, Tensor count)",
+    "masked_mean",
     _run_masked_mean,
     _fake_masked_mean,
-    (_save_masked_mean, _masked_mean_gradient),
+    save=_save_masked_mean,
+    gradient=_masked_mean_gradient,
 )
 MASKED_MEAN_BACKWARD = FusedOp(
-    "masked_mean_backward(Tensor grad, Tensor? mask, Tensor count, SymInt frames) -> Tensor",
+    "masked_mean_backward",
     _run_masked_mean_backward,
-    lambda grad, mask, count, frames: grad.new_empty((grad.shape[0], frames, grad.shape[1])),
+    lambda a: a.grad.new_empty((a.grad.shape[0], a.frames, a.grad.shape[1])),
 )
 VELOCITY_DELTA = FusedOp(
-    "velocity_delta(Tensor velocity, Tensor? mask) -> (Tensor change, Tensor energy, Tensor count)",
+    "velocity_delta",
     _run_velocity_delta,
     _fake_velocity_delta,
-    (_save_velocity_delta, _velocity_delta_gradient),
+    save=_save_velocity_delta,
+    gradient=_velocity_delta_gradient,
 )
 VELOCITY_DELTA_BACKWARD = FusedOp(
-    "velocity_delta_backward(Tensor velocity, Tensor? mask, Tensor count, Tensor? grad_change, Tensor? grad_energy) "
-    "-> Tensor",
+    "velocity_delta_backward",
     _run_velocity_delta_backward,
-    lambda velocity, mask, count, grad_change, grad_energy: velocity.new_empty(velocity.shape),
+    lambda a: a.velocity.new_empty(a.velocity.shape),
 )
 
 

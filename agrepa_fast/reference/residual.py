@@ -1,9 +1,9 @@
 """The residual stream in plain PyTorch, in any floating dtype up to float64.
 
-    x' = x + stream_scale * gate * branch        h = norm(x') * (1 + scale) + shift
+    x' = x + stream_scale * gate * branch        h = (norm(x') * weight + bias) * (1 + scale) + shift
 
-x, branch [R, T, D]; gate, shift, scale [B, D]; sequence r uses modulation row sample_index[r] (or r itself). Sequences
-of `join` come after those of x, without a branch.
+x, branch [R, T, D]; gate, shift, scale [B, D] or [B, T, D]; weight, bias [D]; sequence r uses modulation row
+sample_index[r] (or r itself). Sequences of `join` come after those of x, without a branch.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 def _rows(modulation: Tensor, sample_index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, D] -> [R, 1, D], one modulation row per sequence."""
+    """[B, D] -> [R, 1, D], one modulation row per sequence; [B, T, D] -> [R, T, D]."""
     # Not modulation[sample_index], which takes -1 for the last row.
     rows = modulation if sample_index is None else modulation.index_select(0, sample_index)
-    return rows.to(dtype).unsqueeze(1)
+    return rows.to(dtype) if rows.dim() == 3 else rows.to(dtype).unsqueeze(1)
 
 
 def _add_product(base: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """base + rows * value, rows [R, 1, D]; base or rows may be broadcast over time.
+    """base + rows * value, rows [R, 1, D] or [R, T, D]; base or rows may be broadcast over time.
 
     addcmul is one pass less, but its gradient one more for each factor: it multiplies by its argument `value`, which is
     1, in a pass over the whole tensor. So it is taken where no gradient is."""
@@ -58,12 +58,23 @@ def _add_branch(
 
 
 def _norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, sample_index: Tensor | None, eps: float, norm: str
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sample_index: Tensor | None,
+    eps: float,
+    norm: str,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     width = (x.shape[-1],)
-    x = x.to(dtype)
-    normed = F.layer_norm(x, width, eps=eps) if norm == "layer" else F.rms_norm(x, width, eps=eps)
+    x, weight, bias = x.to(dtype), *(None if value is None else value.to(dtype) for value in (weight, bias))
+    if norm == "layer":
+        normed = F.layer_norm(x, width, weight, bias, eps)
+    else:
+        normed = F.rms_norm(x, width, weight, eps)
+        normed = normed if bias is None else normed + bias
     return _add_product(_rows(shift, sample_index, dtype), _rows(scale, sample_index, dtype).add(1.0), normed)
 
 
@@ -74,6 +85,8 @@ def gated_residual_norm(
     shift: Tensor,
     scale: Tensor,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     stream_scale: Tensor | None = None,
     sample_index: Tensor | None = None,
     join: Tensor | None = None,
@@ -82,7 +95,7 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x' = x + stream_scale * gate * branch`, `h = norm(x') (1 + scale) + shift`; both in x's dtype."""
     x_new = _add_branch(x, branch, gate, stream_scale, sample_index, join).to(x.dtype)
-    return x_new, _norm_modulate(x_new, shift, scale, sample_index, eps, norm).to(x.dtype)
+    return x_new, _norm_modulate(x_new, shift, scale, weight, bias, sample_index, eps, norm).to(x.dtype)
 
 
 def layer_norm_modulate(
@@ -90,12 +103,14 @@ def layer_norm_modulate(
     shift: Tensor,
     scale: Tensor,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     sample_index: Tensor | None = None,
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> Tensor:
     """`norm(x) (1 + scale) + shift`: the opening end of the chain."""
-    return _norm_modulate(x, shift, scale, sample_index, eps, norm).to(x.dtype)
+    return _norm_modulate(x, shift, scale, weight, bias, sample_index, eps, norm).to(x.dtype)
 
 
 def gated_residual(

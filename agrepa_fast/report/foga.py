@@ -19,7 +19,11 @@ def section(run: RunFolder) -> str:
         '<p class="note">Change of the predicted velocity when one layer is switched off, relative to the '
         f"velocity; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
         f"counted from 0. Whiskers and &plusmn; are one standard error.{_noise_note(scores)}</p>",
-        html.picture(run.path / "foga.png", plot_scores(scores, selection), "FoG-A score of every layer"),
+        html.picture(
+            run.path / "foga.png",
+            plot_scores(scores, selection.drawn() if selection else None),
+            "FoG-A score of every layer",
+        ),
     ]
     if scores.t is None:
         parts.append('<p class="missing">score by layer and t: not recorded in this run</p>')
@@ -42,9 +46,10 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
     domains = scores.by_domain() if len(scores.by_domain()) > 1 else {}
     columns = [(part.mean, part.stderr) for part in (scores, *domains.values())]
     means = scores.mean.nan_to_num(float("-inf"))
+    selected = selection.teachers if selection else {"": None}
     rows, chosen = [], []
     for unit, name in enumerate(scores.names):
-        weight = unit_weight(name, selection)
+        weights = [unit_weight(name, aligned) for aligned in selected.values()]
         cells = [escape(name), html.count(1 + int((means > means[unit]).sum()))]
         for mean, stderr in columns:
             spread = float(stderr[unit])
@@ -52,8 +57,9 @@ def _foga_table(scores: LayerScores, selection: Selection | None) -> str:
                 f" <span class='quiet'>&plusmn; {html.significant(spread, 2)}</span>" if math.isfinite(spread) else ""
             )
             cells.append(html.significant(float(mean[unit])) + error)
-        rows.append([*cells, "" if weight is None else f"{weight:.3f}"])
-        chosen.append(weight is not None)
+        rows.append([*cells, *("" if weight is None else f"{weight:.3f}" for weight in weights)])
+        chosen.append(any(weight is not None for weight in weights))
     unit_title = "branch" if any("." in name for name in scores.names) else "layer"
-    header = [unit_title, "rank", "score", *map(escape, domains), "weight"]
+    header = [unit_title, "rank", "score", *map(escape, domains)]
+    header += [escape(f"weight {name}".strip()) for name in selected]
     return html.table(header, rows, chosen)

@@ -8,19 +8,32 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..attribution.scores import LayerScores, read_scores
+from ..attribution.files import read_scores
+from ..attribution.scores import LayerScores
 from ..errors import UserError
 from . import html
 from .log import Log, current_timeline, read_log
 
 
 @dataclass(frozen=True)
-class Selection:
-    """selection.json: layers with their weights, and what else the file says about how they were chosen."""
+class Aligned:
+    """The layers of one selection, their weights and, where these go by flow time, {t: weights}."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
+    by_time: dict[float, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json: one selection for all teachers (under an empty name) or one for each, and the other facts."""
+
+    teachers: dict[str, Aligned]
     facts: dict[str, Any]
+
+    def drawn(self) -> Aligned | dict[str, Aligned]:
+        """As `plot_scores` takes it."""
+        return self.teachers.get("", self.teachers)
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,26 @@ def _read_selection(path: Path) -> tuple[Selection | None, str]:
         return None, ""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        layers, weights = tuple(facts.pop("layers")), tuple(float(weight) for weight in facts.pop("weights"))
-        if len(layers) != len(weights):
-            raise ValueError(f"{len(layers)} layers but {len(weights)} weights")
+        if "teachers" in facts:
+            teachers = {str(name): _aligned(entry) for name, entry in facts.pop("teachers").items()}
+        else:
+            teachers = {"": _aligned(facts)}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         return None, f'<p class="missing">{escape(f"{path.name} cannot be shown: {reason}")}</p>'
-    return Selection(layers, weights, facts), ""
+    return Selection(teachers, facts), ""
+
+
+def _aligned(entry: dict[str, Any]) -> Aligned:
+    """One selection, taken out of the file's facts."""
+    layers, weights = tuple(entry.pop("layers")), tuple(float(weight) for weight in entry.pop("weights"))
+    if len(layers) != len(weights):
+        raise ValueError(f"{len(layers)} layers but {len(weights)} weights")
+    by_time = {}
+    for t, scores in zip(entry.pop("t_grid", ()), zip(*entry.pop("scores", ()))):
+        total = sum(scores) or 1.0
+        by_time[float(t)] = tuple(score / total for score in scores)
+    return Aligned(layers, weights, by_time)
 
 
 def _skipped(log: Log) -> Log:
@@ -101,3 +127,8 @@ def _skipped(log: Log) -> Log:
         if entry.get("event") == "skipped":
             by_path.setdefault(html.words(entry.get("path")), entry)
     return list(by_path.values())
+
+
+def by_teacher(texts: dict[str, str]) -> str:
+    """ "speech: 0, 4; audio: 0, 20"; the text alone for all teachers together."""
+    return "; ".join(f"{name}: {text}" if name else text for name, text in texts.items())

@@ -15,13 +15,13 @@ def section(run: RunFolder) -> str:
     if not path.exists():
         return html.MISSING
     try:
-        found = read_scd(path)
+        domains = read_scd(path)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         return f'<p class="missing">{escape(f"{path.name} cannot be shown: {error!r}")}</p>'
-    if not found:
+    if not domains:
         return html.MISSING
     rows = []
-    for entry in found:
+    for entry in domains:
         result = entry.result
         interval = f"{result.low:.2f} to {result.high:.2f}" if math.isfinite(result.low) else ""
         rows.append(
@@ -39,9 +39,9 @@ def section(run: RunFolder) -> str:
         )
     header = ["domain", "teacher", "clips", "most used", "most stored", "overlap"]
     header += ["Spearman", "95 % interval", "Kendall"]
-    by_layer = [[str(layer)] for layer in found[0].result.layers]
+    by_layer = [[str(layer)] for layer in domains[0].result.layers]
     columns = ["layer"]
-    for entry in found:
+    for entry in domains:
         columns += [escape(f"{entry.domain} {kind}".strip()) for kind in ("FoG-A", "LASP", "CKA")]
         for cells, values in zip(by_layer, zip(entry.result.foga, entry.result.stored, entry.cka), strict=True):
             cells += [html.significant(value) for value in values]
@@ -49,7 +49,7 @@ def section(run: RunFolder) -> str:
         '<p class="note">LASP: how well one frozen linear head, shared by all layers, reads the teacher out of the '
         "pooled state of clips that it was not fitted on; CKA: the same without a head. Clips: scored by FoG-A / the "
         "head fitted on / LASP measured on. The filled bars and points are the highest of each.</p>"
-        + html.picture(run.path / "scd.png", plot_scd(found), "FoG-A and LASP of every layer, by domain")
+        + html.picture(run.path / "scd.png", plot_scd(domains), "FoG-A and LASP of every layer, by domain")
         + html.table(header, rows, text_columns=5)
         + f"<details><summary>By layer</summary>{html.table(columns, by_layer)}</details>"
     )

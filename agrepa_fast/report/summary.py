@@ -7,7 +7,7 @@ from html import escape
 from statistics import median
 
 from . import html
-from .folder import RunFolder
+from .folder import RunFolder, by_teacher
 from .log import SIMILARITIES, Log, group, last_entry, last_step, number, series, similarity_keys, similarity_name
 
 
@@ -60,9 +60,10 @@ def section(run: RunFolder) -> str:
     name = similarity_name(similarity_keys(log)).capitalize()
     tiles.append(html.tile(name, f"{first:.4f} &rarr; {last:.4f}" if shared else "", note))
 
-    layers = ", ".join(str(layer) for layer in selection.layers) if selection else ""
-    weights = ", ".join(f"{weight:.2f}" for weight in selection.weights) if selection else ""
-    tiles.append(html.tile("Selected layers", escape(layers), f"weights {weights}" if weights else ""))
+    chosen = selection.teachers if selection else {}
+    layers = by_teacher({name: ", ".join(map(str, aligned.layers)) for name, aligned in chosen.items()})
+    weights = by_teacher({name: ", ".join(f"{w:.2f}" for w in aligned.weights) for name, aligned in chosen.items()})
+    tiles.append(html.tile("Selected layers", escape(layers), f"weights {escape(weights)}" if weights else ""))
 
     train, valid = number(clips.get("train")), number(clips.get("valid"))
     counts = [f"{html.count(valid)} valid"] if valid is not None else []

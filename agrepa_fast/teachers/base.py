@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..data.audio import import_torchaudio
 
 
 class Teacher(nn.Module):
-    """A frozen audio encoder. A subclass sets the four numbers below and writes `encode`.
+    """A frozen audio encoder. A subclass gives the four values below and writes `encode`.
 
-    `train()` leaves a teacher in eval mode on purpose: a parent module that switches itself to training would
-    otherwise bring the teacher's dropout, layerdrop and SpecAugment to life.
+    A teacher stays in eval mode, also when `train()` is called: a parent module that switches itself to training would
+    otherwise switch on the teacher's dropout, layerdrop and SpecAugment.
 
     Args:
-        name: what the logs and metrics call it.
+        name: its name in logs and metrics.
         width: channels of a feature frame.
         rate: feature frames per second; frame i stands for the time from i/rate to (i+1)/rate.
         sample_rate: the rate in Hz of the audio that `encode` receives.
@@ -33,12 +33,12 @@ class Teacher(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode, whatever `mode` says; returns self."""
+        """Stay in eval mode, whatever `mode` is. Returns self."""
         super().train(False)
         return self
 
     def freeze(self) -> Teacher:
-        """Eval mode, and no parameter takes a gradient; returns self. `build_teacher` calls it."""
+        """Switch to eval mode and let no parameter take a gradient. Returns self. `build_teacher` calls it."""
         self.requires_grad_(False)
         return self.train(False)
 
@@ -68,16 +68,16 @@ class Teacher(nn.Module):
 
         Raises:
             ValueError: wrong shapes, dtypes or lengths.
-            UserError: a rate other than the teacher's while torchaudio is not installed.
+            UserError: a rate other than the teacher's, and torchaudio is not installed or does not fit torch.
         """
         if audio.ndim != 2 or not audio.is_floating_point():
             raise ValueError(f"audio must be [B, n] floating point, got {list(audio.shape)} {audio.dtype}")
         if lengths.shape != audio.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths must be [{audio.shape[0]}] integers, got {list(lengths.shape)} {lengths.dtype}")
-        # On a GPU the check would wait for the device.
+        # Not on a GPU: there the check would wait for the device.
         if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > audio.shape[1])).any()):
             raise ValueError(f"lengths must lie in 0..{audio.shape[1]}, got {lengths.tolist()}")
-        # `teacher.model.train()` on a part does not pass through our train().
+        # `teacher.model.train()` does not call our train().
         self.train(False)
         lengths = lengths.to(audio.device, torch.int64)
         with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
@@ -95,21 +95,19 @@ def _silence_padding(audio: Tensor, lengths: Tensor) -> Tensor:
 
 
 def resample_audio(audio: Tensor, lengths: Tensor, source: int, target: int) -> tuple[Tensor, Tensor]:
-    """Windowed-sinc resampling of a padded batch from `source` to `target` Hz (torchaudio's defaults).
+    """Resample a padded batch from `source` to `target` Hz by a windowed sinc (torchaudio's defaults).
 
     Args:
         audio: [B, n] float32, zero in the padding.
         lengths: [B] int64 samples.
 
     Returns:
-        audio [B, ceil(n target / source)] and lengths ceil(length target / source). The filter's ringing past
-        a sample's end is cut, so that a sample comes out as it would alone.
+        audio [B, ceil(n target / source)] and lengths ceil(length target / source). The ringing of the filter behind a
+        sample's end is cut, so that the sample is as it would be alone.
+
+    Raises:
+        UserError: torchaudio is not installed, or does not fit torch.
     """
-    try:
-        from torchaudio.functional import resample
-    except ImportError as error:
-        raise UserError(
-            f"resampling {source} Hz to {target} Hz needs torchaudio: pip install 'agrepa-fast[audio]'"
-        ) from error
+    resample = import_torchaudio().functional.resample
     lengths = -(-lengths * target // source)
     return _silence_padding(resample(audio, source, target), lengths), lengths

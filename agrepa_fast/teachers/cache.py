@@ -1,6 +1,6 @@
 """Teacher features beside the audio: `clip.wav` -> `clip.<name>.safetensors`, pooled [W] or frame by frame [T, W].
 
-The header holds a key: what the features were made with. Features made with anything else are refused.
+The header of a file holds a key: how the features were made. Features with another key are refused.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ FORMAT = "agrepa-fast features 1"
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What decides a teacher's features of a sound.
+    """Everything that decides a teacher's features of a sound.
 
     Attributes:
-        teacher: registered name, folder or hub name. revision: of its weights, "" where there is none.
-        layer: which hidden state, "" for the teacher's own output. preprocessing: anything else that changes the
-            features, such as the resampler. rate: feature frames per second, 0 for one pooled vector a clip.
+        teacher: registered name, folder or hub name.
+        revision: revision of its weights; "" if it has none.
+        layer: index of the hidden state; "" for the teacher's own output.
+        preprocessing: anything else that changes the features, such as the resampler.
+        rate: feature frames per second; 0 for one pooled vector a clip.
     """
 
     teacher: str
@@ -37,15 +39,15 @@ class FeatureKey:
 
 
 def feature_path(audio: str | Path, name: str) -> Path:
-    """Where the features of a sound file lie: beside it, with the name the run gives the teacher."""
+    """The file of a sound's features, beside the sound. `name` is the teacher's name in the run."""
     audio = Path(audio)
     return audio.with_name(f"{audio.stem}.{name}.safetensors")
 
 
 def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8: bool = False) -> None:
-    """Write the features of one clip, in their own dtype or as int8 with a float32 scale for each frame.
+    """Write the features of one clip, in their own dtype, or as int8 with a float32 scale for each frame.
 
-    features: [W] when key.rate is 0, else [T, W]; floating and finite.
+    features: [W] if key.rate is 0, else [T, W]; floating and finite.
 
     Raises:
         ValueError: features that do not fit the key. UserError: the file cannot be written.
@@ -70,10 +72,10 @@ def write_features(path: str | Path, features: Tensor, key: FeatureKey, *, int8:
 
 
 def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | None]:
-    """The features of one clip as written, and the scale [T] (pooled: []) of int8 ones, else None.
+    """The features of one clip as they were written, and the scale [T] (pooled: []) of int8 ones, else None.
 
     Raises:
-        UserError: no such file, not a feature file, or one made with another key; names the file and the difference.
+        UserError: no such file, no feature file, or one with another key; names the file and the difference.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,16 +85,16 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
         with library.safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        found = json.loads(header["key"])
+        written = json.loads(header["key"])
         if header.get("format") != FORMAT:
             raise KeyError("format")
         features = tensors["features"]
     except (OSError, KeyError, ValueError, library.SafetensorError) as error:
         raise UserError(f"{path}: not a feature file ({error})") from None
     for name, wanted in asdict(key).items():
-        if found.get(name) != wanted:
+        if written.get(name) != wanted:
             raise UserError(
-                f"{path}: made with {name} {found.get(name)!r}, this run has {wanted!r}: extract the features again"
+                f"{path}: made with {name} {written.get(name)!r}, this run has {wanted!r}: extract the features again"
             )
     scale = tensors.get("scale")
     if features.dim() != (2 if key.rate else 1) or (features.dtype == torch.int8) != (scale is not None):
@@ -103,13 +105,13 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
 
 
 class CachedTeacher:
-    """Features from files in place of an encoder.
+    """Features from files, used instead of an encoder.
 
-    The first clip's file says the width and the rate; every file must have been made with one key.
+    The first clip's file gives the width and the rate; all files must have the same key.
 
     Args:
-        name: the teacher's name in the run, part of the files' names.
-        key: what this run expects; its rate is taken from the first file.
+        name: the teacher's name in the run, which is part of the files' names.
+        key: the key that the run expects; its rate is taken from the first file.
         first: a clip of the run.
     """
 
@@ -122,7 +124,7 @@ class CachedTeacher:
         self.width = read_features(path, self.key)[0].shape[-1]
 
     def load(self, clips: Sequence[Path], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Whole clips, float32 on `device`: features [B, T', width] and mask [B, T'] bool; T' is 1 where pooled."""
+        """Features of whole clips on `device`: float32 [B, T', width], and mask [B, T'] bool; T' is 1 if pooled."""
         rows = [dequantise(*read_features(feature_path(clip, self.name), self.key)) for clip in clips]
         for clip, row in zip(clips, rows):
             if row.shape[-1] != self.width:
@@ -147,7 +149,7 @@ def _header_rate(path: Path) -> float:
 
 
 def dequantise(features: Tensor, scale: Tensor | None) -> Tensor:
-    """What `read_features` gave, as float32: features [..., W], scale [...] or None."""
+    """The result of `read_features` as float32: features [..., W], scale [...] or None."""
     return features.float() if scale is None else features.float() * scale.unsqueeze(-1)
 
 

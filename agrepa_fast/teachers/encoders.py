@@ -1,6 +1,6 @@
-"""Teachers from transformers: Whisper, wav2vec 2.0 and its kin (HuBERT, WavLM, ...), and AST.
+"""Teachers from transformers: Whisper, wav2vec 2.0 and its relatives (HuBERT, WavLM, ...), and AST.
 
-Audio [B, n] -> one hidden state [B, T', width]; T' counts only the frames that carry audio.
+Audio [B, n] -> one hidden state [B, T', width]. T' counts the frames that carry audio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .base import Teacher
 
 # Encoders that read the waveform through strided convolutions, and share Wav2Vec2FeatureExtractor.
 WAVEFORM = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
-# Among them, those that honour an attention mask everywhere when their feature encoder has no group norm.
+# Those of them that obey an attention mask everywhere if their feature encoder has no group norm.
 # (data2vec-audio normalises between its stacked positional convolutions, which reads the padding.)
 MASKED = ("wav2vec2", "hubert", "wavlm")
 SUPPORTED = ("whisper", "audio-spectrogram-transformer", *WAVEFORM)
@@ -27,31 +27,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TransformersTeacher(Teacher):
     """A frozen audio encoder of the transformers library.
 
-    - Whisper sees the window it was trained on (30 s, the rest silence); of its output the
-      ceil(n / 320) frames with audio are returned, at 50 Hz.
-    - wav2vec 2.0, HuBERT, WavLM give floor((n - 400) / 320) + 1 frames at 50 Hz; clips too short for one
-      frame get none. Frame i is centred 2.5 ms after (i + 0.5) / rate. Feature encoders with group norm,
-      whose statistics would include the padding, run one clip at a time; so do kin that cannot mask it.
-    - AST's class and distillation tokens are dropped and its patches averaged over frequency: one frame per
-      `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a
-      frame is centred 37.5 ms after (i + 0.5) / rate.
+    - Whisper gets the window it was trained on (30 s, padded with silence). The ceil(n / 320) frames with audio are
+      returned, at 50 Hz.
+    - wav2vec 2.0, HuBERT and WavLM give floor((n - 400) / 320) + 1 frames at 50 Hz; a clip too short for one frame gets
+      none.
+      Frame i is centred 2.5 ms after (i + 0.5) / rate. Encoders whose group norm would include the padding, and
+      relatives that cannot mask it, run one clip at a time.
+    - AST's class and distillation tokens are dropped, and its patches averaged over frequency: one frame per
+      `time_stride` of 10 ms (10 Hz as published), in a window of `max_length` of 10 ms. Patches overlap; a frame is
+      centred 37.5 ms after (i + 0.5) / rate.
 
-    Preprocessing is the model's own: `preprocessor_config.json` beside the weights; where it is missing (and
-    for a model object) the library's defaults for the architecture.
+    Preprocessing is the model's own, from `preprocessor_config.json` beside the weights. If that is missing, or for a
+    model object, it is the library's default for the architecture.
 
     Args:
-        model: a folder, a hub name, or a built model (also with a head or a decoder, which are left out). A
-            built model is frozen in place.
-        layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1;
-            negative counts from the end. None: the encoder's final output, after its last norm.
+        model: a folder, a hub name, or a built model (its head or decoder is left out). A built model is frozen in
+            place.
+        layer: index into `hidden_states`: 0 is the input of the first block, k the output of block k - 1; negative ones
+            count from the end. None: the encoder's final output, after its last norm.
         revision: branch, tag or commit on the hub; only with a hub name.
-        dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype
-            of a built model. Features come out float32 in any case.
+        dtype: "float32", "bfloat16", "float16" or a torch dtype for the encoder. None: float32, or the dtype of a built
+            model.
+            Features are float32 in any case.
 
     Raises:
-        UserError: transformers is not installed, nothing loadable at `model`, pickled weights, weights that
-            do not fill the encoder, an architecture that is not supported, a layer or dtype that does not
-            exist.
+        UserError: transformers is not installed; nothing can be loaded at `model`; the weights are pickled or do not
+            fill the encoder; the architecture is not supported; or there is no such layer or dtype.
     """
 
     def __init__(
@@ -95,7 +96,11 @@ class TransformersTeacher(Teacher):
         self.freeze()
 
     def encode(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Teacher.encode`. UserError for a clip longer than the window of Whisper or AST."""
+        """See `Teacher.encode`.
+
+        Raises:
+            UserError: a clip is longer than the window of Whisper or AST.
+        """
         counts = lengths.tolist()
         clips = [clip[:count].cpu().numpy() for clip, count in zip(audio, counts)]
         kind = self.model.config.model_type
@@ -169,13 +174,13 @@ class TransformersTeacher(Teacher):
         return self._carrying_audio(features, counts)
 
     def _frames(self, samples: int) -> int:
-        """Frames of the convolutional feature encoder; 0 for a clip shorter than its receptive field."""
+        """Number of frames of the convolutional feature encoder; 0 for a clip shorter than its receptive field."""
         for kernel, stride in zip(self.model.config.conv_kernel, self.model.config.conv_stride):
             samples = max(0, (samples - kernel) // stride + 1)
         return samples
 
     def _carrying_audio(self, features: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Cut [B, T, W] to the longest count, and mark each sample's own frames."""
+        """Cut [B, T, W] to the largest count, and mark each sample's own frames."""
         frames = min(features.shape[1], max(1, *counts))
         index = torch.arange(frames, device=features.device)
         return features[:, :frames], index < torch.tensor(counts, device=features.device).unsqueeze(1)
@@ -203,7 +208,7 @@ def _check_architecture(name: str, config: Any) -> None:
 
 
 def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """The model at a folder or hub name, from safetensors, every weight of the encoder filled."""
+    """The model in a folder or on the hub, from safetensors, with every weight of the encoder filled."""
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
@@ -236,7 +241,7 @@ def _load(source: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"teacher {source!r} cannot be loaded ({reason}); without a network, "
             "download the model elsewhere and give the path of its folder"
         ) from error
-    # transformers fills what a file lacks with random numbers. The masking vector is used in training alone.
+    # transformers fills missing weights with random numbers. The masking vector is used only in training.
     lacking = [key for key in report["missing_keys"] if key != "masked_spec_embed" and "decoder." not in key]
     if lacking:
         raise UserError(

@@ -1,6 +1,6 @@
-"""The offline teacher "spectral": cepstra and their movement, audio [B, n] -> [B, ceil(n/320), 60] at 50 Hz.
+"""The teacher "spectral": cepstra and their changes, audio [B, n] -> [B, ceil(n/320), 60] at 50 Hz.
 
-It has no weights to download; its features tell speech sounds and everyday sounds apart well enough.
+It has no weights to download. Its features are good enough to tell speech sounds from everyday sounds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..data.audio import import_torchaudio
 from .base import Teacher
 
 SAMPLE_RATE = 16_000
@@ -48,29 +48,25 @@ STD: tuple[float, ...] = (
 class SpectralTeacher(Teacher):
     """Twenty mel-frequency cepstral coefficients with the size of their first and second differences.
 
-    16 kHz, Hann window of 25 ms, hop 20 ms, 40 HTK mel bands up to 8 kHz, log, orthonormal DCT-II
-    (coefficient 0, the loudness, included). Frame i is centred at (i + 0.5) * 20 ms. Channels: 0-19 cepstra,
-    20-39 |delta|, 40-59 |delta of delta|, where delta is the regression slope over five frames,
-    `sum_k k c[i+k] / 10` for k in -2..2, the clip's first and last frame repeated beyond its ends.
+    16 kHz, Hann window of 25 ms, hop 20 ms, 40 HTK mel bands up to 8 kHz, log, orthonormal DCT-II with coefficient 0
+    (the loudness). Frame i is centred at (i + 0.5) * 20 ms. Channels: 0-19 cepstra, 20-39 |delta|, 40-59 |delta of
+    delta|. A delta is the regression slope over five frames, `sum_k k c[i+k] / 10` for k in -2..2; the first and the
+    last frame of the clip are repeated beyond its ends.
 
-    The differences are taken as absolute values: signed ones sum to almost nothing when pooled over a clip
-    (to last minus first), absolute ones to how much each coefficient moves. The price is that a frame does
-    not say whether it rises or falls.
+    The differences are absolute values: over a clip, signed ones sum to almost nothing (last minus first), and absolute
+    ones to how much each coefficient changes. So a frame does not tell whether it rises or falls.
 
-    Every channel is shifted and scaled by a fixed mean and standard deviation (`MEAN`, `STD`), so that the
-    cosine is not decided by the loudness and two unrelated clips are not near 1.
+    Every channel is shifted and scaled by a fixed mean and standard deviation (`MEAN`, `STD`). Otherwise the loudness
+    would decide the cosine, and two unrelated clips would be near 1.
 
     Raises:
-        UserError: torchaudio is not installed.
+        UserError: torchaudio is not installed, or does not fit torch.
     """
 
     def __init__(self) -> None:
         super().__init__("spectral", width=3 * COEFFICIENTS, rate=SAMPLE_RATE / HOP, sample_rate=SAMPLE_RATE)
-        try:
-            from torchaudio.functional import create_dct, melscale_fbanks
-        except ImportError as error:
-            raise UserError("the spectral teacher needs torchaudio: pip install 'agrepa-fast[audio]'") from error
-        bank = melscale_fbanks(N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, MELS, SAMPLE_RATE)
+        functional = import_torchaudio().functional
+        bank = functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, MELS, SAMPLE_RATE)
         self.window: Tensor
         self.bank: Tensor
         self.dct: Tensor
@@ -78,7 +74,7 @@ class SpectralTeacher(Teacher):
         self.std: Tensor
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("dct", create_dct(COEFFICIENTS, MELS, "ortho"), persistent=False)
+        self.register_buffer("dct", functional.create_dct(COEFFICIENTS, MELS, "ortho"), persistent=False)
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
         self.freeze()
@@ -89,7 +85,7 @@ class SpectralTeacher(Teacher):
         return (features - self.mean) / self.std, mask
 
     def unscaled(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The features before `MEAN` and `STD`, which were measured on them. Shapes as in `encode`."""
+        """The features before `MEAN` and `STD` are applied, which were measured on these. Shapes as in `encode`."""
         frames = max(1, math.ceil(audio.shape[1] / HOP))
         # Frame i looks at N_FFT samples around its centre, HOP * i + HOP / 2.
         before = (N_FFT - HOP) // 2
@@ -113,7 +109,7 @@ class SpectralTeacher(Teacher):
 
 
 def _slope(values: Tensor, last: Tensor) -> Tensor:
-    """Regression slope over five frames of values [B, T, C], the frames 0 and `last` [B] repeated outward."""
+    """Regression slope over five frames of values [B, T, C]. Frame 0 and frame `last` [B] are repeated outward."""
     frame = torch.arange(values.shape[1], device=values.device)
 
     def shifted(by: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""Checkpoints: a folder `step_000600` with weights as safetensors, the rest of the state apart, the config beside.
+"""Checkpoints: a folder `step_00000600` with everything that a run needs to go on.
 
-model.safetensors, ema.safetensors (network and token conditioner), heads.safetensors (alignment heads),
-state.pt (see `state`; tensors and plain containers only), config.yaml, and manifest.json with the format's number and
-the size and SHA-256 of each. A checkpoint is written under another name, flushed to disk and
-renamed: it is whole or absent. What a disk damages later is found by the manifest, and the one before is taken.
+- model.safetensors, ema.safetensors: network and token conditioner; heads.safetensors: alignment heads.
+- state.pt: the rest of the training state, as tensors and plain containers only (see `state`).
+- config.yaml, and manifest.json with the number of the format and the size and SHA-256 of each file.
+
+A checkpoint is written under another name, flushed to disk and renamed, so it is whole or absent. The manifest shows
+what a disk has damaged later; a run then goes on from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -25,19 +27,20 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError, writing
 from .config import RunConfig, dump_config, load_config
-from .state import FORMAT, check_format, check_state
+from .state import FORMAT, READABLE, check_format, check_state
 
 WEIGHTS = ("model", "ema", "heads")
 FILES = (*(f"{name}.safetensors" for name in WEIGHTS), "state.pt", "config.yaml")
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 1 << 20  # at most: a longer one is not ours
+MANIFEST_BYTES = 1 << 20  # a longer manifest is not ours
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: state dicts by name (see WEIGHTS), the training state, the configuration.
+    """A checkpoint in memory: state dicts by name (see WEIGHTS), the training state, the configuration.
 
-    damaged: why each newer checkpoint of the run was passed over."""
+    damaged: for each newer checkpoint of the run that was skipped, why.
+    """
 
     path: Path
     weights: dict[str, dict[str, Tensor]]
@@ -61,7 +64,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config: RunConfig,
 ) -> Path:
-    """Write `folder/step_NNNNNNNN`; nothing but a whole checkpoint ever has that name.
+    """Write the checkpoint `folder/step_NNNNNNNN`. Only a whole checkpoint ever has that name.
 
     Raises:
         UserError: it cannot be written (a full disk, say); earlier checkpoints are untouched.
@@ -76,8 +79,8 @@ def save_checkpoint(
         for part, tensors in weights.items():
             name = f"{part}.safetensors"
             # Cloned: safetensors refuses tensors that share memory.
-            own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            safetensors.torch.save_file(own, building / name)
+            copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            safetensors.torch.save_file(copies, building / name)
         name = "state.pt"
         _save_state(dict(state), building / name)
         name = "config.yaml"
@@ -106,7 +109,7 @@ def save_checkpoint(
 
 
 class _Recorder:
-    """A file that keeps the first error of the disk: torch.save replaces it by an assertion that failed."""
+    """A file that keeps the first OSError of a write, which torch.save replaces by a failed assertion."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -133,13 +136,13 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What the disk says, also through safetensors, which puts the error's number into its text."""
+    """The reason of a failed write. safetensors puts the error's number into its text; it is taken from there."""
     number = re.search(r"os error (\d+)", str(error))
     return getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else _first_line(error))
 
 
 def _sweep(folder: Path) -> None:
-    """After an end in the middle of a write or a removal: what is whole gets its name back, the rest goes."""
+    """Tidy up after a process that ended during a write or a removal: keep whole checkpoints, delete the rest."""
     for path in sorted(folder.glob(".step_*")):
         whole = _whole_name(path)
         if whole.exists() or _flaw(path) is not None:
@@ -187,21 +190,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _flaw(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None when each is as it was written.
+    """What is wrong with a checkpoint's files; None if they are as they were written.
 
-    A checkpoint of another format counts as whole: `check_format` refuses it where it is read, and nobody deletes it.
+    A checkpoint of another format counts as intact: `check_format` refuses it when it is read, and nobody deletes it.
     """
     try:
         manifest = _read_manifest(path)
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in READABLE:
             return None if _files(manifest) or "format" in manifest else f"{path / MANIFEST}: damaged"
         files = _files(manifest)
         if not set(FILES) <= set(files):
             return f"{path / MANIFEST}: damaged"
         for name, written in files.items():
-            found = (path / name).stat()
+            status = (path / name).stat()
             # The size first: it costs nothing, and most damage shows in it.
-            size_fits = stat.S_ISREG(found.st_mode) and found.st_size == written["bytes"]
+            size_fits = stat.S_ISREG(status.st_mode) and status.st_size == written["bytes"]
             if not size_fits or _fingerprint(path / name) != written:
                 return f"{path / name}: damaged (not the bytes that were written)"
     except FileNotFoundError as error:
@@ -245,13 +248,13 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def begun(run_dir: Path) -> bool:
-    """Whether a run has written a checkpoint: a first one cut short does not count, a damaged one does."""
+    """Whether a run has a checkpoint. A damaged one counts; one that was never finished does not."""
     folder = run_dir / "checkpoints"
     return bool(checkpoints(folder)) or any(_flaw(path) is None for path in folder.glob(".step_*"))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it: it is never there in part."""
+    """Write a text file under another name and rename it, so that nobody ever reads a part of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         aside.write_text(text, encoding="utf-8")
@@ -261,14 +264,16 @@ def write_whole(path: Path, text: str) -> None:
 def drop_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(folder)[:-keep]:
-        # Renamed first: a folder that is half gone must not have a checkpoint's name.
+        # It is renamed first: a folder that is deleted in part must not have a checkpoint's name.
         going = path.with_name(f".{path.name}.old")
         os.rename(path, going)
         shutil.rmtree(going)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """A checkpoint's folder, or the newest intact one of a run's folder; and why newer ones were passed over.
+    """Find a checkpoint: `path` itself, or the newest intact one of a run's folder.
+
+    Returns its folder, and for each newer checkpoint that was skipped, why.
 
     Raises:
         UserError: there is none, or none is intact.
@@ -330,15 +335,15 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) 
     Raises:
         UserError: names the first key that is missing, unexpected or of another shape.
     """
-    own = module.state_dict()
-    for key, value in own.items():
+    expected = module.state_dict()
+    for key, value in expected.items():
         if key not in tensors:
             raise UserError(f"{path}: no tensor {key!r}; is it a checkpoint of another configuration?")
         if value.shape != tensors[key].shape:
             raise UserError(f"{path}: {key} is {list(tensors[key].shape)}, the configuration needs {list(value.shape)}")
         if value.dtype != tensors[key].dtype:
             raise UserError(f"{path}: {key} is {tensors[key].dtype}, expected {value.dtype}")
-    extra = [key for key in tensors if key not in own]
+    extra = [key for key in tensors if key not in expected]
     if extra:
         raise UserError(f"{path}: unexpected tensor {extra[0]!r}; is it a checkpoint of another configuration?")
     module.load_state_dict(dict(tensors))

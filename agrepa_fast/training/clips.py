@@ -1,4 +1,4 @@
-"""A run's clips: manifests read, a share held out, unreadable files set aside, fixed validation batches."""
+"""The clips of a run: read the manifests, hold a share out, drop unreadable files, make fixed validation batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Split:
-    """Clips to train on and clips held out, each sorted by identity, and what was left out or differs.
+    """The clips to train on and the clips to hold out, each sorted by identity.
 
-    duplicates: how many rows repeated others. notes: lines for the user, about duplicates and changes."""
+    duplicates: how many rows repeat others. notes: lines for the user about duplicates and changes.
+    """
 
     train: list[Known]
     valid: list[Known]
@@ -37,13 +38,13 @@ class Split:
 
     @property
     def record(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, {"train", "valid"}: [n, 3] int64 of `identity.record`."""
+        """What a checkpoint keeps of the split: {"train", "valid"}: [n, 3] int64, as `identity.record` makes them."""
         return {"train": record(self.train), "valid": record(self.valid)}
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Training and validation sets, the files that could not be read, and the split that both come from."""
+    """Training and validation sets, the files that cannot be read, and the split."""
 
     train: ClipDataset
     valid: ClipDataset
@@ -52,7 +53,7 @@ class RunData:
 
     @property
     def digest(self) -> str:
-        """Of the clips in use, in their order: the same on all ranks."""
+        """Digest of the clips in use, in their order; the same on all ranks."""
         in_use = [set(self.train.clips), set(self.valid.clips)]
         lists = (self.split.train, self.split.valid)
         return list_digest(*([known for known in part if known.clip in used] for part, used in zip(lists, in_use)))
@@ -75,13 +76,13 @@ def split_clips(
     recorded: Mapping[str, Tensor] | None = None,
     accept_changes: bool = False,
 ) -> Split:
-    """Read the lists, drop duplicates and hold clips out (`identity.held_out`, or `data.valid`).
+    """Read the manifests, drop duplicates, and hold clips out (by `identity.held_out`, or those of `data.valid`).
 
-    A sound that is held out is never trained on. `recorded`: the split of the checkpoint that a run goes on from; a
-    clip that it knows, by its sound or by its path, stays on its side.
+    A held-out sound is never trained on. `recorded` is the split of the checkpoint that a run resumes from: a clip that
+    it knows, by sound or by path, stays on its side.
 
     Raises:
-        UserError: a manifest that does not fit; clips that differ from the recorded ones, unless accept_changes.
+        UserError: a manifest that does not fit; or clips that differ from `recorded`, unless accept_changes.
     """
     listed = identify(read_clips(config.data.train, run_dir, config))
     apart = identify(read_clips(config.data.valid, run_dir, config))
@@ -118,7 +119,7 @@ def split_clips(
 
 
 def _kept_sides(clips: Sequence[Known], held: set[int], recorded: Mapping[str, Tensor]) -> set[int]:
-    """The sounds to hold out where a record knows some: by the record, the others as in `held`."""
+    """The sounds to hold out: those that `recorded` holds out, and of the new ones those in `held`."""
     sides = [{column: set(part[:, column].tolist()) for column in (0, 2)} for part in recorded.values()]
     train, valid = (dict(zip(recorded, sides))[name] for name in ("train", "valid"))
     kept = set()
@@ -161,7 +162,7 @@ def load_data(
 def load_held_out(
     config: RunConfig, run_dir: Path, recorded: Mapping[str, Tensor], specs: Sequence[str] = ()
 ) -> tuple[ClipDataset, list[Skipped]]:
-    """The clips that a run holds out, or those of the given manifests; and the files that could not be read.
+    """The clips that a run holds out, or those of the given manifests; and the files that cannot be read.
 
     Raises:
         UserError: a manifest that does not fit, too many unreadable files.
@@ -197,10 +198,11 @@ def _dataset(
 
 
 def _same_on_all_ranks(data: RunData) -> None:
-    """Ranks with other clips would train on other batches than the plan says, and end at other steps.
+    """Refuse ranks with different clips: they would train on other batches than planned, and end at other steps.
 
     Raises:
-        UserError: on every rank, with the numbers of clips of two that differ."""
+        UserError: on every rank, with the numbers of clips of two ranks that differ.
+    """
     facts = gather((data.digest, len(data.train), len(data.valid), len(data.skipped)))
     for number, (digest, train, valid, skipped) in enumerate(facts):
         if digest != facts[0][0]:
@@ -212,7 +214,7 @@ def _same_on_all_ranks(data: RunData) -> None:
 
 
 def spread(dataset: ClipDataset, count: int) -> list[int]:
-    """Indices of up to `count` clips whose sound can be decoded, taken from the domains in turn.
+    """Indices of up to `count` clips whose sound can be decoded, one domain after the other.
 
     Raises:
         UserError: there is none.
@@ -228,9 +230,10 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
 def fixed_batches(
     dataset: ClipDataset, indices: Sequence[int], config: RunConfig, *, one_shape: bool = False
 ) -> list[Batch]:
-    """The given clips in batches that are the same every time: crop and prompt come from the seed and the clip.
+    """The given clips in batches that are the same every time: crop and prompt depend on the seed and the clip.
 
-    one_shape: a single batch, padded to the longest bucket it needs."""
+    one_shape: make a single batch, padded to the longest bucket that it needs.
+    """
     by_bucket: dict[int, list[Sample]] = defaultdict(list)
     for index in indices:
         sample = dataset.item(index, torch.Generator().manual_seed(config.train.seed * 1_000_003 + index))

@@ -1,6 +1,6 @@
-"""A run's SCD: what its layers store of its teachers, on held-out clips, beside the probe's scores.
+"""SCD of a run: what its layers store of its teachers, measured on held-out clips, beside the probe's scores.
 
-hidden [L, N, D] pooled over the valid frames, at the middle t of the probe's grid; a teacher's features [N, W] pooled.
+hidden [L, N, D] is pooled over the valid frames, at the middle t of the probe's grid; a teacher's features are [N, W].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .clips import fixed_batches, spread
 from .config import RunConfig
 from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
-CLIPS = 8  # of each domain at least, where so many are held out: half to fit the head on, half to measure
+CLIPS = 8  # clips of each domain, if so many are held out: half to fit the head on, half to measure on
 
 
 def stored_by_layer(
@@ -31,10 +31,10 @@ def stored_by_layer(
     device: torch.device,
     bf16: bool = False,
 ) -> list[Stored]:
-    """LASP and linear CKA for each domain, with the first teacher that speaks for it.
+    """LASP and linear CKA for each domain, with the first teacher that is used for it.
 
-    One frozen head per domain, shared by all layers, fitted on every other held-out clip. One forward in all: the
-    probe's time is FoG-A's. Domains with fewer than three held-out clips are left out.
+    Each domain has one frozen head, shared by all layers and fitted on every other held-out clip. All of it takes one
+    forward, since FoG-A needs most of a probe's time. Domains with fewer than three held-out clips are left out.
     """
     count = max(config.probe.samples, CLIPS * len(dataset.domains))
     [batch] = fixed_batches(dataset, spread(dataset, count), config, one_shape=True)
@@ -46,7 +46,7 @@ def stored_by_layer(
         targets, mask = teacher_targets(teachers, batch, config)
         inputs = probe_inputs(batch.mel, cond, batch.mask, grid[len(grid) // 2 :][:1], generator)
         hidden = pooled_hidden(backbone.network, inputs).float()
-    found = []
+    stored = []
     for number, domain in enumerate(dataset.domains):
         clips = (batch.domain == number).nonzero().flatten()
         speaks = [name for name, table in domain_tables(config, dataset.domains).items() if table[number]]
@@ -56,5 +56,5 @@ def stored_by_layer(
         fitted = torch.arange(clips.numel(), device=device) % 2 == 0
         cosines = lasp(hidden[:, clips], features, fitted)
         cka = linear_cka(hidden[:, clips], features)
-        found.append(Stored(domain, speaks[0], cosines.cpu(), cka.cpu(), int(fitted.sum())))
-    return found
+        stored.append(Stored(domain, speaks[0], cosines.cpu(), cka.cpu(), int(fitted.sum())))
+    return stored

@@ -1,4 +1,4 @@
-"""Several ranks: one process for each device, as `torchrun` starts them. Without torchrun there is one rank."""
+"""Several ranks: one process for each device, started by `torchrun`. Without torchrun there is one rank."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """`module` is a copy that follows the original; it starts at the original's values.
+    """`module` is a copy that follows the original, and starts at its values.
 
-    (torch's AveragedModel asks the device how often it has averaged at every update, which waits for the device and
-    cannot be captured in a CUDA graph.)
+    torch's AveragedModel reads from the device at every update how often it has averaged. That waits for the device,
+    and cannot be captured in a CUDA graph.
     """
 
     def __init__(self, original: nn.Module, decay: float) -> None:
@@ -23,5 +23,5 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the original's parameters in."""
+        """Average with the original's present parameters."""
         torch._foreach_lerp_(self._average, self._original, 1 - self.decay)

@@ -1,4 +1,4 @@
-"""What a run runs on: device by name, versions of what matters."""
+"""The device and the versions that a run uses, and the text of `agrepa doctor`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from importlib import metadata
 import torch
 
 from .. import __version__
+from ..data.audio import import_torchaudio
 from ..errors import UserError
 from ..fields import shown
 from ..ops.dispatch import explain
 
 PACKAGES = ("torch", "triton", "torchaudio", "transformers", "xformers", "soundfile", "safetensors", "numpy")
 
+# What each extra of pyproject.toml brings for users.
 USES = {
     "audio": ("torchaudio", "soundfile"),
-    "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "tensorboard"),
-    "teachers": ("transformers",),
+    "train": ("PyYAML", "tqdm", "matplotlib", "safetensors", "nvidia-ml-py"),
+    "tensorboard": ("tensorboard",),
+    "teachers": ("transformers", "safetensors"),
     "xformers": ("xformers",),
     "wer": ("jiwer", "pocketsphinx"),
-    "mos": ("speechmos", "librosa", "onnxruntime"),
+    "mos": ("speechmos", "librosa", "onnxruntime", "requests"),
     "speaker": ("Resemblyzer",),
-    "bench": ("pytest-benchmark", "nvidia-ml-py"),
+    "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum"),
 }
 
 
@@ -45,8 +48,7 @@ def pick_device(name: str | None, option: str = "train.device") -> torch.device:
 
 def doctor() -> str:
     """A page of text: versions, devices, what each optional part needs, and the path the ops take."""
-    found = versions()
-    lines = ["versions", *(f"  {name:<14}{version}" for name, version in found.items()), "", "devices"]
+    lines = ["versions", *(f"  {name:<14}{version}" for name, version in versions().items()), "", "devices"]
     lines.append(f"  cpu           {platform.machine()}, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
@@ -58,6 +60,11 @@ def doctor() -> str:
     for use, packages in USES.items():
         missing = [name for name in packages if metadata_version(name) is None]
         state = f"missing {', '.join(missing)}: pip install 'agrepa-fast[{use}]'" if missing else "ready"
+        if not missing and "torchaudio" in packages:
+            try:
+                import_torchaudio()
+            except UserError as error:
+                state = str(error)
         lines.append(f"  {use:<14}{state}")
     return "\n".join(lines)
 
@@ -72,5 +79,5 @@ def metadata_version(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages that are installed."""
-    found = {"python": platform.python_version(), "agrepa-fast": __version__}
-    return found | {name: metadata_version(name) or "not installed" for name in PACKAGES}
+    always = {"python": platform.python_version(), "agrepa-fast": __version__}
+    return always | {name: metadata_version(name) or "not installed" for name in PACKAGES}

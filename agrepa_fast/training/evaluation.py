@@ -1,4 +1,4 @@
-"""What a run shows of itself on held-out clips: the validation loss, and generated sound."""
+"""Validation loss and generated audio of a run, on held-out clips."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def validate(
 ) -> dict[str, float]:
     """Mean flow-matching loss, also by domain, and the raw cosines of every aligned layer, in evaluation mode.
 
-    Clips, noise and t are fixed: the same numbers for any run on the same clips, aligned or not. tables {teacher:
-    [domains] bool} says which domains a teacher speaks for."""
+    Clips, noise and t are fixed, so the numbers of different runs on the same clips compare. tables {teacher: [domains]
+    bool} says for which domains a teacher is used.
+    """
     objective.eval()
     losses: list[Tensor] = []
     records: list[dict[str, Tensor]] = []
@@ -70,7 +71,9 @@ def validate(
 def write_samples(
     model: nn.Module, clips: ClipDataset, config: RunConfig, run_dir: Path, step: int
 ) -> list[dict[str, Any]]:
-    """Generate a few held-out clips from their text and reference, as WAV files in run_dir/samples; what each is.
+    """Generate a few held-out clips from their text and reference, as WAV files in run_dir/samples.
+
+    Returns a log entry for each.
 
     Raises:
         UserError: what was generated is not finite.

@@ -1,7 +1,7 @@
-"""Which clip is which: digests that find duplicates, decide what is held out, and tell whether a run's data changed.
+"""Identities of clips: digests that find duplicates, decide what is held out, and show whether a run's data changed.
 
-Records of clips are int64 tensors [n, 3]: digests of the sound, of the whole clip (sound, text, domain, tokens), and
-of the file's path.
+A record of n clips is an int64 tensor [n, 3]: digests of the sound, of the whole clip (sound, text, domain, tokens),
+and of the file's path.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from ..data.manifest import Clip
 
 BLOCK = 1 << 14
-THREADS = 16  # reading is waiting, mostly
+THREADS = 16  # they mostly wait for the disk
 
 
 class Identity(NamedTuple):
-    """What a clip is known by, as signed 64-bit digests. The order of clips in a run is that of these."""
+    """Three signed 64-bit digests of a clip. Clips of a run are sorted by them."""
 
     sound: int  # of the file's size and content, see `file_digest`
     whole: int  # of the sound, the text, the domain and the token file
@@ -51,9 +51,9 @@ def _digest(*parts: bytes) -> int:
 def file_digest(path: Path) -> int:
     """Digest of a file's size and of 16 KiB at its beginning, in its middle and at its end.
 
-    Three blocks and not the whole: the 360,000 ten-second clips of 1,000 hours are 17 GB of reading rather than 100 to
-    170. Files that agree in it may still differ in between; `drop_duplicates` reads those whole. A file that cannot
-    be read has the digest of its path.
+    It reads three blocks instead of the whole file: the 360,000 ten-second clips of 1,000 hours are then 17 GB of
+    reading instead of 100 to 170. Files that agree in these blocks may differ elsewhere, so `drop_duplicates` reads
+    such files whole. A file that cannot be read gets the digest of its path.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -85,8 +85,8 @@ def identify(clips: Sequence[Clip]) -> list[Known]:
 def drop_duplicates(clips: Iterable[Known]) -> tuple[list[Known], list[tuple[Known, Known]]]:
     """The clips without repetitions, and each repetition with the clip that it repeats.
 
-    A repetition has the text, the domain, the tokens and the sound of an earlier clip: one file by any path, or files
-    with the same bytes. One sound with several texts is several clips.
+    A repetition has the text, domain, tokens and sound of an earlier clip: the same file by any path, or a file with
+    the same bytes. One sound with several texts is several clips.
     """
     kept: list[Known] = []
     repeated: list[tuple[Known, Known]] = []
@@ -118,10 +118,9 @@ def _content(known: Known, contents: dict[int, bytes]) -> bytes:
 def held_out(clips: Sequence[Known], share: float) -> set[int]:
     """Digests of the sounds to hold out: those whose digest, read as a fraction of 1, is below `share`.
 
-    A sound's fraction depends on nothing but its bytes, so that it stays where it is when clips are added, listed in
-    another order or moved. Two exceptions keep small domains usable, and end as the domain grows: of two or more
-    sounds of a domain at least one is held out (the lowest) and at least one is not (the highest). One sound alone is
-    trained on.
+    The fraction depends on the sound's bytes alone. So a sound stays on its side when clips are added, moved or listed
+    in another order. Small domains are an exception until they grow: of two or more sounds at least one is held out
+    (the lowest) and at least one is not (the highest); a single sound is trained on.
     """
     by_domain: dict[str, set[int]] = defaultdict(set)
     for known in clips:
@@ -144,13 +143,13 @@ def record(clips: Sequence[Known]) -> Tensor:
 
 
 def list_digest(*lists: Sequence[Known]) -> str:
-    """Hexadecimal digest of lists of clips: equal where their clips are, in the same order."""
+    """Hexadecimal digest of lists of clips; equal for the same clips in the same order."""
     return hashlib.sha256(repr([[known.identity.whole for known in clips] for clips in lists]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Changes:
-    """How a list of clips differs from a recorded one. changed: another text or tokens, or other bytes in the file."""
+    """How a list of clips differs from a recorded one. changed: clips with other text, tokens or bytes."""
 
     added: int
     removed: int
@@ -164,7 +163,7 @@ class Changes:
 
 
 def compare(recorded: Tensor, now: Tensor) -> Changes:
-    """How the clips of now differ from the recorded ones; both [n, 3], in any order."""
+    """How the present clips differ from the recorded ones; both [n, 3], in any order."""
     before, after = recorded.tolist(), now.tolist()
     before, after, _ = _pair(before, after, 1)
     before, after, edited = _pair(before, after, 0)
@@ -173,7 +172,7 @@ def compare(recorded: Tensor, now: Tensor) -> Changes:
 
 
 def _pair(before: list[list[int]], after: list[list[int]], column: int) -> tuple[list[list[int]], list[list[int]], int]:
-    """Both lists without the rows that have a partner with the same number in `column`, and how many had one."""
+    """Both lists without the rows that have a partner of the same number in `column`, and how many had one."""
     shared = Counter(row[column] for row in before) & Counter(row[column] for row in after)
 
     def rest(rows: list[list[int]]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What a trained backbone is used for: scoring its layers on clips, and generating mels [B, T, M]."""
+"""Use of a trained backbone: score its layers on clips, and generate mels [B, T, M]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..alignment.policy import layer_sensitivity
+from ..alignment.reselect import ALL
 from ..attribution.graph import release_graphs
 from ..attribution.runner import attribute_layers, probing
 from ..attribution.scores import LayerScores
@@ -33,7 +34,7 @@ from .objective import Backbone, domain_tables, pool_target, teacher_targets
 
 
 def load_backbone(path: str | Path, device: torch.device, weights: str = "ema") -> tuple[Backbone, Checkpoint]:
-    """The model of a checkpoint (or of a run's newest one), with its "ema" or its live ("model") weights.
+    """The model of a checkpoint, or of a run's newest one, with its EMA weights ("ema") or its live ones ("model").
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another shape.
@@ -52,9 +53,10 @@ def score_layers(
     bf16: bool = False,
     branches: Sequence[str] | None = None,
 ) -> LayerScores:
-    """FoG-A on clips of a data set, at every t of `probe.t_grid`: what `probe` in the configuration says.
+    """FoG-A on clips of a data set at every t of `probe.t_grid`, with the settings of the section `probe`.
 
-    Several ranks share the samples, and each has the scores of all: every rank must call it."""
+    The ranks share the samples, and each gets the scores of all. Every rank must call it.
+    """
     probe = config.probe
     indices = spread(dataset, probe.samples)
     [batch] = fixed_batches(dataset, indices, config, one_shape=True)
@@ -65,27 +67,27 @@ def score_layers(
         inputs = probe_inputs(batch.mel, cond, batch.mask, probe.t_grid, generator)
         domains = [batch.domains[i] for i in batch.domain.tolist()] * len(probe.t_grid)
         clips = list(range(len(indices))) * len(probe.t_grid)
-        # Of fewer samples than ranks every rank takes all.
+        # With fewer samples than ranks, every rank takes all samples.
         parts = world_size() if len(clips) >= world_size() else 1
-        mine = slice(rank() if parts > 1 else 0, None, parts)
+        rows = slice(rank() if parts > 1 else 0, None, parts)
         scores = attribute_layers(
             backbone.network,
-            {name: value[mine] for name, value in inputs.items()},
+            {name: value[rows] for name, value in inputs.items()},
             metric=probe.metric,
-            domains=domains[mine],
+            domains=domains[rows],
             branches=branches,
-            clips=clips[mine],
+            clips=clips[rows],
             max_samples=len(indices),
         )
     if parts > 1:
         scores = _interleaved([LayerScores.from_state(state) for state in gather(scores.state())])
-    # Training needs the memory that a captured probe holds more than the next probe does.
+    # Free the memory of the captured probe: training needs it more than the next probe does.
     release_graphs(backbone.network)
     return scores
 
 
 def _interleaved(parts: Sequence[LayerScores]) -> LayerScores:
-    """Scores of samples r, r + R, r + 2 R, ... of each rank r, as one."""
+    """Join scores whose rank r of R has the samples r, r + R, r + 2 R, ..."""
     samples = [list(range(r, sum(p.by_sample.shape[1] for p in parts), len(parts))) for r in range(len(parts))]
     order = sorted(range(sum(map(len, samples))), key=[n for part in samples for n in part].__getitem__)
 
@@ -107,21 +109,28 @@ def layer_values(
     config: RunConfig,
     device: torch.device,
     bf16: bool = False,
-) -> Tensor:
-    """What a policy that needs values chooses by, [L] float64 on the CPU, on the clips and times of `score_layers`.
+) -> dict[str, Tensor]:
+    """The values by which a policy chooses layers: [L] float64 on the CPU, on the clips and times of `score_layers`.
 
-    "stored": LASP, the mean over teachers; the head is fitted on every other clip of a teacher's domains.
-    "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, the mean over the grid of t.
+    "stored": LASP; the head is fitted on every other clip of a teacher's domains.
+    "gradient-norm" and "first-order": `layer_sensitivity` of the flow-matching loss, averaged over the grid of t.
+
+    Returns {ALL: of all clips, or the mean over teachers}; with `alignment.selection_per` "teacher"
+    {teacher: of the clips of its domains}.
 
     Raises:
-        UserError: too few clips of a teacher's domains for LASP.
+        UserError: a teacher's domains have too few clips for LASP.
     """
     [batch] = fixed_batches(dataset, spread(dataset, config.probe.samples), config, one_shape=True)
     batch = batch.to(device)
     noise = SIGMA * torch.randn(
         batch.mel.shape, generator=torch.Generator(device).manual_seed(config.train.seed), device=device
     )
+    tables = {name: table.to(device)[batch.domain] for name, table in domain_tables(config, batch.domains).items()}
+    per_teacher = config.alignment.selection_per == "teacher"
+    samples = tables if per_teacher else {ALL: slice(None)}
     by_time = []
+    sensitivities: dict[str, list[Tensor]] = {name: [] for name in samples}
     with probing(backbone), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         cond, _ = backbone.condition(batch)
         for time in config.probe.t_grid:
@@ -135,15 +144,17 @@ def layer_values(
                 block_input, _ = backbone.network.open(x_t, t, cond, batch.mask)
                 layers = range(config.model.depth)
                 velocity, hidden = backbone.network(**inputs, hidden_layers=layers)
-                loss = flow_matching_loss(velocity, velocity_target, batch.mask).mean()
-                norms, first_order = layer_sensitivity(loss, [hidden[layer] for layer in layers], block_input)
-            by_time.append((norms if policy == "gradient-norm" else first_order).double())
+                losses = flow_matching_loss(velocity, velocity_target, batch.mask)
+                for name, kept in samples.items():
+                    states = [hidden[layer] for layer in layers]
+                    norms, first_order = layer_sensitivity(losses[kept].mean(), states, block_input)
+                    sensitivities[name].append((norms if policy == "gradient-norm" else first_order).double())
         if policy != "stored":
-            return torch.stack(by_time).mean(0).cpu()
+            return {name: torch.stack(values).mean(0).cpu() for name, values in sensitivities.items()}
         targets, mask = teacher_targets(teachers, batch, config)
-    stored = []
-    for name, table in domain_tables(config, batch.domains).items():
-        clips = table.to(device)[batch.domain].nonzero().squeeze(1)
+    stored = {}
+    for name, kept in tables.items():
+        clips = kept.nonzero().squeeze(1)
         clips = clips[batch.domain[clips].argsort(stable=True)]  # so that both halves hold every domain
         fitted = (torch.arange(clips.numel(), device=device) % 2 == 0).repeat(len(by_time))
         if clips.numel() < 2 or fitted.sum() < 2:
@@ -153,8 +164,8 @@ def layer_values(
             )
         hidden_states = torch.cat([states[:, clips] for states in by_time], dim=1)
         teacher = pool_target(targets[name], mask)[clips].repeat(len(by_time), 1)
-        stored.append(lasp(hidden_states, teacher, fitted).mean(1))
-    return torch.stack(stored).mean(0).cpu()
+        stored[name] = lasp(hidden_states, teacher, fitted).mean(1).cpu()
+    return stored if per_teacher else {ALL: torch.stack(list(stored.values())).mean(0)}
 
 
 @torch.no_grad()
@@ -188,11 +199,11 @@ def text_batch(
     reference: str | Path | None = None,
     reference_text: str = "",
 ) -> Batch:
-    """A batch of one to generate from: text over `seconds`, after a reference clip (its mel is the prompt).
+    """A batch of one to generate from: `text` for `seconds`, after a reference clip whose mel is the prompt.
 
     Raises:
-        UserError: no text or one that is not valid Unicode, a length that does not fit, a vocabulary without text, an
-            unreadable reference.
+        UserError: a text that is empty or not valid Unicode, a length that does not fit, a vocabulary that is not text,
+            or an unreadable reference.
     """
     vocabulary = config.data.vocabulary_of.get(domain, "text")
     if vocabulary not in config.data.vocabularies or config.data.vocabularies[vocabulary] != (BYTE_VOCABULARY,):
@@ -212,9 +223,9 @@ def text_batch(
     if frames > config.dit.max_frames:
         longest = config.dit.max_frames / config.mel.frame_rate
         raise UserError(f"--seconds: reference and {seconds:g} s are more than the model's {longest:.1f} s")
-    for option, given in (("--text", text), ("--reference-text", reference_text)):
+    for option, value in (("--text", text), ("--reference-text", reference_text)):
         try:
-            encode_text(given)
+            encode_text(value)
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
     words = " ".join(part for part in (reference_text, text) if part)

@@ -1,8 +1,8 @@
-"""One writer per run folder: an advisory lock on `RUN/.lock` that ends with its process, however that ends.
+"""One writer for each run folder: an advisory lock on `RUN/.lock`, which ends with the process that holds it.
 
-The lock is the kernel's (flock), so a file that a killed process left behind holds nobody up. Over NFS it works
-between machines where the mount has locking (NFSv4, or NFSv3 with lockd); with `nolock` only processes of one machine
-see each other, and a file system without locks gives a warning.
+The kernel keeps the lock (flock), so a lock file that a killed process left behind blocks nobody. Over NFS it works
+between machines if the mount has locking (NFSv4, or NFSv3 with lockd). With `nolock` it works only between processes of
+one machine; a file system without locks gives a warning.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .distributed import gather, rank
 
 NAME = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-PATIENCE = 1.0  # seconds that a new holder may take to write down who it is
+PATIENCE = 1.0  # seconds in which a new holder writes its name into the file
 
 
 class RunLock:
-    """Holds `run_dir` from its construction to `release`, or to the end of the process.
+    """A lock of `run_dir`, held from its construction to `release` or to the end of the process.
 
     Raises:
-        UserError: another process holds the folder (the message says which), or it cannot be written.
+        UserError: another process holds it (the message names the process), or the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -55,17 +55,17 @@ class RunLock:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
         except OSError:
-            pass  # a full disk: the lock holds all the same, only the holder's name is not known
+            pass  # a full disk: the lock holds, but the file does not name its holder
         _held.add(self)
 
     def release(self) -> None:
-        """Let others write; again is no mistake."""
+        """Release the lock. Calling it again does nothing."""
         if self._descriptor is not None:
             try:
                 os.ftruncate(self._descriptor, 0)
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             except OSError:
-                pass  # closing unlocks too
+                pass  # closing the file unlocks it too
         self._close()
 
     def __del__(self) -> None:
@@ -90,7 +90,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def hold(run_dir: Path) -> RunLock | None:
-    """Lock a run's folder: rank 0 holds it for all ranks, and all are refused together. Every rank must call it.
+    """Lock a run's folder: rank 0 holds the lock for all ranks. Every rank must call it.
 
     Raises:
         UserError: as RunLock, on every rank.
@@ -112,14 +112,14 @@ def _holder(path: Path) -> str:
     words = "another process"
     while True:
         try:
-            found = json.loads(path.read_bytes()[:1000])
-            pid, host = int(found["pid"]), str(found["host"])
-            words = f"process {pid} on {host}, since {found['since']},"
+            holder = json.loads(path.read_bytes()[:1000])
+            pid, host = int(holder["pid"]), str(holder["host"])
+            words = f"process {pid} on {host}, since {holder['since']},"
             if host != platform.node() or _alive(pid):
                 return words
         except (OSError, ValueError, TypeError, KeyError):
             pass
-        # Empty, or about a process that is gone: the holder has only just begun and writes its name next.
+        # The file is empty or names a process that is gone: the new holder has not written its name yet.
         if time.monotonic() > deadline:
             return words
         time.sleep(0.02)

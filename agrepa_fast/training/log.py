@@ -20,8 +20,13 @@ class RunLog:
     """Appends one JSON object per event to `run_dir/log.jsonl`; numbers go to the other writers too."""
 
     def __init__(self, run_dir: Path | None, config: RunConfig, resume: tuple[int, int] | None = None) -> None:
-        """resume: step and `position` of the checkpoint that the run goes on from. What was
-        logged after it is dropped: those steps come again. Without a run_dir nothing is written."""
+        """Open the log.
+
+        Args:
+            run_dir: None writes nothing.
+            resume: step and `position` of the checkpoint that the run resumes from. What was logged after it is
+                dropped, because those steps come again.
+        """
         self.position = 0  # bytes written so far
         self._file: Any = None
         self._tensorboard: Any = None
@@ -38,7 +43,9 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("train.tensorboard: pip install tensorboard") from error
+                raise UserError(
+                    "train.tensorboard: TensorBoard is not installed: pip install 'agrepa-fast[tensorboard]'"
+                ) from error
             purge = None if resume is None else resume[0] + 1
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if config.train.wandb:
@@ -57,7 +64,7 @@ class RunLog:
             )
 
     def write(self, event: str, **fields: Any) -> None:
-        """One event; lost power costs at most the line being written."""
+        """Append one event. A power cut loses at most the line that is being written."""
         if self._file is None:
             return
         try:
@@ -66,7 +73,7 @@ class RunLog:
                 self._file.flush()
                 self.position = self._file.tell()
         except UserError:
-            # What is left in the buffer must not fail a second time, when the log is closed.
+            # The rest of the buffer must not fail a second time when the log is closed.
             with suppress(OSError):
                 self._file.close()
             self._file = None
@@ -90,7 +97,7 @@ class RunLog:
 
 
 def average(records: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Mean of each metric over the records that have a finite one, in one copy from the device."""
+    """Mean of each metric over the records in which it is finite, read from the device in one copy."""
     names = list(dict.fromkeys(name for record in records for name in record))
     if not names:
         return {}

@@ -1,4 +1,4 @@
-"""Means of a step's metrics, kept on the device and read in one copy: {name: scalar} each step, floats at the end."""
+"""Mean metrics of steps, summed on the device and read from it in one copy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums and counts, updated in place. A metric that is not finite in a step is not counted in it."""
+    """Sums and counts of metrics, updated in place. A value that is not finite is not counted."""
 
     def __init__(self) -> None:
-        # By the names that come together: a step's metrics are one vector, whatever their number.
+        # One vector for each set of names that come together.
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """A step's metrics, scalars on one device. Nothing waits for the device."""
+        """Add a step's metrics, scalars on one device, without waiting for the device."""
         names = tuple(metrics)
         values = torch.stack([value.float() for value in metrics.values()])
         if names not in self._sums:
@@ -28,7 +28,8 @@ class Meter:
     def read(self, also: Tensor) -> tuple[dict[str, float], list[float]]:
         """Mean of each metric since the last call, without those that were never finite; and the values of `also` [n].
 
-        All in one copy, which waits for the device."""
+        Everything is read in one copy, which waits for the device.
+        """
         names = [name for together in self._sums for name in together]
         flat = torch.cat([*(held.flatten() for held in self._sums.values()), also.flatten()]).cpu()
         total = dict.fromkeys(names, 0.0)

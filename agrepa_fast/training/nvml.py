@@ -1,4 +1,4 @@
-"""The card's clocks, temperature, power and energy from NVML (`nvidia-ml-py`); its settings are never touched."""
+"""Clocks, temperature, power and energy of a card from NVML (`nvidia-ml-py`). Its settings are never changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Nvml:
-    """Readings of the card that `device` is, matched by UUID; every one is None where NVML cannot give it."""
+    """Readings of the card that `device` is, matched by UUID. A reading is None if NVML cannot give it."""
 
     def __init__(self, device: torch.device) -> None:
         self.handle: Any = None
@@ -38,13 +38,13 @@ class Nvml:
         if self.handle is None:
             return None
         try:
-            found = self.nvml.nvmlSystemGetDriverVersion()
+            version = self.nvml.nvmlSystemGetDriverVersion()
         except self.nvml.NVMLError:
             return None
-        return found.decode() if isinstance(found, bytes) else found
+        return version.decode() if isinstance(version, bytes) else version
 
     def clock(self, domain: str) -> int | None:
-        """MHz now; domain "SM" or "MEM"."""
+        """The present clock in MHz; domain "SM" or "MEM"."""
         if self.handle is None:
             return None
         return self._read("nvmlDeviceGetClockInfo", getattr(self.nvml, f"NVML_CLOCK_{domain}"))
@@ -57,16 +57,16 @@ class Nvml:
         return None if milliwatts is None else milliwatts / 1e3
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
+        """Energy used since the driver was loaded."""
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1e3
 
     def throttle(self) -> str | None:
-        """Why the clocks are held back, as a hexadecimal mask; None where unknown."""
+        """Why the clocks are lowered, as a hexadecimal mask; None if unknown."""
         mask = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
         return None if mask is None else f"{mask:#x}"
 
     def utilisation(self) -> int | None:
-        """Per cent of the last sampling period in which a kernel ran."""
+        """Percentage of the last sampling period in which a kernel ran."""
         rates = self._read("nvmlDeviceGetUtilizationRates")
         return None if rates is None else rates.gpu

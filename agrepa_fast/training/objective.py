@@ -1,6 +1,6 @@
 """The training objective: flow matching, alignment and BiT-C of one batch, as one module.
 
-Backbone (network and token conditioner) and alignment heads are apart: the heads are no part of the model.
+The backbone (network and token conditioner) and the alignment heads are apart: heads are no part of the model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..alignment.interface import InterfaceLoss
 from ..alignment.loss import AlignmentLoss
-from ..alignment.policy import LayerSelection
 from ..alignment.resample import align_time
 from ..alignment.schedule import SimilarityStop, timestep_weight
+from ..alignment.selection import LayerSelection
 from ..data.batches import Batch
 from ..errors import UserError
 from ..models.conditioning import TokenConditioner, assemble_condition
@@ -30,7 +30,7 @@ from .config import RunConfig
 
 
 class Backbone(nn.Module):
-    """What a checkpoint of the model holds: the network and the token conditioner."""
+    """The network and the token conditioner: what a checkpoint saves as the model."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         return self.conditioner(batch.tokens, batch.token_lengths, batch.vocabulary, batch.mask)
 
     def condition(self, batch: Batch | StepInputs) -> tuple[Tensor, Tensor]:
-        """The full condition and guidance's null condition, each [B, T, C + M]; nothing is dropped."""
+        """The full condition and the null condition of guidance, each [B, T, C + M], without condition dropout."""
         embedding = self.embed_tokens(batch)
         return (
             assemble_condition(embedding, batch.mel, batch.prompt),
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step takes of a batch and of the teachers: tensors alone, of shapes that the bucket decides."""
+    """The inputs of a step: tensors of a batch and of the teachers, in shapes that depend on the bucket alone."""
 
     mel: Tensor  # [B, T, M]
     mask: Tensor  # [B, T] bool, real frames
@@ -74,7 +74,7 @@ class StepInputs:
         target_mask: Tensor,
         domains: dict[str, Tensor],
     ) -> StepInputs:
-        """A batch and what its teachers say."""
+        """Inputs from a batch and the teachers' features of it."""
         return cls(
             batch.mel,
             batch.mask,
@@ -88,17 +88,17 @@ class StepInputs:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
+        """All tensors, in a fixed order."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [t for value in values for t in (value.values() if isinstance(value, dict) else [value])]
 
     def layout(self) -> tuple[Hashable, ...]:
-        """What another batch must agree in to take this one's place: shapes, dtypes, and which tensors are the same."""
+        """Shapes, dtypes, and which tensors are the same: `copy_` needs inputs of equal layout."""
         places: dict[int, int] = {}
         return tuple((t.shape, t.dtype, places.setdefault(id(t), len(places))) for t in self.tensors())
 
     def clone(self) -> StepInputs:
-        """The same values in memory of its own; what was one tensor stays one tensor."""
+        """A copy in memory of its own. Two fields that share a tensor share its copy."""
         copies = {id(tensor): tensor.clone() for tensor in self.tensors()}
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
@@ -109,14 +109,14 @@ class StepInputs:
         return StepInputs(**values)
 
     def copy_(self, other: StepInputs) -> None:
-        """Take the values of `other`, which has the same layout."""
+        """Copy the values of `other`, which has the same layout."""
         pairs = {id(target): (target, source) for target, source in zip(self.tensors(), other.tensors(), strict=True)}
         for target, source in pairs.values():
             target.copy_(source, non_blocking=True)
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step, apart from dropout's."""
+    """The random numbers of a step, except those of dropout."""
 
     t: Tensor  # [B] in [0, 1)
     noise: Tensor  # [B, T, M], of standard deviation SIGMA
@@ -127,8 +127,9 @@ class Draws(NamedTuple):
 class Objective(nn.Module):
     """Loss and metrics of a batch.
 
-    generator: draws t, noise and condition dropout on the batch's device. Every rank has the same one and takes its
-    rows out of the global batch's numbers, so they do not depend on how many ranks there are.
+    Args:
+        generator: draws t, noise and condition dropout on the batch's device. It is the same on every rank: a rank
+            takes its rows of the numbers for the global batch, so that they do not depend on the number of ranks.
     """
 
     def __init__(
@@ -144,18 +145,20 @@ class Objective(nn.Module):
         self.generator = generator or torch.Generator()
         self.rank, self.world_size = rank, world_size
         self.backbone = Backbone(config)
-        every_layer = LayerSelection.uniform(range(config.model.depth))
         a = config.alignment
+        # The same head of every layer in every run, so that a later probe may choose any of them.
+        t_grid = sorted(set(config.probe.t_grid)) if a.weights == "by-time" else ()
+        every_layer = LayerSelection.uniform(range(config.model.depth), t_grid=t_grid)
         self.alignment = AlignmentLoss(
             config.model.width, teachers, every_layer, a.pool, a.head, a.objective, a.standardise_targets
         )
-        # The paper's weights where the configuration gives none.
+        # The paper's weights, unless the configuration gives others.
         bitc_weights = {"speech": 0.5} | a.bitc_weights
         self.interface = InterfaceLoss(config.model.token_width, teachers, bitc_weights) if a.bitc else None
         self.stop = None if a.stop_similarity is None else SimilarityStop(a.stop_similarity)
 
     def heads(self) -> nn.ModuleDict:
-        """The alignment heads, and whether alignment has stopped: trained along, saved apart, absent at inference."""
+        """The alignment heads, and whether alignment has stopped. They are trained and saved apart from the model."""
         parts: dict[str, nn.Module] = {"alignment": self.alignment}
         if self.interface is not None:
             parts["interface"] = self.interface
@@ -164,7 +167,7 @@ class Objective(nn.Module):
         return nn.ModuleDict(parts)
 
     def draw(self, inputs: StepInputs, generator: torch.Generator | None = None) -> Draws:
-        """A step's random numbers, on the device; from `self.generator` unless another is given."""
+        """The random numbers of a step, on the device; from `self.generator` unless another one is given."""
         flow = self.config.flow
         generator = generator or self.generator
         size, frames, mels = inputs.mel.shape
@@ -185,10 +188,10 @@ class Objective(nn.Module):
     def forward(
         self, inputs: StepInputs, draws: Draws, align_weight: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (a scalar) and detached metrics on the device.
+        """Loss (a scalar) and detached metrics, on the device.
 
-        align_weight: a scalar; None leaves alignment out (its forward too). "flow_loss_t/0-0.25" and so on are
-        the flow-matching losses of the samples with t in each quarter of [0, 1), nan where there is none.
+        align_weight: a scalar; None skips alignment and its forward. The metrics "flow_loss_t/0-0.25" and so on are the
+        flow-matching losses of the samples whose t is in that quarter of [0, 1); nan if there is none.
         """
         x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
         embedding = self.backbone.embed_tokens(inputs)
@@ -200,11 +203,13 @@ class Objective(nn.Module):
         metrics = {"flow_loss": flow_loss.detach(), **_by_time(by_sample.detach(), draws.t)}
         if align_weight is not None:
             kind = self.config.alignment.timestep_weight
-            by_time = None if kind == "uniform" else timestep_weight(draws.t, kind)
-            aligned, cosines = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, by_time)
+            weight = None if kind == "uniform" else timestep_weight(draws.t, kind)
+            aligned, cosines = self.alignment(
+                hidden, inputs.targets, inputs.target_mask, inputs.domains, weight, draws.t
+            )
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
-                # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.
+                # The cosines of earlier steps decide about this one. It is a copy because backward reads it.
                 metrics["align_factor"] = factor = self.stop.factor.clone()
                 aligned = aligned * factor
             loss = loss + align_weight * aligned
@@ -217,21 +222,22 @@ class Objective(nn.Module):
         return loss, metrics
 
     def observe(self, metrics: Mapping[str, Tensor]) -> None:
-        """After an aligned step: its cosines decide whether the next one is aligned (alignment.stop_similarity)."""
+        """Note the cosines of an aligned step, which decide whether alignment goes on (alignment.stop_similarity)."""
         if self.stop is not None:
             self.stop(self.alignment.similarity(metrics))
 
     def gradient_cosines(self, inputs: StepInputs, draws: Draws) -> dict[str, Tensor]:
-        """Do the two losses pull alike? {"gradient_cosine/<layer>": cosine of their gradients at its hidden state}.
+        """Cosine of the gradients of the two losses at each aligned hidden state: {"gradient_cosine/<layer>": scalar}.
 
-        nan for a layer that nothing aligned depends on. Leaves parameters' gradients and flags alone; call it in
-        evaluation mode, or dropout draws numbers."""
+        It is nan for a layer on which no aligned target depends. Parameters' gradients and flags stay as they are. Call
+        it in evaluation mode, since dropout would draw random numbers.
+        """
         x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
         cond, _ = self.backbone.condition(inputs)
         layers = self.alignment.active
         velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
         flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains)
+        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, t=draws.t)
         states = [hidden[layer] for layer in layers]
         pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
         cosines = {}
@@ -250,11 +256,13 @@ class Objective(nn.Module):
         t: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow-matching loss per sample [B] at given t and noise, condition whole; and the raw cosines."""
+        """Flow-matching loss of each sample [B] at the given t and noise, without condition dropout; and the raw
+        cosines.
+        """
         x_t, velocity_target = path(batch.mel, noise, t)
         cond, _ = self.backbone.condition(batch)
         velocity, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=self.alignment.active)
-        _, cosines = self.alignment(hidden, targets, target_mask, domains)
+        _, cosines = self.alignment(hidden, targets, target_mask, domains, t=t)
         return flow_matching_loss(velocity, velocity_target, batch.mask), cosines
 
 
@@ -262,7 +270,7 @@ TIME_BINS = 4
 
 
 def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean of the samples' losses [B] by quarter of t [B]; nan where a quarter has none."""
+    """Mean loss of the samples [B] by quarter of their t [B]; nan for a quarter without samples."""
     inside = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1) == torch.arange(TIME_BINS, device=t.device).unsqueeze(1)
     means = torch.where(inside, loss, 0).sum(1) / inside.sum(1)
     edges = [number / TIME_BINS for number in range(TIME_BINS + 1)]
@@ -270,7 +278,7 @@ def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
 
 
 def pool_target(target: Tensor, mask: Tensor) -> Tensor:
-    """[B, W] as it is; [B, T, W] to its mean over the mask."""
+    """Mean of [B, T, W] over the mask; [B, W] is pooled already and stays as it is."""
     return target if target.dim() == 2 else masked_mean(target, mask)
 
 
@@ -279,8 +287,9 @@ def teacher_targets(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Features of the batch's clean audio, {teacher: [B, W] or [B, T, W]}, and the frames to align [B, T].
 
-    Pooled targets are means over the frames in which the teacher heard audio. Cached features are of whole clips:
-    frames are read at the crop's times, a pooled vector stands for any crop of its clip."""
+    Pooled targets are means over the frames in which the teacher heard audio. Cached features are those of whole clips:
+    frames are read at the times of the crop, and a pooled vector is used for any crop of its clip.
+    """
     mask = batch.mask & ~batch.prompt if config.alignment.mask == "span" else batch.mask
     targets = {}
     for name, teacher in teachers.items():
@@ -310,15 +319,15 @@ def teacher_targets(
 
 
 def _heard(batch: Batch, start: Tensor, frames: int, rate: float, sample_rate: int) -> Tensor:
-    """[B, frames] bool: a frame of the clip's features begins within the crop; `start` [B] in seconds."""
+    """Which frames of the clip's features begin within the crop: [B, frames] bool. `start` [B] is in seconds."""
     begin = torch.arange(frames, device=start.device) / rate
     stop = start + batch.audio_lengths / sample_rate
-    # A frame that begins when the crop does is within it, whatever the last bit of the division says.
+    # The margin keeps a frame that begins with the crop, whatever the rounding of the division.
     return (begin >= start.unsqueeze(1) - 1e-4) & (begin < stop.unsqueeze(1) - 1e-4)
 
 
 def domain_tables(config: RunConfig, domains: Sequence[str]) -> dict[str, Tensor]:
-    """{teacher: [number of domains] bool}, whether the teacher speaks for each domain.
+    """{teacher: [number of domains] bool}: whether the teacher is used for each domain.
 
     Raises:
         UserError: a teacher names a domain that no clip has.

@@ -13,9 +13,10 @@ from .objective import Objective
 
 
 def build_optimizer(objective: Objective, config: RunConfig, capturable: bool = False) -> torch.optim.AdamW:
-    """Fused AdamW: decay on the backbone's matrices only; the heads are a group of their own, without decay.
+    """Fused AdamW. Only the backbone's matrices have weight decay; the heads are a group of their own without it.
 
-    capturable: for CUDA graphs, with the learning rate in a tensor on the device."""
+    capturable: keep the learning rate in a tensor on the device, as CUDA graphs need it.
+    """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     tables = {id(m.weight) for m in objective.backbone.modules() if isinstance(m, nn.Embedding)}
@@ -34,9 +35,10 @@ def build_optimizer(objective: Objective, config: RunConfig, capturable: bool = 
 
 
 def one_cycle(optimizer: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate by step: half a cosine from initial_lr up, then one down to final_lr at the last step.
+    """The learning rate as a function of the step: half a cosine up from initial_lr, then one down to final_lr.
 
-    (torch's OneCycleLR divides by zero when the warm-up is a single step.)"""
+    torch's OneCycleLR divides by zero if the warm-up is a single step.
+    """
     warmup = max(1, round(optimizer.warmup_share * steps))
 
     def rate(step: int) -> float:

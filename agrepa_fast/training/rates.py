@@ -1,4 +1,4 @@
-"""How fast a run goes and what it uses: samples/s, frames/s, the share of the device's matmul rate (MFU), memory."""
+"""Speed and memory of a run: samples/s, frames/s, MFU (the share of the device's matmul rate), bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .nvml import Nvml
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations per second of a large matrix product here and now, the best of five."""
+    """Measured floating point operations per second of a large matrix product, the best of five."""
     size = 4096 if device.type == "cuda" else 768
-    # A generator of its own: the global one belongs to the training.
+    # It has a generator of its own, because the global one belongs to the training.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
     best = float("inf")
@@ -34,7 +34,7 @@ def _wait(device: torch.device) -> None:
 
 
 class Rates:
-    """Counts since the last `read`; pauses (validation, probes, checkpoints) are left out."""
+    """Counts since the last `read`. Pauses (validation, probes, checkpoints) are not counted."""
 
     def __init__(self, dit: DiTConfig, device: torch.device, bf16: bool) -> None:
         self.dit = dit
@@ -49,7 +49,7 @@ class Rates:
         self.since = time.perf_counter()
 
     def count(self, samples: int, frames: int) -> None:
-        """A batch of `samples` clips of `frames` frames (padding included), forward and backward."""
+        """Count a forward and backward of `samples` clips of `frames` frames each, padding included."""
         self.samples += samples
         self.frames += samples * frames
         self.flops += 3 * forward_flops(self.dit, samples, frames)
@@ -61,7 +61,9 @@ class Rates:
         self.since = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Rates per second of this rank, MFU (0 to 1, of `matmul`), bytes, and the card's state where NVML gives it."""
+        """Rates of this rank per second, MFU (0 to 1, relative to `matmul`), memory, and the card's state if NVML gives
+        it.
+        """
         self.pause()
         values = {
             "samples_per_second": self.samples / self.seconds,
@@ -77,7 +79,7 @@ class Rates:
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes in use: of the CUDA allocator at its peak, or the process's resident set (None where unknown)."""
+    """Bytes in use: the peak of the CUDA allocator, or the resident set of the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Begin a run in a new folder, or go on with one. Both lock the folder first."""
+"""Start a run in a new folder, or resume one. Both lock the folder first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .trainer import Trainer
 
 
 def start_run(config: RunConfig) -> Trainer:
-    """A new run in `train.out/train.name`, which is locked from now on.
+    """A new run in `train.out/train.name`, whose folder is locked from now on.
 
     Raises:
         UserError: the folder holds a run already, or another process is about to write one.
@@ -34,14 +34,13 @@ def start_run(config: RunConfig) -> Trainer:
 
 
 def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_changes: bool = False) -> Trainer:
-    """Go on with a run, from its newest intact checkpoint or from the given one, with its configuration, changed.
+    """Resume a run from its newest intact checkpoint, or from the given one, with `overrides` of its configuration.
 
-    A run that ended before its first checkpoint begins anew. The clips must be those of the checkpoint, unless
-    `accept_data_changes`.
+    A run without a checkpoint begins anew. The clips must be those of the checkpoint, unless `accept_data_changes`.
 
     Raises:
-        UserError: neither a run nor a checkpoint, nothing intact in it, clips that changed, or another process
-            that writes the run.
+        UserError: neither a run nor a checkpoint, no intact checkpoint, other clips, or another process that writes the
+            run.
     """
     path = Path(path)
     run_dir = path
@@ -50,7 +49,7 @@ def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_chan
         if path.absolute().parent.name != "checkpoints":
             raise UserError(f"{path}: not in the folder checkpoints/ of a run; a run is resumed in its own folder")
     if not ((run_dir / "config.yaml").is_file() or (run_dir / "checkpoints").is_dir()):
-        load_checkpoint(path)  # which says what is missing
+        load_checkpoint(path)  # raises, and says what is missing
     distributed.init(pick_device(_device(path, run_dir, overrides)))
     with _locked(run_dir) as lock:
         if path == run_dir and (run_dir / "config.yaml").is_file() and not begun(run_dir):
@@ -69,7 +68,7 @@ def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_chan
 
 
 def _device(path: Path, run_dir: Path, overrides: Sequence[str]) -> str:
-    """train.device of a run, also where somebody damaged its config.yaml: a checkpoint has its own."""
+    """The train.device of a run. If its config.yaml is damaged, that of a checkpoint."""
     try:
         return load_config(run_dir / "config.yaml", overrides).train.device
     except UserError:
@@ -79,7 +78,7 @@ def _device(path: Path, run_dir: Path, overrides: Sequence[str]) -> str:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[RunLock | None]:
-    """The folder's lock, kept by what is made under it, released where that fails."""
+    """The lock of a folder. It is released if the block raises, and kept by what the block makes otherwise."""
     lock = hold(run_dir)
     with ExitStack() as stack:
         if lock is not None:

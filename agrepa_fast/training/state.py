@@ -1,7 +1,7 @@
-"""What state.pt holds beside the weights: taken from a trainer, checked when it is read, and given back.
+"""The training state in state.pt: taken from a trainer, checked when it is read, and given back.
 
-The file is checked in full before anything uses it: a checkpoint of another version, or one that was edited, is refused
-in one line rather than by the first line of code that stumbles over it.
+A file is checked in full before anything uses it. So a checkpoint of another version, or one that was edited, is
+refused in one line that names the key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..alignment.policy import LayerSelection
+from ..alignment.reselect import ALL
+from ..alignment.selection import selection_from_state, selection_state
 from ..attribution.scores import METRICS, LayerScores
 from ..errors import UserError
 from .distributed import gather, rank, world_size
@@ -24,26 +25,34 @@ from .distributed import gather, rank, world_size
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT = 1  # of a checkpoint's files and of the state; a change that an older reader cannot read counts it up
+# The number of the checkpoint format; raise it for a change that an older version cannot read.
+# 2: heads.safetensors and the scores' averages have an entry for each teacher.
+FORMAT = 2
+READABLE = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_format(found: Mapping[str, Any], file: Path) -> None:
-    """Refuse what another version wrote in another format.
+def check_format(header: Mapping[str, Any], file: Path) -> None:
+    """Refuse a checkpoint of another format.
 
     Raises:
-        UserError: names both formats and versions."""
-    if type(found.get("format")) is not int or found["format"] != FORMAT:
-        by = f"agrepa-fast {found['version'][:20]}" if isinstance(found.get("version"), str) else "an older agrepa-fast"
-        number = f"format {found['format']!r}"[:30] if "format" in found else "a format without a number"
+        UserError: names both formats and versions.
+    """
+    if type(header.get("format")) is not int or header["format"] not in READABLE:
+        by = (
+            f"agrepa-fast {header['version'][:20]}"
+            if isinstance(header.get("version"), str)
+            else "an older agrepa-fast"
+        )
+        number = f"format {header['format']!r}"[:30] if "format" in header else "a format without a number"
         raise UserError(
-            f"{file}: made by {by} in {number}, this is {__version__} and reads checkpoint format {FORMAT}: "
-            "use the version that made it, or train anew"
+            f"{file}: made by {by} in {number}, this is {__version__} and reads the checkpoint formats "
+            f"{', '.join(map(str, READABLE))}: use the version that made it, or train anew"
         )
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """The state of a run after a step, of all ranks. Every rank must call it."""
+    """The state of a run after a step, with the random state of all ranks. Every rank must call it."""
     device = trainer.device
     rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
     return {
@@ -59,41 +68,47 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "device": device.type,
         "generator": trainer.objective.generator.get_state(),
         "rng": [list(states) for states in rng],
-        "selection": None if trainer.selection is None else trainer.selection.state(),
-        "scores": None if trainer.scores is None else trainer.scores.state(),
-        "average": trainer.average,
-        "probed": trainer.probed,
+        "selection": None if trainer.selection is None else selection_state(trainer.selection),
+        "scores": None if trainer.choice.scores is None else trainer.choice.scores.state(),
+        "average": trainer.choice.chooser.state_dict(),
+        "probed": trainer.choice.probed,
         "clips": trainer.data.split.record,
     }
 
 
 def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
-    """Give a trainer the state that `check_state` has passed.
+    """Give a trainer a state that has passed `check_state`.
 
     Raises:
-        UserError: it does not fit the trainer's configuration; names the key."""
+        UserError: it does not fit the trainer's configuration; names the key.
+    """
     if state["steps"] != trainer.config.train.steps:
         raise UserError(
             f"train.steps: {file} belongs to a run of {state['steps']} steps, "
             f"its learning rate schedule does not fit {trainer.config.train.steps}"
         )
     depth = trainer.config.model.depth
-    if state["average"] is not None and len(state["average"]) != depth:
-        raise UserError(f"{file}: average has {len(state['average'])} scores, the model {depth} layers")
     if state["scores"] is not None:
-        trainer.scores = LayerScores.from_state(state["scores"])
-        if trainer.scores.layers != tuple(range(depth)):
-            raise UserError(f"{file}: scores are of the layers {list(trainer.scores.layers)}, the model has {depth}")
+        scores = trainer.choice.scores = LayerScores.from_state(state["scores"])
+        if scores.layers != tuple(range(depth)):
+            raise UserError(f"{file}: scores are of the layers {list(scores.layers)}, the model has {depth}")
     _apply_optimizer(trainer, state["optimizer"], file)
     trainer.train_step.skipped.copy_(torch.tensor(state["skipped"]))
     trainer.step = state["step"]
     trainer.seconds_before = state["seconds"]
     trainer.probe_seconds = state["probe_seconds"]
-    trainer.average, trainer.probed = state["average"], state["probed"]
-    if state["selection"] is not None:
-        trainer.select(LayerSelection.from_state(state["selection"]))
+    trainer.choice.probed = state["probed"]
+    average = state["average"]
+    if not isinstance(average, dict):  # format 1: one vector for the run, or None
+        average = {} if average is None else {ALL: [average]}
+    try:
+        trainer.choice.chooser.load_state_dict(average)
+        if state["selection"] is not None:
+            trainer.select(selection_from_state(state["selection"]))
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; go on with the run's own configuration of alignment and probe") from error
     if state["device"] != trainer.device.type:
-        # Generators of different devices draw different numbers: the run goes on, if not exactly.
+        # Generators of different devices draw different numbers, so the run goes on, but not exactly.
         trainer.objective.generator.manual_seed(trainer.config.train.seed + trainer.step)
         return
     try:
@@ -110,8 +125,8 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
 
 def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> None:
     optimizer = trainer.optimizer
-    own = optimizer.state_dict()["param_groups"]
-    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in own]:
+    groups = optimizer.state_dict()["param_groups"]
+    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in groups]:
         raise UserError(f"{file}: the optimizer has other groups of parameters than this configuration")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entry in saved["state"].items():
@@ -124,18 +139,19 @@ def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> 
                     f"{file}: optimizer.state.{number}.{name} is {entry[name].dtype} {list(entry[name].shape)}, "
                     f"its parameter {expected.dtype} {list(expected.shape)}"
                 )
-    # The groups are this run's: what they say depends on the device and on the configuration.
-    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": own})
+    # Keep this run's groups: their settings depend on the device and on the configuration.
+    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
 
 
 # --- checks of what was read --------------------------------------------------------------------------------
 
 
 def check_state(state: Any, file: Path) -> None:
-    """Hold a state that was read against what `capture` writes.
+    """Check a state that was read against what `capture` writes.
 
     Raises:
-        UserError: another format; a key that is missing, unknown or of another kind, by name."""
+        UserError: another format; or a key that is missing, unknown or of another kind, by name.
+    """
     if not isinstance(state, dict):
         raise UserError(f"{file}: not a training state but {type(state).__name__}")
     check_format(state, file)
@@ -174,7 +190,7 @@ def _tensor(value: Any, dtype: torch.dtype, *shape: int | None) -> bool:
         and value.dtype == dtype
         and value.layout == torch.strided
         and value.dim() == len(shape)
-        and all(size is None or size == found for size, found in zip(shape, value.shape))
+        and all(size is None or size == actual for size, actual in zip(shape, value.shape))
     )
 
 
@@ -187,8 +203,11 @@ def _rng(value: Any) -> bool:
         isinstance(value, list)
         and len(value) > 0
         and all(
-            isinstance(own, list) and len(own) == 2 and _random(own[0]) and (own[1] is None or _random(own[1]))
-            for own in value
+            isinstance(states, list)
+            and len(states) == 2
+            and _random(states[0])
+            and (states[1] is None or _random(states[1]))
+            for states in value
         )
     )
 
@@ -214,7 +233,14 @@ def _moments(entry: Any) -> bool:
 
 
 def _selection(value: Any) -> bool:
-    return value is None or _same(value, lambda: LayerSelection.from_state(value).state())
+    return value is None or _same(value, lambda: selection_state(selection_from_state(value)))
+
+
+def _average(value: Any) -> bool:
+    if isinstance(value, dict):
+        rows = [row for own in value.values() for row in (own if isinstance(own, list) else [None])]
+        return all(isinstance(name, str) for name in value) and all(map(_numbers, rows))
+    return value is None or _numbers(value)
 
 
 def _scores(value: Any) -> bool:
@@ -228,7 +254,7 @@ def _scores(value: Any) -> bool:
 
 
 def _same(value: Any, again: Callable[[], Any]) -> bool:
-    """Whether what was read from `value` says the same when it is written: nothing in it was left out or bent."""
+    """Whether `value`, read and written again, is the same, so that nothing in it was ignored or changed."""
     try:
         return json.dumps(value, sort_keys=True) == json.dumps(again(), sort_keys=True)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError):
@@ -256,7 +282,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rng": (_rng, "a pair of vectors of bytes for each rank"),
     "selection": (_selection, "null, or layers with weights that sum to 1"),
     "scores": (_scores, "null, or what LayerScores.state gives, with finite scores"),
-    "average": (lambda value: value is None or _numbers(value), "null or finite numbers"),
+    "average": (_average, "{teacher: a list of finite numbers at each time}; in format 1 null or finite numbers"),
     "probed": (_whole(-1), "a whole number from -1 on"),
     "clips": (_clips, "int64 tensors [n, 3] named train and valid"),
 }

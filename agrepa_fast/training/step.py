@@ -1,7 +1,7 @@
-"""One optimizer step as work for the device alone: forward, loss, backward, clip, AdamW, EMA, metrics.
+"""One optimizer step without a host sync: forward, loss, backward, clip, AdamW, EMA, metrics.
 
-Nothing in it waits for the device, and all that changes from step to step lies in tensors. So it runs as it is
-("eager"), with the forward and backward compiled ("compile"), or captured as one CUDA graph per batch shape ("graph").
+Everything that changes from step to step is in tensors. So the step can run as it is ("eager"), with forward and
+backward compiled ("compile"), or as one captured CUDA graph for each batch shape ("graph").
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .ema import Ema
 from .meter import Meter
 from .objective import Objective, StepInputs
 
-# Real steps on a shape's static inputs before it is recorded: kernels are compiled and the optimizer's state is made
-# in them.
+# Real steps on the static inputs of a shape before it is recorded. They compile the kernels and make the optimizer's
+# state.
 WARMUP = 3
 
 
 def pick_engine(config: RunConfig, device: torch.device, ranks: int) -> str:
-    """What "auto" means here, or what was asked for.
+    """The engine of a run: the configured one, or for "auto" the fastest that fits.
 
     Raises:
-        UserError: CUDA graphs where they cannot be.
+        UserError: CUDA graphs were asked for where they cannot run.
     """
     engine = config.train.engine
     why_not = (
@@ -54,12 +54,12 @@ def pick_engine(config: RunConfig, device: torch.device, ranks: int) -> str:
 class TrainStep:
     """`step(inputs, align_weight, lr)` trains on one batch, or on several whose gradients are averaged.
 
-    Gradients of a step with a non-finite norm are dropped on the device (AdamW's own `found_inf`), the same on every
-    rank, since the norm is of gradients that have been averaged over them. `skipped` counts such steps.
+    A step whose gradient norm is not finite is dropped on the device by AdamW's own `found_inf`. All ranks drop it
+    alike, because the norm is that of the averaged gradients. `skipped` counts such steps.
 
     Args:
-        objective, optimizer, ema: what is trained, updated in place.
-        engine: "eager", "compile" or "graph"; see the module.
+        objective, optimizer, ema: are updated in place.
+        engine: "eager", "compile" or "graph", see the module.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class TrainStep:
         self.bf16 = bf16
         self.engine = engine
         self.meter = Meter()
-        # Steps in a row without finite gradients, the most in a row, and all of them.
+        # Number of steps without finite gradients: the present row of them, the longest row, and all.
         self.skipped = torch.zeros(3, device=device)
         self.align_weight = torch.zeros((), device=device)
         self.captures = 0
         self._shapes: dict[Hashable, _Shape] = {}
         self._topology: Hashable = None
-        # One compiled graph for each batch shape, with and without alignment; never a break in one.
+        # There is one compiled graph for each batch shape, with and without alignment, and no graph break.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * config.data.buckets + 8)
         self._compiled: Any = objective
         if engine != "eager":
@@ -94,7 +94,7 @@ class TrainStep:
         self._forward: Any = self._compiled
 
     def __call__(self, inputs: Sequence[StepInputs], align_weight: float, lr: float) -> None:
-        """Train on the batches `inputs`; align_weight 0 leaves alignment out, its forward too."""
+        """Train on the batches `inputs`. align_weight 0 skips alignment and its forward."""
         self.objective.train()
         self.align_weight.fill_(align_weight)
         for group in self.optimizer.param_groups:
@@ -103,7 +103,7 @@ class TrainStep:
             else:
                 group["lr"] = lr
         aligned = align_weight > 0
-        topology = (aligned, self.objective.alignment.active if aligned else ())
+        topology = (aligned, self.objective.alignment.active_heads if aligned else ())
         if topology != self._topology:
             self._enter(topology, aligned)
         if self.engine == "graph":
@@ -113,19 +113,20 @@ class TrainStep:
             self._run(inputs, aligned)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Mean metrics since the last call, and `skipped`; waits for the device."""
+        """Mean metrics since the last call, and `skipped`. Waits for the device."""
         return self.meter.read(self.skipped)
 
     def _enter(self, topology: Hashable, aligned: bool) -> None:
-        """A change of which heads run: those that do not are frozen, and DDP is built anew.
+        """Prepare for another set of active heads: freeze the other heads, and build DDP anew.
 
-        The loss would give them zero gradients; DDP would then average those zeros over the ranks in every step, which
-        with frame-wise heads on every layer is more than the network's own gradients."""
+        The loss would give inactive heads zero gradients, and DDP would average those zeros over the ranks in every
+        step. With frame-wise heads on every layer that is more traffic than the network's own gradients.
+        """
         self._topology = topology
-        alignment = self.objective.alignment
-        for parts in alignment.heads.children():
-            for layer, head in parts.named_children():
-                head.requires_grad_(aligned and int(layer) in alignment.active)
+        active = self.objective.alignment.active_heads if aligned else ()
+        for name, heads in self.objective.alignment.heads.named_children():
+            for layer, head in heads.named_children():
+                head.requires_grad_((name, int(layer)) in active)
         self._forward = self._compiled
         if distributed.is_available() and distributed.is_initialized():
             self._forward = DistributedDataParallel(self._compiled)
@@ -133,12 +134,12 @@ class TrainStep:
     def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         last = len(inputs) - 1
-        for number, given in enumerate(inputs):
+        for number, batch in enumerate(inputs):
             local = isinstance(self._forward, DistributedDataParallel) and number < last
             with self._forward.no_sync() if local else contextlib.nullcontext():
-                draws = self.objective.draw(given)
+                draws = self.objective.draw(batch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, metrics = self._forward(given, draws, self.align_weight if aligned else None)
+                    loss, metrics = self._forward(batch, draws, self.align_weight if aligned else None)
                 (loss / len(inputs)).backward()
             if aligned:
                 self.objective.observe(metrics)
@@ -148,7 +149,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _update(self, metrics: dict[str, Tensor]) -> None:
-        """Clip, AdamW, EMA."""
+        """Clip the gradients, then update parameters and EMA."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         bad = (~norm.isfinite()).to(self.skipped.dtype)
@@ -161,16 +162,16 @@ class TrainStep:
         self.skipped.copy_(torch.stack([row, torch.maximum(row, self.skipped[1]), self.skipped[2] + bad]))
         self.meter.add({**metrics, "grad_norm": norm})
 
-    def _replay(self, given: StepInputs, aligned: bool) -> None:
-        """The step on static inputs of this shape; recorded, and from then on replayed, after WARMUP such steps."""
-        key = (given.layout(), self._topology)
+    def _replay(self, inputs: StepInputs, aligned: bool) -> None:
+        """Run the step on the static inputs of this shape: eagerly WARMUP times, then recorded, then replayed."""
+        key = (inputs.layout(), self._topology)
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = _Shape(given.clone())
+            shape = self._shapes[key] = _Shape(inputs.clone())
         else:
-            shape.static.copy_(given)
-        # Warm-up and recording run on the very tensors of the replays: torch.compile's guards look at a tensor's
-        # strides and at which arguments are the same tensor, and another answer would compile during the recording.
+            shape.static.copy_(inputs)
+        # Warm-up and recording run on the tensors of the replays. torch.compile guards the strides of a tensor and
+        # which arguments are the same tensor; if these differed, it would compile during the recording.
         if shape.warm < WARMUP:
             shape.warm += 1
             run_aside(lambda: self._run([shape.static], aligned), self.device)
@@ -180,16 +181,16 @@ class TrainStep:
         shape.recording.replay()
 
     def _record(self, static: StepInputs, aligned: bool) -> Recording:
-        # Shapes of another topology are not coming back soon, and their recordings hold memory.
+        # Shapes of other active heads will not come back soon, and their recordings hold memory.
         self._shapes = {key: shape for key, shape in self._shapes.items() if key[1] == self._topology}  # type: ignore[index]
         living = [shape.recording for shape in self._shapes.values() if shape.recording is not None]
-        # The gradients of a recording live in its own memory, so none may be left from before.
+        # A recording keeps gradients in its own memory, so there must be none from before it.
         self.optimizer.zero_grad(set_to_none=True)
         self.captures += 1
         return Recording(
             lambda: self._run([static], aligned),
             self.device,
-            # The memory of a recording that is gone is gone with it: only a living one can share.
+            # Only a recording that is still alive can share its memory.
             pool=living[0] if living else None,
             generators=[self.objective.generator],
         )
@@ -197,7 +198,7 @@ class TrainStep:
 
 @dataclass
 class _Shape:
-    """A batch shape under one topology: its static inputs, the steps made on them, and their recording."""
+    """A batch shape and a set of active heads: static inputs, the number of steps on them, and a recording."""
 
     static: StepInputs
     warm: int = 0

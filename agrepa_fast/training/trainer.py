@@ -1,7 +1,7 @@
-"""The training loop: warm-up, probe, freeze the selection, align, decay. Leaves a run's folder behind.
+"""The training loop: warm up, probe, choose layers, align, let the alignment decay. It fills a run's folder.
 
-Everything random comes from the step number or from torch's global generators, whose state is in the
-checkpoint: on the CPU an interrupted and resumed run ends with the bits of an unbroken one.
+Random numbers depend on the step number or on torch's global generators, whose state is in the checkpoint. So on the
+CPU a run that was interrupted and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..alignment.policy import LayerSelection, choose_layers
-from ..attribution.scores import LayerScores
+from ..alignment.policy import choose_layers
+from ..alignment.selection import Selection, read_selection, synchronised
+from ..alignment.weights import upgrade
 from ..errors import UserError
 from ..imports import import_module
 from ..models import packed
@@ -31,7 +32,7 @@ from .checkpoint import (
     save_checkpoint,
     write_whole,
 )
-from .choice import alignment_schedule, choose
+from .choice import aligned_metrics, alignment_schedule, apply_selection, check_probed_domains, choose, layer_choice
 from .clips import load_data
 from .config import RunConfig, dump_config
 from .ema import Ema
@@ -83,6 +84,7 @@ class Trainer:
         self.teachers = teachers
         tables = domain_tables(config, self.data.train.domains)
         self.domain_tables = {name: table.to(self.device) for name, table in tables.items()}
+        check_probed_domains(config, self.data.valid)
         torch.manual_seed(config.train.seed)
         widths = {name: teacher.width for name, teacher in teachers.items()}
         generator = torch.Generator(self.device).manual_seed(config.train.seed)
@@ -93,7 +95,7 @@ class Trainer:
             if why_not := packed.check(self.device):
                 raise UserError(f"model.attention: {why_not}; use sdpa")
             self.objective.backbone.network.packed = True
-        # From here on the global generators are for dropout alone, on each rank its own.
+        # From here on only dropout uses the global generators, which differ from rank to rank.
         torch.manual_seed(config.train.seed + distributed.rank())
         engine = pick_engine(config, self.device, distributed.world_size())
         self.optimizer = build_optimizer(self.objective, config, capturable=engine == "graph")
@@ -101,10 +103,7 @@ class Trainer:
         self.ema = Ema(self.objective.backbone, config.optimizer.ema_decay)
         self.train_step = TrainStep(self.objective, self.optimizer, self.ema, config, self.device, self.bf16, engine)
         self.step = 0
-        self.selection: LayerSelection | None = None
-        self.scores: LayerScores | None = None
-        self.average: list[float] | None = None  # of the scores over probes
-        self.probed = -1  # the step of the last probe
+        self.choice = layer_choice(config)
         self.applied_weight = 0.0  # the factor of the alignment loss at the last step
         self.signals = StopSignals()  # those that this rank's process gets
         self.stopping = False  # all ranks have agreed to end
@@ -113,10 +112,10 @@ class Trainer:
         self.began = time.perf_counter()
         self.reported = 0.0
         if config.alignment.selection:
-            self.select(LayerSelection.from_json(config.alignment.selection).synchronised())
+            self.select(synchronised(read_selection(config.alignment.selection)))
         if config.alignment.layers:
             self.select(choose_layers("fixed", config.model.depth, layers=config.alignment.layers))
-        self.selection_fixed = self.selection is not None  # the configuration has chosen; probes do not
+        self.choice.given = self.selection is not None  # the configuration has chosen; probes do not
         if resume is not None:
             self._restore(resume)
         self.schedule = alignment_schedule(config)
@@ -133,11 +132,11 @@ class Trainer:
             print(f"data: {note}", file=sys.stderr)
 
     def run(self) -> Path:
-        """Train; every exit but a crash leaves a checkpoint, the log with the reason, and report.html.
+        """Train. Every exit but a crash leaves a checkpoint, the log with the reason, and report.html.
 
         Raises:
-            UserError: training cannot go on, or something cannot be written (a full disk, say); earlier checkpoints
-                are untouched.
+            UserError: training cannot go on, or something cannot be written (a full disk, say). Earlier checkpoints are
+                untouched.
         """
         try:
             self._run()
@@ -156,7 +155,7 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         """Write into the log and the report why the run ends early, or what went wrong after its last step."""
-        # A disk that is full again must not hide the first reason.
+        # If the disk is full again, keep the first reason.
         with suppress(UserError, OSError):
             self._log_end("end" if self.step == self.config.train.steps else "stopped", reason=reason)
         if distributed.rank() == 0:
@@ -193,7 +192,7 @@ class Trainer:
         bar = progress.progress_bar(self.step, train.steps)
         self.rates.go_on()
         while self.step < train.steps:
-            if self._probe_due():
+            if self.choice.due(self.step, self.schedule.stop):
                 with self._paused():
                     choose(self)
             self.applied_weight = self._align_weight()
@@ -236,16 +235,8 @@ class Trainer:
         self.rates.go_on()
 
     def seconds(self) -> float:
-        """Wall time of the run so far, over all its sessions."""
+        """Wall time of the run so far, all sessions together."""
         return self.seconds_before + time.perf_counter() - self.began
-
-    def _probe_due(self) -> bool:
-        """At probe.start; with probe.every also later, while alignment lasts and if the selection is not fixed."""
-        start, every = self.config.probe.start, self.config.probe.every
-        if self.step == self.probed or self.step < start:
-            return False
-        again = every > 0 and (self.step - start) % every == 0 and self.step < self.schedule.stop
-        return self.step == start or (again and not self.selection_fixed)
 
     def _diagnose(self, inputs: StepInputs) -> None:
         """Log whether the gradients of the two losses agree at the aligned layers."""
@@ -255,19 +246,19 @@ class Trainer:
             cosines = self.objective.gradient_cosines(inputs, draws)
         self.log.write("gradients", step=self.step, **average([self._selected(cosines)]))
 
-    def select(self, selection: LayerSelection) -> None:
+    def select(self, selection: Selection) -> None:
         """Align these layers from now on.
 
         Raises:
-            UserError: the model has no such layer.
+            UserError: a selection of other layers, teachers or times than the run has.
         """
-        deep = [layer for layer in selection.layers if layer >= self.config.model.depth]
-        if deep:
-            raise UserError(
-                f"selection: layer {deep[0]} does not exist, the model has layers 0 to {self.config.model.depth - 1}"
-            )
-        self.selection = selection
-        self.objective.alignment.select(selection)
+        apply_selection(self.objective.alignment, selection, self.config.model.depth)
+        self.choice.selection = selection
+
+    @property
+    def selection(self) -> Selection | None:
+        """The aligned layers, None before the probe that chooses them."""
+        return self.choice.selection
 
     def _validate(self) -> None:
         """Log the metrics of the held-out clips, and renew the report. Only rank 0 does it."""
@@ -282,13 +273,8 @@ class Trainer:
             self.reported = time.monotonic()
 
     def _selected(self, metrics: dict[str, T]) -> dict[str, T]:
-        """Metrics without those of layers that are not aligned (their names end in the layer)."""
-        layers = {str(layer) for layer in self.selection.layers} if self.selection else set()
-        return {
-            name: value
-            for name, value in metrics.items()
-            if not (last := name.rsplit("/", 1)[-1]).isdigit() or last in layers
-        }
+        """The metrics without those of layers that are not aligned."""
+        return aligned_metrics(metrics, self.selection, self.teachers)
 
     def _samples(self) -> None:
         if distributed.rank() == 0:
@@ -353,7 +339,7 @@ class Trainer:
         progress.show(bar, metrics, rates)
 
     def save(self) -> None:
-        """Write a checkpoint of the step just done; keep the newest few. Every rank must call it."""
+        """Write a checkpoint of this step, and delete all but the newest `train.keep`. Every rank must call it."""
         captured = state.capture(self)
         if distributed.rank():
             return
@@ -370,5 +356,6 @@ class Trainer:
         path = checkpoint.path
         restore(self.objective.backbone, checkpoint.weights["model"], path / "model.safetensors")
         restore(self.ema.module, checkpoint.weights["ema"], path / "ema.safetensors")
-        restore(self.objective.heads(), checkpoint.weights["heads"], path / "heads.safetensors")
+        heads = upgrade(checkpoint.weights["heads"], self.teachers, "alignment.")
+        restore(self.objective.heads(), heads, path / "heads.safetensors")
         state.apply(self, checkpoint.state, path / "state.pt")

@@ -1,4 +1,4 @@
-"""From a normalised log-mel [T, M] to a waveform [S]: Griffin-Lim by default, Vocos when it is there and fits."""
+"""From a normalised log-mel [T, M] to a waveform [S]: Griffin-Lim, or Vocos if it is installed and fits the mel."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ VOCOS = "charactr/vocos-mel-24khz"
 
 
 def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
-    """`choice`: "griffin-lim"; a folder or hub name of a Vocos for this mel; or "auto".
+    """The vocoder `choice`: "griffin-lim"; a folder or hub name of a Vocos for this mel; or "auto".
 
-    "auto" takes Vocos mel-24khz when it is installed, its weights are at hand and the mel is its own. The `__name__` of
-    the returned function says which vocoder it is.
+    "auto" is Vocos mel-24khz if it is installed, its weights are on this machine and the mel is its own; else
+    Griffin-Lim. The `__name__` of the returned function says which vocoder it is.
 
     Raises:
         UserError: a Vocos was asked for and cannot be used.
@@ -39,7 +39,7 @@ def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
 
 
 def _griffin_lim(log_mel: LogMel) -> Callable[[Tensor], Tensor]:
-    """`LogMel.inverse`, also of mels that are shorter than a window: their last frame is repeated, then cut away."""
+    """`LogMel.inverse`, also for mels shorter than a window: the last frame is repeated, and the excess cut off."""
     config = log_mel.config
     least = 1 - (-config.minimum_samples // config.hop_length)
 

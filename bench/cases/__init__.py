@@ -1,4 +1,4 @@
-"""The cases, in order. They take turns problem by problem, each beginning with what matters most in it."""
+"""The cases in order. They take turns problem by problem, each beginning with its most important one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""The alignment loss on many rows: hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
+"""`projection_cosine_loss`, the alignment loss on many rows.
 
-Rivals: REPA's published loop over samples (arXiv 2410.06940), the same vectorised, that compiled, and Liger's nearest
-op. "head" puts REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products; least
-bytes: hidden, weight and target once, and their gradients.
+hidden [B, T, D] -> 1 - cos(hidden W^T + b, target), mean over rows.
+
+Rivals: REPA's published loop over samples (arXiv 2410.06940), its vectorised form, that compiled, and Liger's nearest
+    op.
+"head" puts REPA's projector (Linear, SiLU, Linear, SiLU, Linear) before it. Least work: the matrix products. Least
+bytes:
+hidden, weight and target once, and their gradients.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ def per_sample(projected: Tensor, target: Tensor) -> Tensor:
 
 
 def vectorised(projected: Tensor, target: Tensor) -> Tensor:
-    """The same in one expression, in float32."""
+    """REPA's loss in one expression, in float32."""
     y, z = projected.to(_wide(projected)), target.to(_wide(target))
     return (1 - F.cosine_similarity(y, z, dim=-1)).mean()
 
@@ -93,13 +97,13 @@ def _ours(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
 
 
 def liger() -> Callable[..., Outputs]:
-    """Liger's chunked distillation loss with its soft term alone; it projects the teacher too, here by the identity."""
+    """Liger's chunked distillation loss with its soft term alone. It projects the teacher too, here by the identity."""
     loss = optional("liger_kernel.chunked_loss.cosine_similarity_loss")
     module = loss.LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
 
     def run(target: Tensor, x: Tensor, *weights: Tensor) -> Outputs:
         y, z = _inner(x, weights[:-2]).flatten(0, 1), target.flatten(0, 1)
-        labels = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # none is its ignore_index
+        labels = torch.zeros(z.shape[0], dtype=torch.long, device=z.device)  # no label is ignore_index
         same = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         return (module(y, weights[-2], z, same, labels, weights[-1]),)
 
@@ -116,9 +120,9 @@ def _build(
     shapes = [(entry, hidden), (hidden, hidden)] if part == "head" else []
     shapes.append((hidden, teacher))
     names, values = ["hidden"], [torch.randn(batch, frames, shapes[0][0], device=device)]
-    for i, (given, wanted) in enumerate(shapes):
+    for i, (inner, outer) in enumerate(shapes):
         names += [f"weight{i}", f"bias{i}"]
-        values += [torch.randn(wanted, given, device=device) * given**-0.5, 0.1 * torch.randn(wanted, device=device)]
+        values += [torch.randn(outer, inner, device=device) * inner**-0.5, 0.1 * torch.randn(outer, device=device)]
     kind = dtype_of(dtype)
     inputs = tuple(value.to(kind).requires_grad_(mode == "both") for value in values)
     target = torch.randn(batch, frames, teacher, device=device).to(kind)

@@ -1,8 +1,7 @@
-"""The demo from end to end: `agrepa train demo`, cut short: data, steps, probe, sample, report.
+"""The demo from end to end, cut short: `agrepa train demo` with data, steps, probe, sample and report.
 
-The built-in corpus is written before; probe, validation and sampling are cut to a clip or two.
-
-A call is a whole run in a fresh folder; its gate is that a second run ends with the same validation loss.
+The built-in corpus is written before; probe, validation and sampling use a clip or two. A call is a whole run in a new
+folder. Its gate is that a second run ends with the same validation loss.
 """
 
 from __future__ import annotations

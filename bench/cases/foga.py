@@ -1,7 +1,7 @@
 """FoG-A on a whole network: every engine of this library, the released loop, an SDPA loop, a compiled loop, captum.
 
-x_t [B, T, M] -> scores [L, B]. Least work: L (L + 1) / 2 block evaluations of B sequences (what shared prefixes
-leave), each reading its weights once.
+x_t [B, T, M] -> scores [L, B]. Least work: L (L + 1) / 2 block evaluations of B sequences (those that shared prefixes
+leave), each of which reads its weights once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TITLE = "FoG-A attribution"
 AFFORDABLE_FLOPS = 3e13  # a reference loop in float64 up to here, in float32 beyond
 BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
 
-# The released code runs in float32 whatever the others run in; its row says so beside the ratio.
+# The released code always runs in float32; its row says so beside the ratio.
 RELEASED = {"float32": "released loop", "bfloat16": "released loop, float32"}
 
 TOY = DiTConfig(depth=3, width=32, heads=2, mels=8, cond=12, dropout=0.0)
@@ -47,17 +47,17 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
             return [problem("compact", COMPACT, 1, 64, "float32")]
         loops = ("SDPA loop", "released loop")
         return [problem("compact", COMPACT, 4, 256, "float32"), problem("deep", DEEP, 4, 256, "float32", loops)]
-    found = [problem("paper", PAPER, 4, 938, "bfloat16"), problem("compact", COMPACT, 4, 256, "bfloat16")]
-    if scale == "full":  # the slow rivals once is enough
+    chosen = [problem("paper", PAPER, 4, 938, "bfloat16"), problem("compact", COMPACT, 4, 256, "bfloat16")]
+    if scale == "full":  # run the slow rivals only once
         rivals = ("SDPA loop", "compiled loop")
-        found += [problem("paper", PAPER, batch, 938, "bfloat16", rivals) for batch in (2, 8)]
-    return found
+        chosen += [problem("paper", PAPER, batch, 938, "bfloat16", rivals) for batch in (2, 8)]
+    return chosen
 
 
 def problem(
     name: str, config: DiTConfig, batch: int, frames: int, dtype: str, rivals: tuple[str, ...] | None = None
 ) -> Problem:
-    """A probe of a network of `config`; `rivals` limits the providers beside ours to these names."""
+    """A probe of a network of `config`. `rivals` limits the providers besides ours to these names."""
     return Problem(
         params={
             "scale": name,
@@ -80,14 +80,14 @@ def probe_flops(config: DiTConfig, batch: int, frames: int) -> int:
 
 
 def probe_bytes(config: DiTConfig, batch: int, frames: int, size: int) -> int:
-    """Weights once, and per block evaluation the streams in and out of its two branches (6 passes of B T D each)."""
+    """Weights once, and for each block evaluation the streams in and out of its branches (6 passes of B T D each)."""
     weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
     evaluations = config.depth * (config.depth + 1) // 2
     return size * (weights + evaluations * 12 * batch * frames * config.width)
 
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast over float32 weights, as training runs; nothing for float32."""
+    """bfloat16 autocast over float32 weights, as in training; nothing for float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype_of(dtype))
@@ -116,12 +116,14 @@ def build(
         return run
 
     def loop(keep_weights: bool, wrap: Callable[[Any], Any] | None = None, cast: bool = False, **options: Any) -> Run:
-        """`cast`: a model in the problem's dtype instead of autocast, which casts the weights in every call."""
+        """The loop of forwards. `cast`: the model in the problem's dtype instead of autocast, which casts weights in
+        every call.
+        """
         network = published(model, keep_weights)
-        given = inputs
+        converted = inputs
         if cast:
             network.to(dtype_of(dtype))
-            given = {name: value if name == "t" else value.to(dtype_of(dtype)) for name, value in inputs.items()}
+            converted = {name: value if name == "t" else value.to(dtype_of(dtype)) for name, value in inputs.items()}
         # The authors probe a network in training mode (only there does torch keep attention's weights); the
         # dropout that comes with it is left out, so that the numbers can be compared.
         network.train(keep_weights)
@@ -134,7 +136,7 @@ def build(
 
         def run() -> Outputs:
             with context():
-                return (foga_loop(network, given, **options),)
+                return (foga_loop(network, converted, **options),)
 
         return run
 
@@ -175,7 +177,7 @@ def _without_dropout(network: nn.Module) -> None:
 
 
 def _graphed(run: Run) -> Run:
-    """The whole loop as one CUDA graph; its outputs live in the graph's memory."""
+    """The whole loop as one CUDA graph, whose outputs are in the graph's memory."""
     run()
     recording = recorded("compiled loop, graphed", run, torch.device("cuda", torch.cuda.current_device()))
 
@@ -187,9 +189,9 @@ def _graphed(run: Run) -> Run:
 
 
 def _captum(network: PublishedDiT, inputs: dict[str, Tensor], dtype: str) -> Run:
-    """LayerFeatureAblation, one layer after another: a block's output is replaced by its input.
+    """LayerFeatureAblation layer by layer: a block's output is replaced by its input.
 
-    captum compares a scalar per sample, so the forward function returns minus the score itself.
+    captum compares a scalar of each sample, so the forward function returns the negative score.
     """
     ablation = optional("captum.attr").LayerFeatureAblation
     device = inputs["x_t"].device
@@ -199,7 +201,7 @@ def _captum(network: PublishedDiT, inputs: dict[str, Tensor], dtype: str) -> Run
             warnings.simplefilter("ignore")
             before: dict[int, Tensor] = {}
             handles = [
-                block.register_forward_pre_hook(lambda _, given, layer=layer: before.update({layer: given[0]}))
+                block.register_forward_pre_hook(lambda _, arguments, layer=layer: before.update({layer: arguments[0]}))
                 for layer, block in enumerate(network.blocks)
             ]
             base, _ = network(**inputs)

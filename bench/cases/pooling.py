@@ -1,8 +1,8 @@
-"""Pooling and row losses on their own: masked_mean, velocity_delta and cosine_loss, with a mask as training has one.
+"""Pooling and row losses by themselves: masked_mean, velocity_delta and cosine_loss, with a mask as in training.
 
-x [B, T, D] and mask [B, T] -> mean over valid frames [B, D]; velocity [S, B, T, M] -> change [S - 1, B], energy [B];
-y, target [B, T, W] -> 1 - cos, mean over the valid rows. Least bytes: the inputs once, and in backward the gradient
-(and, where it depends on them, the inputs again).
+x [B, T, D] and mask [B, T] -> mean over valid frames [B, D]; velocity [S, B, T, M] -> change [S - 1, B], energy [B]; y,
+target [B, T, W] -> 1 - cos, mean over the valid rows. Least bytes: the inputs once, and in backward the gradient (and
+the inputs again if it depends on them).
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.reference import cosine, pooling
 
 from ..case import Outputs, Problem, Provider, Setup, compiled, dtype_of, modes
 
@@ -28,7 +30,7 @@ COST = {"masked_mean": ((1, 1), (1, 1)), "velocity_delta": ((1, 2), (4, 4)), "co
 
 
 def problems(scale: str, device: torch.device) -> list[Problem]:
-    """`velocity_delta` runs forward alone, since a probe differentiates nothing."""
+    """`velocity_delta` has only a forward, since a probe differentiates nothing."""
     shapes: dict[str, tuple[int, ...]]
     if scale == "toy":
         shapes = {"masked_mean": (2, 8, 24), "velocity_delta": (3, 2, 8, 6), "cosine_loss": (2, 8, 24)}
@@ -53,7 +55,7 @@ def _problem(op: str, mode: str, shape: tuple[int, ...], dtype: str) -> Problem:
 
 
 def masked_mean(mask: Tensor, x: Tensor) -> Outputs:
-    """The mean as one writes it in PyTorch, in float32 or wider."""
+    """The mean in plain PyTorch, in float32 or wider."""
     kept = torch.where(mask[..., None], x.to(_wide(x)), 0)
     return ((kept.sum(1) / mask.sum(1).clamp_min(1)[:, None]).to(x.dtype),)
 
@@ -80,13 +82,13 @@ EXPRESSIONS: dict[str, Callable[..., Outputs]] = {
 }
 
 
-def ours(op: str) -> Callable[..., Outputs]:
-    """The library's op, called as the expressions are."""
+def ours(op: str, pooling: ModuleType = ops, cosine: ModuleType = ops) -> Callable[..., Outputs]:
+    """The library's op, or the one of its reference, with the signature of the expressions."""
     if op == "masked_mean":
-        return lambda mask, x: (ops.masked_mean(x, mask),)
+        return lambda mask, x: (pooling.masked_mean(x, mask),)
     if op == "velocity_delta":
-        return lambda mask, velocity: ops.velocity_delta(velocity, mask)
-    return lambda mask, y, target: (ops.cosine_loss(y, target, mask=mask),)
+        return lambda mask, velocity: pooling.velocity_delta(velocity, mask)
+    return lambda mask, y, target: (cosine.cosine_loss(y, target, mask=mask),)
 
 
 def _build(op: str, mode: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> Setup:
@@ -122,4 +124,4 @@ def _build(op: str, mode: str, shape: tuple[int, ...], dtype: str, device: torch
     bounds = dict.fromkeys(names, BOUND[dtype])
     if mode == "both":
         bounds["gradient"] = BOUND[dtype]
-    return Setup(tuple(providers), lambda: call(EXPRESSIONS[op], wide=True)(), bounds, expression="eager")
+    return Setup(tuple(providers), lambda: call(ours(op, pooling, cosine), wide=True)(), bounds, expression="eager")

@@ -1,7 +1,7 @@
-"""The residual-stream ops, forward, backward and both, over rows, width and dtype.
+"""The residual-stream ops: forward, backward and both, over rows, width and dtype.
 
 x, branch [B, T, D]; gate, shift, scale [B, D]; rows = B T. Least bytes: every tensor of R D elements once (forward of
-gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx,
+gated_residual_norm reads x and branch and writes x' and h; its backward reads dx', dh, x', branch and writes dx and
 dbranch), and the modulation and its gradients.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agrepa_fast import ops
+from agrepa_fast.reference import residual as oracle
 
 from ..case import Outputs, Problem, Provider, Setup, Unavailable, compiled, dtype_of, modes, optional
 
@@ -67,7 +69,7 @@ def _problem(op: str, mode: str, batch: int, frames: int, width: int, dtype: str
     flops = {"forward": flops_forward * row, "backward": flops_backward * row}
     for count in (moved, flops):
         count["both"] = count["forward"] + count["backward"]
-    # A problem with LayerNorm, the default, does not name its norm: results stored earlier keep their keys.
+    # A problem with the default, LayerNorm, does not name its norm, so that stored results keep their keys.
     named = {"op": op} if norm == "layer" else {"op": op, "norm": norm}
     return Problem(
         params={**named, "mode": mode, "rows": batch * frames, "width": width, "batch": batch, "dtype": dtype},
@@ -79,7 +81,7 @@ def _problem(op: str, mode: str, batch: int, frames: int, width: int, dtype: str
 
 
 def expression(op: str, norm: str = "layer") -> Callable[..., Outputs]:
-    """The op as one writes it in PyTorch, in the input's dtype."""
+    """The op in plain PyTorch, in the input's dtype."""
 
     def close(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         return x + gate.unsqueeze(1) * branch
@@ -99,27 +101,27 @@ def expression(op: str, norm: str = "layer") -> Callable[..., Outputs]:
     return lambda *inputs: (open_(*inputs),)
 
 
-def ours(op: str, norm: str = "layer") -> Callable[..., Outputs]:
-    """The library's op, as a function that returns a tuple."""
+def ours(op: str, norm: str = "layer", of: ModuleType = ops) -> Callable[..., Outputs]:
+    """The library's op, or the one of its reference, as a function that returns a tuple."""
     options = {} if op == "gated_residual" else {"eps": EPS, **({} if norm == "layer" else {"norm": norm})}
-    function = functools.partial(getattr(ops, op), **options)
+    function = functools.partial(getattr(of, op), **options)
     return function if op == "gated_residual_norm" else lambda *inputs: (function(*inputs),)
 
 
 def liger(op: str) -> Callable[..., Outputs]:
-    """Liger's LayerNorm between an eager gate and an eager modulation: its LayerNorm has neither."""
-    functional = optional("liger_kernel.transformers.functional")
+    """Liger's LayerNorm after an eager gate and before an eager modulation, since its LayerNorm has neither."""
+    layer_norm = _function("liger_kernel.transformers.functional", "liger_layer_norm")
 
     def open_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
-        normed = functional.liger_layer_norm(x, one, zero, EPS)
+        normed = layer_norm(x, one, zero, EPS)
         return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
     return _gated(op, open_)
 
 
 def liger_modulated(op: str) -> Callable[..., Outputs]:
-    """Liger's modulated RMSNorm (its backward adds shift's and scale's gradients with atomics), after an eager gate."""
+    """Liger's modulated RMSNorm after an eager gate. Its backward sums shift's and scale's gradients by atomics."""
     modulated = _function("liger_kernel.transformers.functional", "liger_modulated_rms_norm")
 
     def open_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def quack_added() -> Callable[..., Outputs]:
 
 
 def _gated(op: str, open_: Callable[..., Tensor]) -> Callable[..., Outputs]:
-    """`open_` as the whole op: after an eager gate where the op has one."""
+    """`open_` as the whole op, after an eager gate if the op has one."""
 
     def both(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
         x = x + gate.unsqueeze(1) * branch
@@ -164,11 +166,15 @@ def _gated(op: str, open_: Callable[..., Tensor]) -> Callable[..., Outputs]:
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
-    """A rival's function; Unavailable where its package or this version of it lacks the function."""
-    found = getattr(optional(module), name, None)
-    if found is None:
+    """A rival's function.
+
+    Raises:
+        Unavailable: its package, or this version of it, does not have the function.
+    """
+    attribute = getattr(optional(module), name, None)
+    if attribute is None:
         raise Unavailable(f"the installed {module.partition('.')[0]} has no {name}")
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = attribute
     return function
 
 
@@ -192,7 +198,7 @@ def _build(
 
     def reference() -> Outputs:
         wide = tuple(value.detach().double().requires_grad_(mode != "forward") for value in inputs)
-        return modes(expression(op, norm), wide, tuple(g.double() for g in gradients), mode)()
+        return modes(ours(op, norm, of=oracle), wide, tuple(g.double() for g in gradients), mode)()
 
     providers = [
         provider("ours", "ours", lambda: ours(op, norm)),

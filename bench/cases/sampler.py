@@ -1,6 +1,6 @@
 """Sampling with guidance: Euler steps on the swayed grid, noise [B, T, M] -> mel [B, T, M].
 
-Ours runs both halves of the guidance in one batch; the straightforward loop runs them one after the other. Least work:
+Ours runs both halves of the guidance in one batch; the straightforward loop runs one after the other. Least work:
 2 (points - 1) forwards.
 """
 
@@ -76,8 +76,8 @@ def _build(config: DiTConfig, batch: int, frames: int, points: int, dtype: str, 
 
     def cast() -> Run:
         network = published(model, keep_weights=False).eval().to(dtype_of(dtype))
-        start, given, empty = (value.to(dtype_of(dtype)) for value in (noise, cond, null))
-        return lambda: (euler(network, start, given, empty, points),)
+        start, condition, empty = (value.to(dtype_of(dtype)) for value in (noise, cond, null))
+        return lambda: (euler(network, start, condition, empty, points),)
 
     def reference() -> Outputs:
         network = published(model, keep_weights=False).double().eval()
@@ -94,7 +94,7 @@ def _build(config: DiTConfig, batch: int, frames: int, points: int, dtype: str, 
 
 @torch.no_grad()
 def euler(network: torch.nn.Module, x: Tensor, cond: Tensor, null: Tensor, points: int) -> Tensor:
-    """The published sampler: two forwards a step, guided, on the grid 1 - cos(pi t / 2)."""
+    """The published sampler: two forwards for each step, guided, on the grid 1 - cos(pi t / 2)."""
     grid = [1 - math.cos(math.pi / 2 * i / (points - 1)) for i in range(points)]
     for start, end in itertools.pairwise(grid):
         t = torch.full((x.shape[0],), start, device=x.device, dtype=x.dtype)

@@ -1,7 +1,7 @@
-"""How FoG-A's cost grows with layers, frames, batch and width, one at a time from a common middle point.
+"""Cost of FoG-A over layers, frames, batch and width, one at a time from a common middle point.
 
-The report fits time and memory as size^p and prints p: the staircase and a loop have the same p in the layers (2),
-but not the same constant.
+The report fits time and memory as size^p and prints p. In the layers, the staircase and a loop have the same p (2), but
+not the same constant.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
     middle = {"layers": 2, "frames": 8, "batch": 1, "width": 16} if scale == "toy" else MIDDLE[device.type]
     axes: dict[str, tuple[int, ...]] = TOY if scale == "toy" else AXES[device.type]
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    found = []
+    chosen = []
     for axis, sizes in axes.items():
         for size in sizes[:3] if scale == "quick" else sizes:
             at = {**middle, axis: size}
@@ -51,5 +51,5 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
                 depth=at["layers"], width=at["width"], heads=max(1, at["width"] // 64), mels=80, cond=80, dropout=0.0
             )
             made = problem("sweep", config, at["batch"], at["frames"], dtype, rivals=("SDPA loop",))
-            found.append(dataclasses.replace(made, params={"axis": axis, "size": size, **at, "dtype": dtype}))
-    return found
+            chosen.append(dataclasses.replace(made, params={"axis": axis, "size": size, **at, "dtype": dtype}))
+    return chosen

@@ -1,9 +1,9 @@
 """One training step on cached teacher features: forward, flow-matching and alignment loss, backward, clip, AdamW.
 
-Least work: three times the forward's operations (backward has two products for each). Every provider starts from
-the same weights, so the first step's loss and gradient norm are what the gate compares. "cost" puts our step with
-alignment, its heads on every layer as in a run, beside our step without: what alignment adds, in one run; there the
-gate compares the flow-matching loss. At paper size one provider is in memory at a time.
+Least work: three times the forward's operations (backward has two products for each). Every provider starts from the
+same weights; the gate compares the first step's loss and gradient norm. "cost" compares our step with alignment, which
+has heads on every layer as in a run, with our step without; there the gate compares the flow-matching loss. At paper
+size one provider is in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEACHERS = {"speech": 1280, "audio": 768}  # Whisper-large-v3 and BEATs
 ALIGN_WEIGHT = 0.5
 BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
 CLIP = 1.0
-# The released code trains in float32 whatever the others use; its row says so beside the ratio.
+# The released code always trains in float32; its row says so beside the ratio.
 RELEASED_FORM = {"float32": "released form", "bfloat16": "released form, float32"}
 
 
@@ -42,16 +42,16 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
         return [_problem("toy", TOY, 2, 16, align, "float32") for align in ("on", "off", "cost")]
     if device.type == "cpu":
         sizes = [("demo", 4, 128)] if scale == "quick" else [("demo", 6, 128), ("small", 4, 256)]
-        found = [
+        chosen = [
             _problem(name, PRESETS[name], b, t, align, "float32") for name, b, t in sizes for align in ("on", "off")
         ]
-        return found if scale == "quick" else [*found, _problem("small", PRESETS["small"], 4, 256, "cost", "float32")]
+        return chosen if scale == "quick" else [*chosen, _problem("small", PRESETS["small"], 4, 256, "cost", "float32")]
     sizes = [("paper", 16, 938), ("small", 16, 938)] if scale == "full" else [("small", 16, 938)]
     return [_problem(name, PRESETS[name], b, t, align, "bfloat16") for name, b, t in sizes for align in ("on", "off")]
 
 
 def _problem(name: str, config: DiTConfig, batch: int, frames: int, align: str, dtype: str) -> Problem:
-    # Attention's dropout draws other numbers in every implementation: without it the losses can be compared.
+    # No dropout: every implementation draws other numbers, and the losses could not be compared.
     config = dataclasses.replace(config, dropout=0.0)
     forward = forward_flops(config, batch, frames)
     weights = config.depth * (4 + 2 * config.ff_ratio + 6) * config.width**2
@@ -107,7 +107,7 @@ def _draw(config: DiTConfig, batch: int, frames: int, device: torch.device) -> D
 
 
 def selected(depth: int) -> LayerSelection:
-    """The paper's layers (its L1, L2 and L7 of 24), or what a shallower network has of them."""
+    """The paper's layers (its L1, L2 and L7 of 24), or those of them that a shallower network has."""
     return LayerSelection.uniform(sorted({min(layer, depth - 1) for layer in (0, 1, 6)}))
 
 
@@ -129,7 +129,7 @@ def total_ours(model: DiT, alignment: AlignmentLoss | None, data: Data) -> Tenso
 
 
 def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None, data: Data) -> Tensor:
-    """The same written straight down: heads one by one, a domain's samples picked out by boolean indexing."""
+    """The same loss in a direct form: heads one by one, a domain's samples picked by boolean indexing."""
     t = data.t[:, None, None]
     x_t = (1 - t) * data.noise + t * data.mel
     layers: Sequence[int] = () if alignment is None else alignment.layers
@@ -137,7 +137,7 @@ def loss_published(network: Callable[..., Any], alignment: AlignmentLoss | None,
     loss = F.mse_loss(velocity, data.mel - data.noise)
     if alignment is None:
         return loss
-    for weight, layer in zip(alignment.weights, alignment.layers):
+    for weight, layer in zip(alignment.weights[0], alignment.layers):
         for name in TEACHERS:
             kept = data.domains[name]
             if not kept.any():
@@ -168,32 +168,32 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
 
     def straight(keep_weights: bool, wrap: str | None = None, cast: bool = False) -> Run:
         network = published(origin, keep_weights)
-        alignment, given = heads(), data
+        alignment, batch = heads(), data
         if cast:
             network.to(dtype_of(dtype))
             alignment = None if alignment is None else alignment.to(dtype_of(dtype))
-            given = dataclasses.replace(data.to(dtype_of(dtype)), t=data.t)
+            batch = dataclasses.replace(data.to(dtype_of(dtype)), t=data.t)
         loss: Callable[..., Tensor] = loss_published
         if wrap == "model":
             network = compiled(network)  # type: ignore[assignment]
         elif wrap == "blocks":
             block = compiled(type(network.blocks[0]).forward)
             call = lambda module, x, embedded: block(module, x, embedded)  # noqa: E731
-            loss = lambda net, alignment, given: loss_published(  # noqa: E731
-                functools.partial(net, run_block=call), alignment, given
+            loss = lambda net, alignment, batch: loss_published(  # noqa: E731
+                functools.partial(net, run_block=call), alignment, batch
             )
-        return _step(network, alignment, given, loss, "float32" if keep_weights or cast else dtype, device)
+        return _step(network, alignment, batch, loss, "float32" if keep_weights or cast else dtype, device)
 
     def reference() -> Outputs:
         network = published(origin, keep_weights=False).double()
         alignment = heads()
         if alignment is not None:
             alignment = alignment.double()
-        # Each block is computed again in backward: in float64 its insides would fill a card at paper size.
+        # Blocks are computed again in backward; in float64 their activations would fill a card at paper size.
         recomputed = functools.partial(network, run_block=functools.partial(checkpoint, use_reentrant=False))
 
-        def loss(_: nn.Module, alignment: AlignmentLoss | None, given: Data) -> Tensor:
-            return loss_published(recomputed, alignment, given)
+        def loss(_: nn.Module, alignment: AlignmentLoss | None, batch: Data) -> Tensor:
+            return loss_published(recomputed, alignment, batch)
 
         return _step(network, alignment, data.to(torch.float64), loss, "float32", device)()
 
@@ -204,7 +204,7 @@ def _build(config: DiTConfig, batch: int, frames: int, align: bool, dtype: str, 
         Provider("SDPA form, compiled blocks", "rival", lambda: straight(False, "blocks")),
     ]
     if dtype != "float32":
-        # Weights and AdamW's moments in the short dtype too: fewer bytes than ours moves, and not the same training.
+        # Weights and moments are in the short dtype too: it moves fewer bytes than ours, and trains differently.
         providers.append(Provider(f"SDPA form, {dtype} model", "rival", lambda: straight(False, cast=True)))
     if device.type == "cuda":
         providers += [
@@ -230,8 +230,8 @@ def _build_cost(config: DiTConfig, batch: int, frames: int, dtype: str, device: 
             alignment.select(selected(config.depth))
         seen: list[Tensor] = []
 
-        def loss(*given: Any) -> Tensor:
-            total, flow = loss_ours(*given)
+        def loss(*arguments: Any) -> Tensor:
+            total, flow = loss_ours(*arguments)
             seen[:] = [flow.detach()]
             return total
 
@@ -263,9 +263,10 @@ def _step(
     device: torch.device,
     fused: bool | None = None,
 ) -> Run:
-    """A call that takes one optimizer step and returns the loss before it, and the gradient norm.
+    """A call that takes one optimizer step, and returns the loss before it and the gradient norm.
 
-    fused: AdamW in one pass, as the trainer takes it; None is torch's choice, as the released code has it."""
+    fused: AdamW in one pass, as the trainer has it; None is torch's choice, as in the released code.
+    """
     model.train()
     parameters = [*model.parameters(), *(() if alignment is None else alignment.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1, fused=fused)

@@ -1,10 +1,10 @@
-"""What each change that the trainer makes to a straightforward step is worth, one after the other.
+"""What each change of our trainer to a straightforward step is worth, one after the other.
 
-The same model, loss, random numbers and clips for all; from the second provider on each keeps what the one before
-changed. mel [B, T, M], tokens [B, S, 1], two teachers' pooled features. Dropout is 0, so that losses can be compared.
-Clips of equal length, one step; or mixed, four steps of B clips each: shuffled, the straightforward form pads a batch
-to T, and the trainer takes the clips of each quarter of T together, as its buckets do. The learning rate is 0, so that
-the order of the steps cannot matter; nothing is cheaper for it.
+All providers have the same model, loss, random numbers and clips; from the second one on each keeps the changes of the
+one before. mel [B, T, M], tokens [B, S, 1], pooled features of two teachers. Dropout is 0, so that losses can be
+compared. "equal" is one step on clips of equal length. "mixed" is four steps of B clips each: the straightforward form
+shuffles the clips and pads a batch to T; the trainer batches the clips of each quarter of T, as its buckets do. The
+learning rate is 0, so that the order of the steps cannot matter; no provider gets cheaper by it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def problems(scale: str, device: torch.device) -> list[Problem]:
         if scale == "quick":
             return [_problem("demo", 4, QUICK_FRAMES, "equal", "float32")]
         return [_problem("small", 4, 256, lengths, "float32") for lengths in ("equal", "mixed")]
-    found = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
-    return found + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
+    chosen = [_problem("small", 16, 938, lengths, "bfloat16") for lengths in ("equal", "mixed")]
+    return chosen + ([_problem("paper", 16, 938, "equal", "bfloat16")] if scale == "full" else [])
 
 
 def _problem(preset: str, batch: int, frames: int, lengths: str, dtype: str, changes: tuple[str, ...] = ()) -> Problem:
@@ -102,7 +102,7 @@ def _draw(config: RunConfig, batch: int, frames: int, device: torch.device) -> D
 
 
 def _shuffled(buckets: list[Drawn]) -> list[Drawn]:
-    """The same clips in as many batches, each with as many of every bucket, padded to the longest."""
+    """The same clips in as many batches, each with the same number from every bucket, padded to the longest."""
     count = len(buckets)
 
     def mixed(values: Sequence[Any], step: int) -> Any:
@@ -125,7 +125,7 @@ def _shuffled(buckets: list[Drawn]) -> list[Drawn]:
 
 
 class Watch:
-    """Losses and gradients of the first run, for the gate; the runs that are timed pay nothing for it."""
+    """Losses and gradients of the first run, for the gate. Timed runs do not pay for it."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
@@ -133,7 +133,7 @@ class Watch:
         self.outputs: Outputs | None = None
 
     def add(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
-        """A step's, before its gradients are clipped."""
+        """Add a step, before its gradients are clipped."""
         if self.outputs is None:
             gradients = [p.grad for p in parameters if p.grad is not None]
             self.losses.append(loss.detach().clone())
@@ -151,7 +151,7 @@ class Watch:
 
 
 class Watched(TrainStep):
-    """The trainer's step under a watch."""
+    """The trainer's step with a watch."""
 
     watch: Watch
 
@@ -192,7 +192,7 @@ def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device
         wide = copy.deepcopy(origin).double()
         return _straight(wide, [_double(drawn) for drawn in together], config, "float32", device, recompute=True)()
 
-    # What train.engine=auto is here.
+    # The engine that train.engine=auto picks here.
     auto = "eager" if device.type == "cpu" else "graph"
     providers = [
         Provider("ours", "ours", lambda: trainer(auto)),
@@ -202,7 +202,7 @@ def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device
             "+ domains as weights, no .item()", "engine", lambda: straight(network="ours", loss="ours", items=False)
         ),
     ]
-    # Left out where the compilations would take longer than all the rest: of every mixed length, and in the quick run.
+    # Left out if compiling would take longer than all the rest: for every mixed length, and in the quick run.
     if len(buckets) == 1 and buckets != [QUICK_FRAMES]:
         providers.append(Provider("trainer, compiled", "engine", lambda: trainer("compile")))
     if device.type == "cuda":
@@ -211,7 +211,7 @@ def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device
             Provider(RELEASED_FORM[dtype], "published", lambda: straight(keep_weights=True)),
             Provider("straightforward, compiled", "rival", lambda: straight(network="compiled")),
         ]
-    # Twelve blocks with random weights amplify the last bits on the way back.
+    # Twelve blocks with random weights amplify rounding in backward.
     return Setup(tuple(providers), reference, {"loss": BOUND[dtype], "grad_norm": 100 * BOUND[dtype]})
 
 
@@ -238,15 +238,17 @@ def _straight(
     keep_weights: bool = False,
     recompute: bool = False,
 ) -> Run:
-    """Steps as one writes them down: AdamW and EMA as torch and a loop have them, every metric read with .item().
+    """Straightforward steps: AdamW and EMA as torch and a loop have them, and every metric read with .item().
 
-    recompute: compute each block again in backward, to keep little in memory."""
+    recompute: compute each block again in backward, to keep little in memory.
+    """
     backbone, alignment = objective.backbone, objective.alignment
     module: nn.Module = backbone.network
     if network != "ours":
         module = published(backbone.network, keep_weights)
     call: Callable[..., Any] = compiled(module) if network == "compiled" else module
-    layers = [layer for layer, weight in zip(alignment.layers, alignment.weights.tolist()) if weight > 0]
+    weights = alignment.weights[0]  # the same for all teachers
+    layers = [layer for layer, weight in zip(alignment.layers, weights.tolist()) if weight > 0]
     if loss == "ours":
         trained = [*objective.parameters()]
     else:
@@ -288,7 +290,7 @@ def _straight(
                 projected = head.output(F.gelu(head.hidden(F.layer_norm(pooled, (pooled.shape[-1],)))))
                 distance = (1 - F.cosine_similarity(projected, inputs.targets[name][kept], dim=-1)).mean()
                 seen.append(distance)
-                total = total + ALIGN_WEIGHT * alignment.weights[layer] * distance
+                total = total + ALIGN_WEIGHT * weights[layer] * distance
         return total, seen
 
     def step(inputs: StepInputs, draws: Draws, mask: Tensor | None) -> None:

@@ -22,17 +22,17 @@ from agrepa_fast.bench.cli import pick_device
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = pick_device(metafunc.config.getoption("--bench-device"))
     scale = metafunc.config.getoption("--scale")
-    found = []
+    parameters = []
     for case, module in CASES.items():
         for problem in module.problems(scale, device):
             if problem.single:  # whole runs: agrepa bench times them
                 continue
             torch.manual_seed(0)
-            found += [
+            parameters += [
                 pytest.param(device, problem, provider.name, id=f"{case}-{problem.key}-{provider.name}")
                 for provider in problem.build(torch.device("cpu") if scale == "toy" else device).providers
             ]
-    metafunc.parametrize(("device", "problem", "provider"), found)
+    metafunc.parametrize(("device", "problem", "provider"), parameters)
 
 
 def test_case(device: torch.device, problem: Problem, provider: str, benchmark: Any) -> None:

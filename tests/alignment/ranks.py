@@ -8,11 +8,16 @@ Usage: ranks.py RANK FILE
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import foreign  # beside this script
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import agrepa_fast as ag
@@ -25,20 +30,26 @@ OWN: list[object] = []  # a group of this rank alone: the losses of "one process
 class Step(nn.Module):
     """A small network and its alignment loss, called as the documentation shows."""
 
-    def __init__(self, pool: str | None, objective: str = "cosine", head: str = "mlp", group: object = None) -> None:
+    def __init__(
+        self,
+        pool: str | None,
+        objective: str = "cosine",
+        head: str = "mlp",
+        t_grid: Sequence[float] = (),
+        group: object = None,
+    ) -> None:
         super().__init__()
         self.model = ag.DiT(ag.DiTConfig(depth=3, width=8, heads=2, mels=3, cond=0, dropout=0.0, max_frames=8))
         [nn.init.normal_(p, std=0.2) for p in self.model.parameters()]
-        self.align = ag.AlignmentLoss(
-            8, TEACHERS, ag.LayerSelection.uniform(range(3)), pool, head, objective, process_group=group
-        )
+        every = ag.LayerSelection.uniform(range(3), t_grid=t_grid)
+        self.align = ag.AlignmentLoss(8, TEACHERS, every, pool, head, objective, process_group=group)
 
     def forward(
         self, x_t: Tensor, t: Tensor, targets: dict, domains: object, mask: Tensor | None = None, aligned: bool = True
     ) -> Tensor:
         velocity, hidden = self.model(x_t, t, mask=mask, hidden_layers=self.align.active if aligned else ())
         loss = velocity.square().mean()
-        return loss + (self.align(hidden, targets, mask, domains)[0] if aligned else self.align.idle())
+        return loss + (self.align(hidden, targets, mask, domains, t=t)[0] if aligned else self.align.idle())
 
 
 def batch(step: int, rank: int, pool: str | None, names: Sequence[str]) -> tuple[Tensor, Tensor, dict, list[str]]:
@@ -57,7 +68,7 @@ def joined(one: tuple, other: tuple) -> tuple:
 MIXED, SPEECH = ["speech", "audio", "audio", "speech"], ["speech"] * SAMPLES
 
 
-def pair(*arguments: str | None) -> tuple[Step, DistributedDataParallel]:
+def pair(*arguments: Any) -> tuple[Step, DistributedDataParallel]:
     """The same module twice: by itself, and under DDP."""
     torch.manual_seed(0)
     plain = Step(*arguments, group=OWN[0])
@@ -124,6 +135,35 @@ def mixed_domains(rank: int) -> None:
             assert parallel.module(*both[rank][:3], domains, mine).item() == plain(*both[rank], mine).item()
 
 
+def by_flow_time(rank: int) -> None:
+    """Each teacher's own weights by flow time, over samples of other times on each rank: the gradients of one process,
+    before and after a re-selection, in plain PyTorch and compiled."""
+    names = (["speech"] * 7 + ["audio"], ["speech"] + ["audio"] * 7)
+    lengths = (torch.tensor([6, 6, 5, 6, 6, 4, 6, 1]), torch.tensor([1, 2, 1, 3, 1, 1, 2, 6]))
+    masks = [torch.arange(FRAMES) < some[:, None] for some in lengths]
+    maps = [
+        {
+            "speech": ag.LayerSelection.by_time((0.1, 0.5, 0.9), {0: (3, 1, 0), 2: (1, 1, 2)}),
+            "audio": ag.LayerSelection.by_time((0.2, 0.5, 0.8), {1: (1, 5, 1), 2: (2, 0, 2)}),
+        },
+        ag.LayerSelection.by_time((0.0, 0.3, 1.0), {0: (0, 1, 4), 1: (1, 1, 0)}),
+    ]
+    for pool, compiled in (("mean", False), (None, False), ("mean", True)):
+        plain, parallel = pair(pool, "cosine", "mlp", (0.0, 0.5, 1.0))
+        if compiled:
+            parallel.module.align = torch.compile(parallel.module.align, fullgraph=True, backend="aot_eager")
+        both = [batch(0, r, pool, names[r]) for r in (0, 1)]
+        here = {name: torch.tensor([n == name for n in names[rank]]) for name in TEACHERS}
+        for selection in maps:
+            for module in (plain, parallel.module):
+                module.align.select(selection)
+                module.zero_grad()
+            plain(*joined(*both), torch.cat(masks)).backward()
+            parallel(*both[rank][:3], here, masks[rank]).backward()
+            same_gradients(parallel.module, plain)
+            assert any(p.grad.count_nonzero() for p in plain.align.heads["audio"]["1"].parameters())
+
+
 def mixed_tokens(rank: int) -> None:
     """The same of `InterfaceLoss`, where the tokens of some samples were dropped."""
     names = (["speech"] * 7 + ["audio"], ["speech"] + ["audio"] * 7)
@@ -185,7 +225,144 @@ def left_out(rank: int) -> None:
                 assert (parameter.grad.count_nonzero() > 0) == aligned, name
 
 
-SCENARIOS = [absent_domains, mixed_domains, mixed_tokens, reselection, left_out]
+def different_selections(rank: int) -> None:
+    """Ranks that would align different layers, or the same ones with different weights, are refused at once."""
+    first, second = ag.LayerSelection.uniform((0,)), ag.LayerSelection.uniform((1,))
+    choices = [
+        (ag.LayerSelection.uniform((0, 1)), ag.LayerSelection.uniform((0, 2))),
+        (ag.LayerSelection((0, 1), (0.5, 0.5)), ag.LayerSelection((0, 1), (0.25, 0.75))),
+        ({"speech": first, "audio": second}, {"speech": second, "audio": first}),
+    ]
+    by_time = (
+        ag.LayerSelection.by_time((0.2, 0.8), {0: (1, 3), 1: (3, 1)}),
+        ag.LayerSelection.by_time((0.2, 0.8), {0: (3, 1), 1: (1, 3)}),  # the same layers and mean weights
+    )
+    for pool, pairs, t_grid in (("mean", choices, ()), (None, choices, ()), ("mean", [by_time], (0.2, 0.8))):
+        for chosen in pairs:
+            _, parallel = pair(pool, "cosine", "mlp", t_grid)
+            align = parallel.module.align
+            align.select(chosen[rank])
+            data = batch(0, rank, pool, MIXED)
+            hidden = {layer: torch.randn(SAMPLES, FRAMES, 8) for layer in range(3)}
+            refused = False
+            try:
+                align(hidden, *data[2:3], None, MIXED, t=data[1])
+            except RuntimeError as error:
+                refused = "ranks have different layers or weights; use selection.synchronised()" in str(error)
+            assert refused, (pool, chosen)
+            align.select(chosen[0])
+            align(hidden, *data[2:3], None, MIXED, t=data[1])
+    # DDP gives all ranks the first one's buffers in each forward; which heads run is known to the host alone.
+    _, parallel = pair(None)
+    parallel.module.align.select(ag.LayerSelection.uniform((rank,)))
+    refused = False
+    try:
+        parallel(*batch(0, rank, None, MIXED))
+    except RuntimeError as error:
+        refused = "ranks have different layers" in str(error)
+    assert refused
+
+
+def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """An `Aligner` on a wrapped model against one process with the rows of both ranks: selections and parameters."""
+    model = foreign.network()
+    whole, wrapped = copy.deepcopy(model), wrap(model)
+    torch.manual_seed(rank)  # the heads of rank 0 are everybody's
+    mine, alone = foreign.aligner_for(wrapped, pool), foreign.aligner_for(whole, pool, process_group=OWN[0])
+
+    def optimizers() -> list[torch.optim.SGD]:
+        pairs = ((wrapped, mine), (whole, alone))
+        return [torch.optim.SGD([{"params": m.parameters()}, *a.param_groups()], lr=0.3) for m, a in pairs]
+
+    steppers = optimizers()
+    with mine.attach(), alone:
+        alone.loss_fn.load_state_dict(mine.loss_fn.state_dict())
+        for step in range(1, 8):
+            if step == 6:  # resumed between two probes, on each rank by an aligner with other heads
+                mine.detach()
+                state, mine = mine.state_dict(), foreign.aligner_for(wrapped, pool)
+                mine.load_state_dict(state)
+                mine.attach()
+                steppers = optimizers()
+            parts = [foreign.batch(2 * step + r, pool, samples=4 + r) for r in (0, 1)]
+            joined = {name: torch.cat([part[name] for part in parts]) for name in ("x", "time", "velocity", "mask")}
+            joined["features"] = {n: torch.cat([part["features"][n] for part in parts]) for n in foreign.TEACHERS}
+            joined["domains"] = parts[0]["domains"] + parts[1]["domains"]
+            for module, aligner, optimizer, b in zip((wrapped, whole), (mine, alone), steppers, (parts[rank], joined)):
+                error = (module(b["x"], time=b["time"]) - b["velocity"]).square().mean((1, 2))
+                # The means are over samples: as many on each rank would need no factor.
+                flow = error.sum() * (2 / 9 if module is wrapped else 1 / 9)
+                loss = flow + aligner.loss(b["features"], b["mask"], b["domains"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            scores = mine.step(step)  # on the first samples of each rank's last call
+            probed = tuple(torch.cat([part[name][:3] for part in parts]) for name in ("x", "time"))
+            alone.step(step, probed)
+            assert (scores is not None) == (step in (2, 4, 6)), step
+            if scores is not None:
+                assert scores.by_sample.shape[1] == 6
+                torch.testing.assert_close(scores.mean, alone.choice.scores.mean, rtol=1e-4, atol=1e-6)
+                assert mine.selection.layers == alone.selection.layers, (mine.selection, alone.selection)
+                chosen = [None, None]
+                distributed.all_gather_object(chosen, mine.selection.state())
+                assert chosen[0] == chosen[1]
+    mine.detach()
+    for name, one in wrapped.named_parameters():
+        one = one.full_tensor() if hasattr(one, "full_tensor") else one
+        torch.testing.assert_close(one, whole.get_parameter(name.removeprefix("module.")), rtol=1e-4, atol=1e-6)
+    for one, other in zip(mine.loss_fn.parameters(), alone.loss_fn.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        heads = [torch.zeros_like(one), torch.zeros_like(one)]
+        distributed.all_gather(heads, one.detach())
+        assert torch.equal(*heads)
+
+
+def aligner(rank: int) -> None:
+    """DDP is built before any selection and knows nothing of the heads."""
+    for pool in ("mean", None):
+        train_pair(rank, pool, DistributedDataParallel)
+
+
+def aligner_of_shards(rank: int) -> None:
+    """FSDP2: each block and the rest sharded; probes see whole parameters, which are shards again afterwards."""
+
+    def shard(model: nn.Module) -> nn.Module:
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    train_pair(rank, "mean", shard)
+    torch.manual_seed(0)
+    plain = Step("mean").model
+    inputs = batch(0, 0, "mean", MIXED)[:2]
+    expected = ag.attribute_layers(plain, inputs)
+    sharded = copy.deepcopy(plain)
+    for branch in sharded.branches:
+        fully_shard(branch, mesh=distributed.init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=distributed.init_device_mesh("cpu", (2,)))
+    with ag.HiddenStates(sharded, [1]) as states:
+        sharded(*inputs)
+        found = ag.attribute_layers(sharded, inputs)
+        torch.testing.assert_close(states.read()[1], plain(*inputs, hidden_layers=[1])[1][1])
+    torch.testing.assert_close(found.by_sample, expected.by_sample, rtol=1e-5, atol=1e-7)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    wrapped = ag.attribute_layers(DistributedDataParallel(plain), inputs)
+    assert torch.equal(wrapped.by_sample, expected.by_sample)
+
+
+SCENARIOS = [
+    absent_domains,
+    mixed_domains,
+    by_flow_time,
+    mixed_tokens,
+    reselection,
+    left_out,
+    different_selections,
+    aligner,
+    aligner_of_shards,
+]
 
 
 def main(rank: int, file: str) -> None:

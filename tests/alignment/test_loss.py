@@ -178,10 +178,10 @@ def test_select_changes_the_weights_in_place_and_nothing_else(pool):
     loss_fn = build(pool)
     hidden, targets = draw(pool)
     before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    storage = loss_fn.weights.data_ptr()
+    buffers = {name: value.data_ptr() for name, value in loss_fn.named_buffers()}
     loss_fn.select(LayerSelection((4, 9), (0.75, 0.25)))
-    assert loss_fn.weights.tolist() == [0, 0.75, 0.25]
-    assert loss_fn.weights.data_ptr() == storage
+    assert loss_fn.weights.tolist() == [[0, 0.75, 0.25]] * 2
+    assert {name: value.data_ptr() for name, value in loss_fn.named_buffers()} == buffers
     assert all(value.equal(before[name]) for name, value in loss_fn.state_dict().items() if name.startswith("heads"))
     loss, metrics = loss_fn(hidden, targets, MASK, NAMES)
     expected, _ = by_loop(loss_fn, {4: 0.75, 9: 0.25}, hidden, targets, MASK, NAMES)
@@ -209,9 +209,9 @@ def test_heads_are_no_part_of_the_backbone():
     assert set(model.state_dict()) == names
     assert not {id(p) for p in parameters} & {id(p) for p in loss_fn.parameters()}
     assert model.input.weight.grad.count_nonzero() > 0  # the loss does reach the backbone
-    assert set(loss_fn.state_dict()) == {"weights", "selected"} | {
-        f"heads.{teacher}.{layer}.{name}" for teacher in TEACHERS for layer in (0, 1) for name in PARAMETERS
-    }
+    assert set(loss_fn.state_dict()) == {
+        f"layer_weights.{teacher}.{name}" for teacher in TEACHERS for name in ("weights", "selected")
+    } | {f"heads.{teacher}.{layer}.{name}" for teacher in TEACHERS for layer in (0, 1) for name in PARAMETERS}
 
 
 @pytest.mark.parametrize("rubbish", [torch.nan, torch.inf, 1e30])

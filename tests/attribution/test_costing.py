@@ -41,3 +41,20 @@ def test_the_numbers_by_hand():
             assert float(peak) <= room / 1e9 + 0.1
             # One sample more would not fit, unless all are in already.
             assert int(at_once) == samples or plan.peak_bytes(sizes, int(at_once) + 1) > room - 5e6
+
+
+def test_the_time_by_hand():
+    """1200 evaluations of a block: 24 D^2 T in matrices, 4 T^2 D in attention; 16 D T bytes each in GELU and stream."""
+    evaluations, width, frames = 300 * 4, 1024, 938
+    matrices, attention = evaluations * 24 * width**2 * frames, evaluations * 4 * frames**2 * width
+    moved = evaluations * 16 * width * frames
+    expected = [matrices / 615e12, attention / 360e12, moved / 3.1e12, moved / 3.1e12]
+    found = costing.times(costing.DiTConfig.preset("paper"))
+    assert list(found.values()) == pytest.approx(expected)
+    total, page = sum(expected), costing.page()
+    assert f"would take {total * 1e3:.0f} ms: {(matrices + attention) / total / 798e12:.0%} of 798 TFLOP/s" in page
+    without = total - expected[2]
+    assert f"| {without * 1e3:.0f} ms | {(matrices + attention) / without / 798e12:.0%} |" in page
+    assert "| attention at 500 TFLOP/s | 61 ms | 67% |" in page
+    assert "## The time: an estimate" in page
+    assert "which are assumptions" in page

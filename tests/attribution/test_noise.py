@@ -13,8 +13,9 @@ from torch import nn
 
 from agrepa_fast import DiT, DiTConfig, attribute_layers
 from agrepa_fast.attribution import native
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.attribution.plan import AblationPlan
-from agrepa_fast.attribution.scores import LayerScores, normalised_change, read_scores
+from agrepa_fast.attribution.scores import LayerScores, normalised_change
 
 DEPTH, FRAMES, SAMPLES = 6, 32, 3
 ENGINES = ["prefix", "stacked", "loop"]

@@ -111,6 +111,23 @@ def test_selected_layers_are_marked_with_their_weight():
     assert accent_spans(plot_scores(scores).axes[0]) == []
 
 
+def test_each_teacher_s_layers_are_marked_in_a_row_of_their_own():
+    scores = LayerScores((0, 1, 2), torch.tensor([[3.0], [2.0], [9.0]], dtype=torch.float64))
+    selection = {
+        "$peech": SimpleNamespace(layers=(0, 2), weights=(0.75, 0.25)),
+        "audio": SimpleNamespace(layers=(2,), weights=(0.5,)),
+    }
+    axes = plot_scores(scores, selection).axes[0]
+    assert [round((low + high) / 2, 6) for low, high in accent_spans(axes)] == [2.0, 0.0]  # one band for a shared layer
+    rows: dict[float, dict] = {}
+    for text in axes.texts:
+        rows.setdefault(text.xyann[1], {})[text.get_text()] = text.xy[0]
+    assert [rows[height] for height in sorted(rows)] == [
+        {"0.50": 2.0, "audio": 0.0},
+        {"0.75": 0.0, "0.25": 2.0, "$peech": 0.0},
+    ]
+
+
 def test_a_selected_layer_marks_both_its_branches():
     scores = LayerScores((0, 0, 1, 1, 10, 10), torch.rand(6, 3, dtype=torch.float64), branches=("attn", "ff") * 3)
     selection = SimpleNamespace(layers=(1,), weights=(1.0,))

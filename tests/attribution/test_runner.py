@@ -197,7 +197,7 @@ def test_passes_on_the_cpu_fit_in_its_cache(build, draw, monkeypatch):
     inner = model.config.ff_ratio * model.config.width
     one_sample = (1 + model.depth) * inputs["x_t"].shape[1] * inner * 4  # streams, frames, inner width, float32
     for limit, expected in ((BATCH * one_sample, [BATCH]), (2 * one_sample, [2, 1]), (1, [1] * BATCH)):
-        monkeypatch.setattr("agrepa_fast.attribution.runner.CPU_PASS_BYTES", limit)
+        monkeypatch.setattr("agrepa_fast.attribution.networks.CPU_PASS_BYTES", limit)
         sizes = []
         handle = model.branches[0].register_forward_hook(lambda _, args, __, to=sizes: to.append(args[0].shape[0]))
         scores = attribute_layers(model, inputs)

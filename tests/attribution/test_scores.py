@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.attribution.scores import LayerScores, normalised_change, read_scores
+from agrepa_fast.attribution.files import read_scores
+from agrepa_fast.attribution.scores import LayerScores, normalised_change
 from agrepa_fast.errors import UserError
 
 VALUES = np.random.default_rng(0).uniform(0.1, 2, (3, 6))

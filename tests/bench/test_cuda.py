@@ -329,10 +329,34 @@ def test_rivals_of_the_norm_without_a_mean(op: str, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(rival(*inputs), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_rivals_package_without_the_op_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
-    with pytest.raises(residual.Unavailable, match="the installed quack has no rmsnorm"):
-        residual.quack_added()
+RIVALS = {
+    "liger_layer_norm": lambda: residual.liger("layer_norm_modulate"),
+    "liger_modulated_rms_norm": lambda: residual.liger_modulated("layer_norm_modulate"),
+    "liger_fused_add_rms_norm": residual.liger_added,
+    "rmsnorm": residual.quack_added,
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_package_without_the_op_is_unavailable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of a rival is a row that says so, and no failure in the middle of its first call."""
+    for module in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional", "quack"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    package = "quack" if name == "rmsnorm" else "liger_kernel"
+    with pytest.raises(residual.Unavailable, match=f"^the installed {package} has no {name}$"):
+        RIVALS[name]()
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_package_that_breaks_as_it_is_imported_is_unavailable(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package in ("liger_kernel", "quack"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('0 active drivers')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(residual.Unavailable, match="cannot be imported: RuntimeError: 0 active drivers"):
+        RIVALS[name]()
 
 
 def test_shares_of_a_copy_are_asked_for_only_where_the_work_is_long() -> None:

@@ -238,14 +238,14 @@ def test_missing_extra_is_one_clear_line(tmp_path, monkeypatch):
 
     def refuse(name, *args, **kwargs):
         if name.split(".")[0] in ("soundfile", "torchaudio"):
-            raise ImportError(f"No module named {name!r}")
+            raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
     soundfile.write(tmp_path / "a.wav", tone(0.1, 16000), 16000)
     monkeypatch.setattr(builtins, "__import__", refuse)
     for name in ("soundfile", "torchaudio"):
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r"soundfile .*install agrepa-fast\[audio\]"):
+    with pytest.raises(UserError, match=r"soundfile .*pip install 'agrepa-fast\[audio\]'"):
         read_audio(tmp_path / "a.wav", 16000)
-    with pytest.raises(UserError, match=r"torchaudio .*install agrepa-fast\[audio\]"):
+    with pytest.raises(UserError, match=r"torchaudio .*pip install 'agrepa-fast\[audio\]'"):
         LogMel(MelConfig())

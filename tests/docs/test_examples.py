@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agrepa_fast.attribution import adapters
+import agrepa_fast
+from agrepa_fast.attribution.foreign import register
 from agrepa_fast.teachers import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +31,25 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # docs/teachers.md registers one, docs/attribution/register.md an adapter
     monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+    monkeypatch.setattr(register, "_ADAPTERS", dict(register._ADAPTERS))
     if page.name == "f5-tts.md":
         f5_tts_without_its_trainer(monkeypatch)
     namespace: dict = {"__name__": "example"}
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, f"{name(page)} example", "exec"), namespace)
+
+
+def test_examples_use_public_names():
+    """What a page imports is in `ag`, or in its rooms `ag.data`, `ag.teachers` and `ag.ops`."""
+    deep = {
+        f"{name(page)}: {line.strip()}"
+        for page in PAGES
+        for line in "\n".join(BLOCK.findall(page.read_text())).splitlines()
+        if re.match(r"\s*(from|import) agrepa_fast\.", line)
+    }
+    # A plan's sizes are for who plans by hand; everybody else gives `memory_budget`.
+    assert deep == {"docs/attribution/on-paper.md: from agrepa_fast.attribution.plan import Sizes, split"}
+    assert all(hasattr(agrepa_fast, public) for public in agrepa_fast.__all__)
 
 
 def f5_tts_without_its_trainer(monkeypatch):

@@ -66,7 +66,6 @@ def batch(config, device: torch.device, seed: int) -> StepInputs:
         targets={name: randn(SAMPLES, width) for name, width in TEACHERS.items()},
         target_mask=mask,
         domains={"speech": speech, "audio": ~speech},
-        shares={},
     )
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import triton
 
-from agrepa_fast.kernels import compile_matrix, residual
-from agrepa_fast.kernels.compile_matrix import DTYPES, RESIDUAL, SPILL_FREE, TARGETS, TWO, Case, Compiled
+from agrepa_fast.kernels import compile_matrix, machine_code, residual_backward
+from agrepa_fast.kernels.compile_matrix import DTYPES, PER_TOKEN, RESIDUAL, SPILL_FREE, TWO, Case, Compiled
 from agrepa_fast.kernels.launch import MULTIPROCESSORS, WIDTHS, table_entry
+from agrepa_fast.kernels.machine_code import TARGETS, Source
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops" / "compile-matrix.md"
 NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
@@ -29,7 +30,7 @@ def chosen(case: Case) -> bool:
         return True
     if case.op == "gated_residual_norm":
         return (case.dtype == "bf16+fp32" and case.norm == "layer") or case.width == 1024
-    if case.op in RESIDUAL:
+    if case.op.startswith(RESIDUAL):
         return case.width in (384, 1024) and case.dtype == "bf16+fp32"
     if case.op == "velocity_delta":
         return case.width in (100, 1024) and case.dtype == "bf16"
@@ -61,6 +62,7 @@ def test_the_matrix_holds_every_kernel_dtype_norm_and_tile_of_the_tables() -> No
     ]
     whole, *ends = RESIDUAL  # the two ends leave a part of the same kernels out
     families.append((whole, "residual_{}", ("bf16+fp32", "fp32", "bf16", "fp16"), ("layer", "rms")))
+    families.append((PER_TOKEN, "residual_{}", TWO, ("layer",)))
     families += [(op, "residual_{}", TWO, ("",) if op == "gated_residual" else ("layer",)) for op in ends]
     for (op, family, dtypes, norms), direction in itertools.product(families, ("forward", "backward")):
         if (op, direction) == ("projection_cosine_loss", "backward"):
@@ -88,9 +90,9 @@ def test_no_spills(rows) -> None:
 def test_a_spill_would_be_seen() -> None:
     """The same kernel with an eighth of the warps has eight times the values per thread, and must spill."""
     launch = compile_matrix.launches(Case("gated_residual_norm", "backward", 4096, "fp32", "layer"), "sm90")[0]
-    assert launch.kernel is residual._backward_kernel
+    assert launch.kernel is residual_backward._backward_kernel
     launch.num_warps, launch.registers = 2, 255
-    registers, spills = compile_matrix._resources(compile_matrix.compile_launch(launch, "sm90"))
+    registers, spills = machine_code.resources(machine_code.compile_launch(launch, "sm90"))
     assert registers == 255
     assert spills > 0
 
@@ -141,9 +143,9 @@ $L__BB0_1:
     @%p2 bra $L__BB0_1;
     st.global.b16 [ %rd4 + 0 ], {%rs1};
 """
-    found = compile_matrix.traffic(ptx, ["x", "out"])
-    assert found == {("x", "ld"): [16, 8], ("out", "st"): [16], (compile_matrix.UNTRACED, "st"): [4]}
-    assert compile_matrix.traffic("ret;", ["x"]) == {}
+    found = machine_code.traffic(ptx, ["x", "out"])
+    assert found == {("x", "ld"): [16, 8], ("out", "st"): [16], (machine_code.UNTRACED, "st"): [4]}
+    assert machine_code.traffic("ret;", ["x"]) == {}
 
 
 def test_a_module_read_back_from_its_text_compiles_to_the_same_code(tmp_path) -> None:
@@ -153,18 +155,18 @@ def test_a_module_read_back_from_its_text_compiles_to_the_same_code(tmp_path) ->
         with triton.knobs.cache.scope():
             triton.knobs.cache.dir = str(tmp_path / folder)
             [launch] = compile_matrix.launches(case, "sm90")
-            text = compile_matrix.compile_launch(launch, "sm90").asm["ptx"]
+            text = machine_code.compile_launch(launch, "sm90").asm["ptx"]
         lines = [line.split("//")[0].strip() for line in text.split(".section")[0].splitlines()]
         return [line for line in lines if line and not re.match(r"\.loc|\.file|\$L__tmp", line)]
 
-    compile_matrix.Source.texts.clear()
+    Source.texts.clear()
     made = instructions("made")
-    [key] = compile_matrix.Source.texts
+    [key] = Source.texts
     assert instructions("read back") == made
     assert sum("ld.global" in line for line in made) > 2
-    compile_matrix.Source.texts[key] = compile_matrix.Source.texts[key].replace("1.000000e+00", "2.000000e+00")
+    Source.texts[key] = Source.texts[key].replace("1.000000e+00", "2.000000e+00")
     assert instructions("another") != made, "the text was not what was compiled"
-    compile_matrix.Source.texts.clear()
+    Source.texts.clear()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,11 @@ def test_a_module_read_back_from_its_text_compiles_to_the_same_code(tmp_path) ->
         ("gated_residual_norm", "forward", 4, 8),
         ("gated_residual_norm", "backward", 6, 8),
         ("gated_residual_norm + join", "forward", 7, 16),  # 4 for a row of x, 3 for one that joins
+        ("gated_residual_norm + affine", "forward", 4, 8),
+        ("gated_residual_norm + affine", "backward", 6, 8),
+        ("gated_residual_norm + per token", "forward", 7, 8),
+        ("gated_residual_norm + per token", "backward", 11, 8),  # reads gate and scale, writes three gradients
+        ("gated_residual_norm + per token, affine", "backward", 11, 8),
         ("layer_norm_modulate", "forward", 2, 8),
         ("layer_norm_modulate", "backward", 3, 8),
         ("gated_residual", "forward", 3, 0),

@@ -28,6 +28,10 @@ def frame_wise():
     return loss(None)
 
 
+def by_time():
+    return AlignmentLoss(6, {"speech": 5}, LayerSelection.by_time((0.1, 0.9), {0: (0.12345, 0.2), 2: (0.3, 0.1)}))
+
+
 def stop():
     module = SimilarityStop(0.9, momentum=0.99)
     if not module.mean.is_meta:
@@ -39,7 +43,7 @@ def conditioner():
     return TokenConditioner({"s3": 7, "as": 5}, 4)
 
 
-MODULES = [network, loss, frame_wise, stop, conditioner]
+MODULES = [network, loss, frame_wise, by_time, stop, conditioner]
 
 
 def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -116,7 +120,7 @@ def test_weights_loaded_by_assignment_are_float32():
         module = loss()
     module.load_state_dict(state, assign=True)
     assert module.weights.dtype == torch.float32
-    assert state["weights"].dtype == torch.bfloat16
+    assert state["layer_weights.speech.weights"].dtype == torch.bfloat16
 
 
 def test_a_network_in_bfloat16_reads_its_time_in_float32():

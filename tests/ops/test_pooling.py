@@ -54,7 +54,7 @@ def test_masked_mean_equals_the_loop(mask, dtype, atol):
 
 
 @pytest.mark.parametrize("mutant", ["mask ignored", "over all frames"])
-def test_wrong_means_are_told_apart(mutant):
+def test_wrong_masked_means_are_told_apart(mutant):
     x = randn(3, 5, 7) + 2
     assert np.abs(ops.masked_mean(x, MASK).numpy() - mean_by_loop(x, MASK, mutant)).max() > 0.1
 
@@ -108,7 +108,7 @@ def test_velocity_delta_equals_the_loop(mask, dtype, rtol):
 
 
 @pytest.mark.parametrize("mutant", ["mask ignored", "previous stream", "over frames"])
-def test_wrong_deltas_are_told_apart(mutant):
+def test_wrong_velocity_deltas_are_told_apart(mutant):
     velocity = randn(4, 3, 5, 6)
     change, _ = ops.velocity_delta(velocity, MASK)
     assert np.abs(change.numpy() - delta_by_loop(velocity, MASK, mutant)[0]).max() > 0.1

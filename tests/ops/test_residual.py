@@ -1,6 +1,7 @@
 """The residual-stream ops against a loop over sequences and frames in float64, and against wrong variants of it.
 
-x [R, T, D]; branch [R' <= R, T, D]; gate, shift, scale [B, D]; stream_scale, sample_index [R].
+x [R, T, D]; branch [R' <= R, T, D]; gate, shift, scale [B, D] or [B, T, D]; weight, bias [D]; stream_scale,
+sample_index [R].
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from agrepa_fast import ops
 from agrepa_fast.errors import UserError
+from agrepa_fast.reference import residual as reference
 
 ROWS, BATCH, FRAMES, WIDTH = 5, 2, 3, 8
 EPS = 1e-6
@@ -24,6 +26,7 @@ MUTANTS = ("no mean", "no one", "shift as scale", "row 0", "row r", "no gate", "
 def by_loop(case, norm="layer", eps=EPS, mutant=None):
     """x' and h one frame at a time, from the formula."""
     x, branch, gate, shift, scale = (case[k].double().numpy() for k in ("x", "branch", "gate", "shift", "scale"))
+    weight, bias = (case[k].double().numpy() if k in case else other for k, other in (("weight", 1.0), ("bias", 0.0)))
     streams = case.get("stream_scale")
     index = case.get("sample_index")
     if mutant == "shift as scale":
@@ -32,33 +35,40 @@ def by_loop(case, norm="layer", eps=EPS, mutant=None):
     for r, t in itertools.product(range(x.shape[0]), range(x.shape[1])):
         row = r if index is None else int(index[r])
         row = {"row 0": 0, "row r": r % len(gate)}.get(mutant, row)
+        g, add, times = (m[row] if m.ndim == 2 else m[row, t] for m in (gate, shift, scale))
         s = 1.0 if streams is None or mutant == "no stream scale" else float(streams[r])
         v = x[r, t].copy()
         if r < len(branch) and s != 0:
-            v += s * branch[r, t] * (1.0 if mutant == "no gate" else gate[row])
+            v += s * branch[r, t] * (1.0 if mutant == "no gate" else g)
         centred = v - (v.mean() if norm == "layer" and mutant != "no mean" else 0.0)
         count = len(v) - (mutant == "unbiased")
         normed = centred / np.sqrt((centred**2).sum() / count + (0.0 if mutant == "no eps" else eps))
         x_new[r, t] = v
-        h[r, t] = normed * (scale[row] + (0.0 if mutant == "no one" else 1.0)) + shift[row]
+        h[r, t] = (normed * weight + bias) * (times + (0.0 if mutant == "no one" else 1.0)) + add
     return x_new, h
 
 
-def make_case(dtype=torch.float64, active=ROWS, streams=True, index=True, seed=0):
+def make_case(dtype=torch.float64, active=ROWS, streams=True, index=True, per_token=(), affine=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     rows = BATCH if index else ROWS
+
+    def modulation(name):
+        return randn(rows, FRAMES, WIDTH) if name in per_token else randn(rows, WIDTH)
+
     case = {
         # An offset, so that the mean matters.
         "x": randn(ROWS, FRAMES, WIDTH) + 1.5,
         "branch": randn(active, FRAMES, WIDTH),
-        "gate": randn(rows, WIDTH),
-        "shift": randn(rows, WIDTH),
-        "scale": randn(rows, WIDTH),
+        "gate": modulation("gate"),
+        "shift": modulation("shift"),
+        "scale": modulation("scale"),
     }
+    if affine:
+        case |= {"weight": randn(WIDTH), "bias": randn(WIDTH)}
     if streams:
         case["stream_scale"] = torch.tensor([1.0, 0.5, -2.0, 1.0, 0.3], dtype=torch.float64)
     case = {name: value.to(dtype) for name, value in case.items()}
@@ -72,7 +82,7 @@ def options(case, *names):
 
 
 def fused(case, **changes):
-    keys = ("x", "branch", "gate", "shift", "scale", "stream_scale", "sample_index")
+    keys = ("x", "branch", "gate", "shift", "scale", "weight", "bias", "stream_scale", "sample_index")
     return ops.gated_residual_norm(**options(case, *keys), **changes)
 
 
@@ -91,6 +101,26 @@ def test_all_three_ops_equal_the_loop(norm, active, streams, index):
     np.testing.assert_allclose(closed.numpy(), x_expected, rtol=0, atol=1e-12)
     opened = ops.layer_norm_modulate(x_new, **options(case, "shift", "scale", "sample_index"), norm=norm)
     np.testing.assert_allclose(opened.numpy(), h_expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("per_token", [(), ("gate",), ("shift",), ("scale", "gate"), ("gate", "shift", "scale")])
+@pytest.mark.parametrize("index", [False, True])
+def test_modulation_per_token_and_an_affine_norm_equal_the_loop(norm, per_token, index):
+    case = make_case(active=3, index=index, per_token=per_token, affine=True)
+    x_expected, h_expected = by_loop(case, norm)
+    x_new, h = fused(case, norm=norm)
+    np.testing.assert_allclose(x_new.numpy(), x_expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(h.numpy(), h_expected, rtol=0, atol=1e-12)
+    opened = ops.layer_norm_modulate(
+        x_new, **options(case, "shift", "scale", "weight", "bias", "sample_index"), norm=norm
+    )
+    np.testing.assert_allclose(opened.numpy(), h_expected, rtol=0, atol=1e-12)
+    closed = ops.gated_residual(**options(case, "x", "branch", "gate", "stream_scale", "sample_index"))
+    np.testing.assert_allclose(closed.numpy(), x_expected, rtol=0, atol=1e-12)
+    for name in ("weight", "bias"):  # each alone
+        alone = {key: value for key, value in case.items() if key != name}
+        np.testing.assert_allclose(fused(alone, norm=norm)[1].numpy(), by_loop(alone, norm)[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -112,9 +142,8 @@ def test_eps_is_added_to_the_variance():
 
 
 def opened(x_new, case):
-    """norm(x') (1 + scale) + shift in float64, one modulation row for each sequence."""
-    scale, shift = case["scale"].double().unsqueeze(1), case["shift"].double().unsqueeze(1)
-    return F.layer_norm(x_new.double(), (WIDTH,), eps=EPS) * (1 + scale) + shift
+    """h of a given x', in float64."""
+    return reference.layer_norm_modulate(x_new.double(), case["shift"].double(), case["scale"].double(), eps=EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,10 +177,10 @@ def test_float32_modulation_of_a_bfloat16_stream_is_not_rounded():
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("active", [ROWS, 3])
-def test_gradients(norm, active):
-    case = make_case(active=active)
-    names = ("x", "branch", "gate", "shift", "scale", "stream_scale")
+@pytest.mark.parametrize("active, per_token", [(ROWS, ()), (3, ("gate", "shift"))])
+def test_gradients(norm, active, per_token):
+    case = make_case(active=active, per_token=per_token, affine=True)
+    names = ("x", "branch", "gate", "shift", "scale", "weight", "bias", "stream_scale")
     leaves = [case[name].requires_grad_() for name in names]
 
     def call(*values):
@@ -286,10 +315,19 @@ BAD = [
     ),
     ({"branch": zeros(5, 3, 7)}, ValueError, r"branch: .* got \[5, 3, 7\]"),
     ({"branch": zeros(5, 3, 8, device="meta")}, ValueError, "branch: expected on x's device cpu, got meta"),
-    ({"gate": zeros(2, 7)}, ValueError, r"gate: expected \[2, 8\], got \[2, 7\]"),
-    ({"shift": zeros(3, 8)}, ValueError, r"shift: expected \[2, 8\], got \[3, 8\]"),
-    ({"scale": zeros(2, 1, 8)}, ValueError, r"scale: expected \[2, 8\], got \[2, 1, 8\]"),
+    ({"gate": zeros(2, 7)}, ValueError, r"gate: expected \[2, 8\] or, per token, .*, got \[2, 7\]"),
+    ({"shift": zeros(3, 8)}, ValueError, r"shift: expected \[2, 8\] or, per token, .*, got \[3, 8\]"),
+    ({"scale": zeros(2, 1, 8)}, ValueError, r"scale: expected \[2, 8\] or, per token, \[2, 3, 8\], got \[2, 1, 8\]"),
     ({"scale": zeros(2, 8, device="meta")}, ValueError, "scale: expected on x's device cpu, got meta"),
+    ({"gate": zeros(2, 4, 8)}, ValueError, r"gate: expected \[2, 8\] or, per token, \[2, 3, 8\], got \[2, 4, 8\]"),
+    ({"shift": zeros(3, 3, 8)}, ValueError, r"shift: expected .*, got \[3, 3, 8\]"),
+    ({"scale": None}, TypeError, "scale: expected a tensor, got NoneType"),
+    ({"x": np.zeros((5, 3, 8))}, TypeError, "x: expected a tensor, got ndarray"),
+    ({"gate": [1.0]}, TypeError, "gate: expected a tensor, got list"),
+    ({"weight": zeros(7)}, ValueError, r"weight: expected \[8\], got \[7\]"),
+    ({"bias": zeros(1, 8)}, ValueError, r"bias: expected \[8\], got \[1, 8\]"),
+    ({"weight": zeros(8).long()}, TypeError, "weight: expected a floating dtype, got torch.int64"),
+    ({"bias": zeros(8, device="meta")}, ValueError, "bias: expected on x's device cpu, got meta"),
     ({"sample_index": None}, ValueError, "modulation has 2 rows for 5 sequences: give sample_index"),
     (
         {"sample_index": zeros(4, dtype=torch.int64)},
@@ -326,7 +364,7 @@ def test_bad_input_is_named(change, error, message):
 
 
 def test_bad_input_of_the_two_ends_is_named():
-    with pytest.raises(ValueError, match=r"scale: expected \[2, 8\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"scale: expected \[2, 8\] or, per token, .*, got \[2, 4\]"):
         ops.layer_norm_modulate(zeros(2, 3, 8), zeros(2, 8), zeros(2, 4))
-    with pytest.raises(ValueError, match=r"gate: expected \[2, 8\], got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"gate: expected \[2, 8\] or, per token, .*, got \[2, 4\]"):
         ops.gated_residual(zeros(2, 3, 8), zeros(2, 3, 8), zeros(2, 4))

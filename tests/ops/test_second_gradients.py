@@ -27,6 +27,7 @@ FUNCTIONS = {
     "projection_cosine_loss": lambda y: ops.projection_cosine_loss(y, WEIGHT, BIAS, Z),
     "projection_cosine_loss rows": lambda y: ops.projection_cosine_loss(y, WEIGHT, BIAS, Z, reduction="none"),
     "gated_residual_norm": lambda x: ops.gated_residual_norm(x, X, ROW, ROW, ROW)[1],
+    "gated_residual_norm per token": lambda x: ops.gated_residual_norm(x, X, X, x, X, weight=X[0, 0], bias=X[0, 1])[1],
     "gated_residual": lambda x: ops.gated_residual(x.square(), x, ROW),
     "layer_norm_modulate": lambda x: ops.layer_norm_modulate(x, ROW, ROW),
     "layer_norm_modulate rms": lambda x: ops.layer_norm_modulate(x, ROW, ROW, norm="rms"),
@@ -64,14 +65,15 @@ def test_every_op_with_a_gradient_refuses_a_second_one():
     """All registered ops alike, on the short path and through the dispatcher, with kernels or without."""
     found = []
 
-    def double(x):
+    def double(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
     op = FusedOp(
-        "doubled_for_a_test(Tensor x) -> Tensor",
+        "doubled_for_a_test",
         double,
-        torch.empty_like,
-        (lambda ctx, inputs, output: None, lambda ctx, upstream: upstream * 2),
+        lambda a: torch.empty_like(a.x),
+        save=lambda ctx, a, output: None,
+        gradient=lambda ctx, upstream: {"x": upstream * 2},
     )
     for call in (op, op.registered):
         x = randn(3).requires_grad_()

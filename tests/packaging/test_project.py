@@ -1,4 +1,4 @@
-"""One version, pins that fit together, and commands that do what the project's files promise."""
+"""One version, constraints that fit the extras, and what `make` and continuous integration do."""
 
 from __future__ import annotations
 
@@ -6,28 +6,20 @@ import ast
 import os
 import re
 import subprocess
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 import agrepa_fast
+from agrepa_fast.training.environment import USES
 
-# Shipped together for one torch and CUDA: a pin of one is a pin of torch.
-TORCH_FAMILY = ("torchaudio", "xformers")
+TORCH_FAMILY = {"torch", "torchaudio", "torchvision", "torchao", "xformers", "triton"}
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
-
-
-def pin(requirement: Requirement) -> str | None:
-    """The version of `name==version`; None where a range or anything is allowed."""
-    (specifier,) = requirement.specifier if len(requirement.specifier) == 1 else (None,)
-    return specifier.version if specifier is not None and specifier.operator == "==" else None
 
 
 def test_the_version_is_written_once(root: Path, pyproject: dict[str, Any]) -> None:
@@ -53,22 +45,25 @@ def test_the_changelog_starts_with_this_version(root: Path) -> None:
     assert headings[0] == agrepa_fast.__version__
 
 
-def test_pins_agree_across_extras(pyproject: dict[str, Any]) -> None:
-    extras = {name: requirements(lines) for name, lines in pyproject["project"]["optional-dependencies"].items()}
-    pins = defaultdict(set)
-    for name, extra in extras.items():
-        for package in TORCH_FAMILY:
-            if package in extra:
-                assert "torch" in extra, f"{name} pins {package} and leaves torch open"
-        for package in ("torch", *TORCH_FAMILY):
-            if package in extra:
-                pins[package].add(pin(extra[package]))
-    assert {package: len(versions) for package, versions in pins.items()} == dict.fromkeys(("torch", *TORCH_FAMILY), 1)
-    assert None not in set.union(*pins.values()), "a range where an exact version is needed"
-    (torch_version,), (torchaudio_version,) = pins["torch"], pins["torchaudio"]
-    assert torch_version == torchaudio_version
-    base = requirements(pyproject["project"]["dependencies"])["torch"]
-    assert base.specifier.contains(torch_version)
+def test_only_constraints_pin_and_they_satisfy_every_extra(root: Path, pyproject: dict[str, Any]) -> None:
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = requirements([line for line in lines if line and not line.startswith("#")])
+    versions = {name: re.fullmatch(r"==([\d.]+)", str(pin.specifier))[1] for name, pin in pins.items()}
+    assert versions["torch"] == versions["torchaudio"]
+    extras = pyproject["project"]["optional-dependencies"]
+    for extra, needed in {"": pyproject["project"]["dependencies"], **extras}.items():
+        for name, requirement in requirements(needed).items():
+            assert "==" not in str(requirement.specifier), f"{extra}: {requirement} replaces what a user has installed"
+            assert name not in versions or requirement.specifier.contains(versions[name]), f"{extra}: {requirement}"
+            assert name not in TORCH_FAMILY or name in versions, f"constraints.txt: {name} has no line"
+
+
+def test_doctor_knows_every_extra_for_users(pyproject: dict[str, Any]) -> None:
+    extras = pyproject["project"]["optional-dependencies"]
+    for_users = extras.keys() - {"models", "docs", "lint", "dev"}
+    assert {name: set(packages) for name, packages in USES.items()} == {
+        name: set(requirements(extras[name])) for name in for_users
+    }
 
 
 def test_dev_holds_every_extra_and_what_a_build_needs(pyproject: dict[str, Any]) -> None:
@@ -91,46 +86,20 @@ def dry_run(root: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def environment(root: Path, tmp_path: Path) -> Path:
-    """A virtual environment as `make` sees one: everything installed after pyproject.toml changed."""
+    """A virtual environment as `make` sees one: everything was installed after the last change."""
     (tmp_path / "bin").mkdir()
-    now = (root / "pyproject.toml").stat().st_mtime + 10
+    now = max((root / name).stat().st_mtime for name in ("pyproject.toml", "constraints.txt")) + 10
     for name in ("bin/python", ".installed-demo", ".installed-dev"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (now, now))
     return tmp_path
 
 
-def test_make_test_runs_every_check_and_pytest_last(root: Path, environment: Path) -> None:
-    *checks, tests = dry_run(root, "test", f"VENV={environment}")
-    assert {command.split("bin/")[-1].split()[0] for command in checks} == {"ruff", "mypy", "mkdocs"}
-    assert f"{environment}/bin/python -m pytest" in tests
-
-
-def test_make_demo_runs_the_main_job_under_a_dated_name(root: Path, environment: Path) -> None:
-    (command,) = dry_run(root, "demo", f"VENV={environment}")
-    main, _, name = command.partition(" train.name=")
-    assert main == f"{environment}/bin/agrepa train demo"
-    dated = subprocess.run(["sh", "-c", f"echo {name}"], check=True, capture_output=True, text=True)
-    assert re.fullmatch(r"demo-\d{8}-\d{6}\n", dated.stdout)
-
-
-@pytest.mark.parametrize("goal, extras", [("demo", "audio,train"), ("lint", "dev")])
-def test_make_installs_anew_only_after_pyproject_changed(root: Path, environment: Path, goal: str, extras: str) -> None:
-    install = f"{environment}/bin/python -m pip install -e '.[{extras}]'"
-    assert install not in dry_run(root, goal, f"VENV={environment}")
-    assert install in dry_run(root, goal, f"VENV={environment}", "--what-if=pyproject.toml")
-
-
-def test_make_installs_f5_tts_without_its_trainer(root: Path, environment: Path) -> None:
-    """The tests of other libraries' models fail without it, so a fresh clone must get it."""
-    commands = dry_run(root, "lint", f"VENV={environment}", "--what-if=pyproject.toml")
-    assert f"{environment}/bin/python -m pip install --no-deps f5-tts==1.1.22" in commands
-
-
-def test_make_makes_a_missing_environment_first(root: Path, tmp_path: Path) -> None:
-    commands = dry_run(root, "test", f"VENV={tmp_path / 'new'}", "PYTHON=some-python")
-    made = commands.index(f"some-python -m venv {tmp_path / 'new'}")
-    assert made < commands.index(f"{tmp_path / 'new'}/bin/python -m pip install -e '.[dev]'")
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("goal", ["demo", "lint"])
+def test_make_installs_anew_only_after_a_change(root: Path, environment: Path, goal: str, changed: str) -> None:
+    assert "pip install" not in " ".join(dry_run(root, goal, f"VENV={environment}"))
+    assert "pip install" in " ".join(dry_run(root, goal, f"VENV={environment}", f"--what-if={changed}"))
 
 
 @pytest.mark.parametrize(
@@ -152,12 +121,3 @@ def test_ci_ends_with_the_closing_line_of_pytest(
     done = subprocess.run([root / ".ci" / "run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert (lines[0], lines[-1], done.returncode) == ("goal: test", closing, status)
-
-
-def test_the_workflow_and_pre_commit_call_the_same_commands(root: Path) -> None:
-    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    ran = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert sorted(ran) == [".ci/run", "make demo"]
-    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
-    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
-    assert [hook["entry"] for hook in hooks] == ["make lint", "make test"]

@@ -371,6 +371,33 @@ def test_an_empty_folder_says_what_is_missing(tmp_path):
     assert NOT_RECORDED in MISSING
 
 
+def test_each_teacher_s_selection_is_shown(tmp_path):
+    """Two teachers, one of them with weights by flow time; layers and weights are told apart everywhere."""
+    by_time = {"layers": [1, 2], "weights": [0.6, 0.4], "weighting": "by-time", "t_grid": [0.25, 0.5]}
+    by_time["scores"] = [[3.0, 1.0], [1.0, 1.0]]
+    teachers = {"<voice>": {"layers": [0, 2], "weights": [0.334, 0.118], "weighting": "score"}, "sound": by_time}
+    probe = {"event": "probe", "step": 20, "selection": {"teachers": teachers}, "seconds": 2.5}
+    broken = {"event": "probe", "step": 30, "selection": {"teachers": {"sound": 3}}, "seconds": 2.5}
+    lines = [json.dumps(entry) for entry in (probe, broken)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "selection.json").write_text(json.dumps({"teachers": teachers, "step": 20}), encoding="utf-8")
+    SCORES.to_csv(tmp_path / "foga.csv")
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    rows = page.rows["selection"]
+    assert ["2", "0.1180"] in rows
+    assert ["layer", "weight", "at t 0.25", "at t 0.5"] in rows
+    assert ["1", "0.6000", "0.7500", "0.5000"] in rows
+    probes = [row[:3] for row in rows if row[0] in ("20", "30")]
+    assert probes == [
+        ["20", "<voice>: 0, 2; sound: 1, 2", "<voice>: 0.3340, 0.1180; sound: 0.6000, 0.4000"],
+        ["30", "sound: ", "sound: "],
+    ]
+    header, *table = page.rows["foga"]
+    assert header[-2:] == ["weight <voice>", "weight sound"]
+    assert [row[-2:] for row in table] == [["0.334", ""], ["", "0.600"], ["0.118", "0.400"]]
+    assert "<voice>: 0, 2; sound: 1, 2" in page.sections["summary"]
+
+
 def test_broken_files_are_named_and_the_rest_still_shown(tmp_path):
     (tmp_path / "foga.csv").write_text("layer,branch,sample,t,domain,score\n0,,0,0.5,speech,abc\n", encoding="utf-8")
     (tmp_path / "scd.json").write_text('{"domains": [{"domain": 3}]}', encoding="utf-8")

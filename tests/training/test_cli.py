@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from agrepa_fast.attribution.scores import read_scores
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.cli import main
+from agrepa_fast.errors import UserError
+from agrepa_fast.teachers import build_teacher
 from agrepa_fast.training.start import start_run
 
 
@@ -38,6 +42,24 @@ def test_doctor(capsys):
     output = capsys.readouterr().out
     assert torch.__version__.partition("+")[0] in output
     assert "ops" in output
+
+
+@pytest.mark.parametrize("error", [OSError("undefined symbol: _ZN2at4_ops"), RuntimeError("different CUDA versions")])
+def test_a_torchaudio_that_does_not_fit_is_named(capsys, monkeypatch, error):
+    """So it fails where it was built for another torch; teachers and audio say the same as doctor."""
+    real = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name.split(".")[0] == "torchaudio":
+            raise error
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    message = f"torchaudio does not fit torch {torch.__version__} ({error})"
+    assert main(["doctor"]) == 0
+    assert message in capsys.readouterr().out
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_teacher("spectral")
 
 
 def test_probe_writes_scores_pictures_and_a_selection(capsys, finished, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrepa_fast.errors import UserError
-from agrepa_fast.fields import Allowed, Section, hints
-from agrepa_fast.training.config import RunConfig, TeacherConfig, dump_config, load_config, override_config
+from agrepa_fast.fields import AT_LEAST_ONE, Allowed, Section, between, hints
+from agrepa_fast.training.config import RunConfig, TeacherConfig, dump_config, load_config, override_config, reference
 
 BASE = load_config("demo", ["train.name=x"])
 SECTIONS: list[type[Section]] = [type(getattr(BASE, field.name)) for field in dataclasses.fields(RunConfig)]
@@ -204,3 +205,17 @@ def test_text_that_could_exhaust_the_machine_is_refused(name, text):
 @given(st.text(max_size=30) | st.text("trainmodel.=[]{}: 3", max_size=20))
 def test_any_change_is_refused_in_one_line_or_held(change):
     refused_or_held("", lambda: override_config(BASE, [change]))
+
+
+def test_the_documented_fields_are_the_fields():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert text == reference.page(), "run: python -m agrepa_fast.training.config.reference > docs/configuration.md"
+
+
+def test_the_words_of_a_type():
+    """As a reader of docs/configuration.md sees them."""
+    hint = Annotated[tuple[Annotated[float, between(0, 1)], ...], AT_LEAST_ONE, "help | of docs/data.md"]
+    assert reference._allowed(hint) == "list of (number, at least 0, at most 1), at least one"
+    assert reference._help(hint) == "help | of [data.md](data.md)"
+    assert reference._allowed(dict[str, int] | None) == "{name: whole number} or null"
+    assert reference._written({"a": (None, True, 0.5, "")}) == '{a: [null, true, 0.5, ""]}'

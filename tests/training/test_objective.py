@@ -14,7 +14,7 @@ from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import CachedTeacher, FeatureKey, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
-from agrepa_fast.training.choice import choose
+from agrepa_fast.training.choice import choose, layer_choice
 from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.inference import layer_values
 from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
@@ -185,14 +185,14 @@ def test_a_policy_decides_the_layers_after_the_probe(tiny_config, tmp_path):
     trainer = Trainer(tiny_config("alignment.policy=deepest"), tmp_path / "run")
     choose(trainer)
     assert trainer.selection == LayerSelection((1, 2), (0.5, 0.5), "deepest")
-    assert trainer.objective.alignment.weights.tolist() == [0, 0.5, 0.5]
+    assert trainer.objective.alignment.weights.tolist() == [[0, 0.5, 0.5]]
 
 
 def test_given_layers_are_aligned_from_the_start(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     trainer = Trainer(tiny_config("alignment.layers=[2,0]", "alignment.policy=deepest"), tmp_path / "run")
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
-    assert trainer.objective.alignment.weights.tolist() == [0.5, 0, 0.5]
+    assert trainer.objective.alignment.weights.tolist() == [[0.5, 0, 0.5]]
     assert trainer.schedule(0) > 0
     choose(trainer)  # writes the policy's choice, and leaves the one that was given
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
@@ -237,7 +237,7 @@ def warm(tiny_config, tmp_path):
 
 def values_of(trainer, policy):
     parts = (trainer.objective.backbone, trainer.teachers, trainer.data.valid, trainer.config, trainer.device)
-    return layer_values(policy, *parts)
+    return layer_values(policy, *parts)[""]
 
 
 def probe_batch(trainer):
@@ -301,6 +301,7 @@ def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
     assert expected.std() > 1e-4
     before = network.state_dict()
     warm.config = dataclasses.replace(warm.config, alignment=dataclasses.replace(warm.config.alignment, policy=policy))
+    warm.choice = layer_choice(warm.config)
     choose(warm)
     assert warm.selection == LayerSelection.uniform(expected.topk(2).indices.tolist(), policy)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import torch
 
+from agrepa_fast import read_selection
 from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import load_checkpoint
 
@@ -30,6 +30,7 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
     # Probes while training; domains that are absent from some batches of some ranks.
     changes += ["probe.start=4", "probe.every=4", "train.checkpoint_every=6"]
     changes += ["alignment.teachers={voice: {domains: [speech]}, sound: {domains: [audio]}}"]
+    changes += ["alignment.selection_per=teacher", "alignment.weights=by-time"]
     # Samples whose tokens were dropped count for nothing there, and are not as many on both ranks.
     changes += ["alignment.bitc=true", "flow.token_dropout=0.4"]
     train(["demo", *tiny(*changes, "data.frames_per_batch=252", "train.name=one")], ranks=1)
@@ -46,8 +47,10 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
     for a, b in zip(*logs):
         assert abs(a["flow_loss"] - b["flow_loss"]) < 1e-5  # the mean over ranks
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-5
-    chosen = [json.loads((runs / name / "selection.json").read_text())["layers"] for name in ("one", "two")]
-    assert chosen[0] == chosen[1]
+    chosen = [read_selection(runs / name / "selection.json") for name in ("one", "two")]
+    for name in ("voice", "sound"):
+        assert chosen[0][name].layers == chosen[1][name].layers
+        assert torch.tensor(chosen[0][name].scores).allclose(torch.tensor(chosen[1][name].scores), rtol=1e-3)
     # From the middle again: the same ranks end where they did.
     newest = runs / "two" / "checkpoints" / "step_00000012"
     newest.rename(runs / "two" / "held")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from agrepa_fast.attribution.scores import read_scores
+from agrepa_fast.attribution.files import read_scores
 from agrepa_fast.errors import UserError
 from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import checkpoints, load_checkpoint

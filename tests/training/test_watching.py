@@ -128,7 +128,7 @@ def test_probes_while_training_choose_again(tiny_config, monkeypatch):
     assert [entry["changed"] for entry in probes[:3]] == [False, False, True]
     assert probes[2]["average"] == pytest.approx([3, 2, 5.275])
     assert probes[2]["selection"]["weights"] == pytest.approx([3 / 8.275, 5.275 / 8.275])
-    assert trainer.objective.alignment.weights.tolist() == pytest.approx([3 / 8.275, 0, 5.275 / 8.275])
+    assert trainer.objective.alignment.weights[0].tolist() == pytest.approx([3 / 8.275, 0, 5.275 / 8.275])
     assert all(0 < entry["share"] < 1 for entry in probes)
     aligned = {e["step"]: {k for k in e if k.startswith("cosine/")} for e in events(run_dir, "train")}
     assert aligned[6] == {"cosine/spectral/0", "cosine/spectral/1"}

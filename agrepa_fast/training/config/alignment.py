@@ -1,4 +1,4 @@
-"""Sections `probe` and `alignment`: when layers are scored, which are aligned, toward what and how strongly."""
+"""Sections `probe` and `alignment`: when layers are scored, which are aligned, with which teachers, how strongly."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...alignment.heads import HEADS
-from ...alignment.loss import OBJECTIVES
 from ...alignment.policy import POLICIES
 from ...alignment.schedule import TIMESTEP_WEIGHTS
+from ...alignment.selection import WEIGHTINGS
+from ...alignment.similarity import OBJECTIVES
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, DISTINCT, NOT_EMPTY, Allowed, Section, between, from_below, one_of
 from .names import MODULE_NAME
@@ -29,67 +30,100 @@ OPTION = Allowed(
 class ProbeConfig(Section, name="probe"):
     """FoG-A: when the layers are scored, and on what."""
 
-    start: Annotated[int, STEPS, "steps of warm-up before the probe that decides the selection"] = 5000
+    start: Annotated[
+        int, STEPS, "step of the first probe, which chooses the layers; before it the run trains without alignment"
+    ] = 5000
     samples: Annotated[int, between(1, 10_000), "held-out clips to score on"] = 16
     t_grid: Annotated[
-        tuple[Annotated[float, between(0, 1)], ...], AT_LEAST_ONE, AT_MOST_100, "times to score at; 0 is noise"
+        tuple[Annotated[float, between(0, 1)], ...],
+        AT_LEAST_ONE,
+        AT_MOST_100,
+        "values of t to score at; 0 is noise, 1 is data",
     ] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    metric: Annotated[str, one_of(("rms", "squared")), "distance between velocities"] = "rms"
-    k: Annotated[int, between(1, 512), "layers to align; at most model.depth"] = 3
-    every: Annotated[int, STEPS, "steps between later probes, which choose again; 0: one probe"] = 0
-    momentum: Annotated[float, from_below(0, 1), "of the scores' moving average over probes"] = 0.5
+    metric: Annotated[str, one_of(("rms", "squared")), "distance between velocities (docs/concepts.md)"] = "rms"
+    k: Annotated[int, between(1, 512), "number of layers to align; at most model.depth"] = 3
+    every: Annotated[int, STEPS, "steps between later probes, each of which chooses again; 0: one probe"] = 0
+    momentum: Annotated[float, from_below(0, 1), "decay of the moving average of the scores over probes"] = 0.5
     margin: Annotated[
-        float, between(0, 1000), "a layer replaces another when its score is higher by more than this share"
+        float, between(0, 1000), "a layer replaces an aligned one if its score is higher by more than this share"
     ] = 0.1
 
 
 @dataclass(frozen=True)
 class TeacherConfig(Section, name="teacher"):
-    """One teacher: its source, and the domains it speaks for."""
+    """One teacher, and the domains whose clips it is used for."""
 
     source: Annotated[str, NOT_EMPTY, "a registered name, or a transformers model by folder or name"] = "spectral"
-    domains: Annotated[tuple[Annotated[str, NOT_EMPTY], ...], DISTINCT, "domains it speaks for; empty: all"] = ()
+    domains: Annotated[
+        tuple[Annotated[str, NOT_EMPTY], ...], DISTINCT, "domains whose clips it is used for; empty: all"
+    ] = ()
     options: Annotated[
         dict[Annotated[str, OPTION], str | int | float | bool], "arguments of the teacher, e.g. {layer: 12}"
     ] = field(default_factory=dict)
-    cached: Annotated[bool, "read features from files beside the audio; the teacher is not loaded"] = False
+    cached: Annotated[bool, "true: read its features from files beside the audio, and do not load the teacher"] = False
 
 
 @dataclass(frozen=True)
 class AlignmentConfig(Section, name="alignment"):
     """The alignment loss (AG-REPA)."""
 
-    enabled: Annotated[bool, "false: train without alignment"] = True
+    enabled: Annotated[bool, "whether to align at all"] = True
     teachers: Annotated[
-        dict[Annotated[str, MODULE_NAME], TeacherConfig], AT_LEAST_ONE, AT_MOST_64, "{name: teacher} (docs/teachers.md)"
+        dict[Annotated[str, MODULE_NAME], TeacherConfig],
+        AT_LEAST_ONE,
+        AT_MOST_64,
+        "the teachers by name (docs/teachers.md)",
     ] = field(default_factory=lambda: {"spectral": TeacherConfig()})
-    weight: Annotated[float, between(0, 1_000_000), "factor on the alignment loss"] = 0.5
-    pool: Annotated[str | None, POOL, "mean: one vector a clip; null: frame by frame"] = "mean"
-    head: Annotated[str, one_of(HEADS), "projection to the teacher's width; conv with pool: null"] = "mlp"
+    weight: Annotated[float, between(0, 1_000_000), "factor of the alignment loss"] = 0.5
+    pool: Annotated[str | None, POOL, "mean: align one vector for each clip; null: align frame by frame"] = "mean"
+    head: Annotated[str, one_of(HEADS), "kind of the projection to the teacher's width; conv needs pool null"] = "mlp"
     objective: Annotated[
-        str, one_of(OBJECTIVES), "cosine; relation compares matrices of cosines; cka their kernel alignment"
+        str,
+        one_of(OBJECTIVES),
+        "what is compared: vectors (cosine), matrices of cosines between rows (relation), or kernels (cka)",
     ] = "cosine"
-    standardise_targets: Annotated[bool, "z-score each channel over the clip's frames (iREPA); with pool: null"] = False
+    standardise_targets: Annotated[
+        bool, "z-score each target channel over the clip's frames (iREPA); needs pool null"
+    ] = False
     mask: Annotated[
-        str, one_of(("valid", "span")), "frames to align: all valid ones, or not those shown as reference"
+        str,
+        one_of(("valid", "span")),
+        "frames to align: all valid ones (valid), or those that are not shown as reference (span)",
     ] = "valid"
-    policy: Annotated[str, one_of(POLICIES), "who chooses probe.k layers at the probe: FoG-A's score, or a control"] = (
-        "foga"
-    )
-    layers: Annotated[tuple[LAYER, ...], LAYERS, "these layers, weighted alike, in place of the probe's choice"] = ()
-    selection: Annotated[str, "or a selection.json"] = ""
-    ramp: Annotated[int, STEPS, "steps from nothing to full weight, after the probe"] = 100
-    decay_start: Annotated[float, between(0, 1), "share of all steps at which the weight starts to fall"] = 0.6
-    stop: Annotated[float, between(0, 1), "share of all steps at which it has reached zero"] = 0.9
-    decay: Annotated[str, one_of(("cosine", "linear")), "form of the fall"] = "cosine"
+    policy: Annotated[
+        str, one_of(POLICIES), "how the probe chooses probe.k layers: by FoG-A's scores, or by a control"
+    ] = "foga"
+    selection_per: Annotated[
+        str,
+        one_of(("run", "teacher")),
+        "one selection for all teachers (run), or one for each, by the scores of its domains (teacher)",
+    ] = "run"
+    weights: Annotated[
+        str,
+        one_of(WEIGHTINGS),
+        "weights of the layers: their shares of the scores (share), the scores (score), or shares that follow each "
+        "sample's t (by-time)",
+    ] = "share"
+    layers: Annotated[
+        tuple[LAYER, ...], LAYERS, "align these layers with equal weights, instead of the probe's choice"
+    ] = ()
+    selection: Annotated[
+        str, "file of a selection to align instead of the probe's choice, such as a run's selection.json"
+    ] = ""
+    ramp: Annotated[int, STEPS, "steps over which the weight rises from zero, after the first probe"] = 100
+    decay_start: Annotated[float, between(0, 1), "share of train.steps at which the weight begins to fall"] = 0.6
+    stop: Annotated[float, between(0, 1), "share of train.steps at which the weight is zero"] = 0.9
+    decay: Annotated[str, one_of(("cosine", "linear")), "curve of the falling weight"] = "cosine"
     stop_similarity: Annotated[
-        float | None, COSINE, "off for good once the running mean of the raw cosine is there; null: never"
+        float | None, COSINE, "alignment ends when the running mean of the raw cosine reaches this; null: never"
     ] = None
-    timestep_weight: Annotated[str, one_of(TIMESTEP_WEIGHTS), "weight of a sample by its t"] = "uniform"
-    bitc: Annotated[bool, "BiT-C: align the pooled token embedding too"] = False
+    timestep_weight: Annotated[str, one_of(TIMESTEP_WEIGHTS), "weight of a sample in the alignment loss by its t"] = (
+        "uniform"
+    )
+    bitc: Annotated[bool, "whether to align the pooled token embedding too (BiT-C)"] = False
     bitc_weights: Annotated[
         dict[str, Annotated[float, between(0, 1_000_000)]],
-        "{teacher: weight of its BiT-C term}; where not given 0.5 for a teacher named speech, 1 for others",
+        "weight of a teacher's BiT-C term; default: 0.5 for a teacher named speech, 1 for others",
     ] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -108,6 +142,14 @@ class AlignmentConfig(Section, name="alignment"):
             raise UserError(
                 f"alignment.timestep_weight: expected uniform with pooled {self.objective}, which compares samples "
                 f"with each other (alignment.objective, alignment.pool), got {self.timestep_weight!r}"
+            )
+        if self.weights != "share" and (self.layers or POLICIES[self.policy] != "scores"):
+            by = "alignment.layers" if self.layers else f"alignment.policy {self.policy}"
+            raise UserError(f"alignment.weights: expected share with {by}, without scores, got {self.weights}")
+        if self.weights == "by-time" and self.objective != "cosine" and self.pool is not None:
+            raise UserError(
+                f"alignment.weights: expected share or score with pooled {self.objective}, which compares samples with "
+                "each other (alignment.objective, alignment.pool), got by-time"
             )
         if self.layers and self.selection:
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")

@@ -23,28 +23,34 @@ class DataConfig(Section, name="data"):
     train: Annotated[
         tuple[Source, ...], AT_LEAST_ONE, 'manifests or folders (docs/data.md); "builtin": the built-in corpus'
     ] = ("builtin",)
-    valid: Annotated[tuple[Source, ...], "the same for validation; empty: valid_share of train is held out"] = ()
+    valid: Annotated[
+        tuple[Source, ...], "manifests or folders for validation; empty: valid_share of train is held out"
+    ] = ()
     valid_share: Annotated[float, inside(0, 1), "share of each domain's clips that is held out"] = 0.1
-    max_seconds: Annotated[float, between(0.001, 3600), "longer clips are cropped at random"] = 10.0
-    buckets: Annotated[int, between(1, 256), "batch lengths, evenly spaced up to max_seconds"] = 4
+    max_seconds: Annotated[float, between(0.001, 3600), "length of a crop; longer clips are cropped at random"] = 10.0
+    buckets: Annotated[int, between(1, 256), "number of batch lengths, evenly spaced up to max_seconds"] = 4
     frames_per_batch: Annotated[int, between(1, 262_144), "mel frames of a batch, padding included"] = 4096
     prompt_share: Annotated[
         tuple[Annotated[float, from_below(0, 1)], Annotated[float, from_below(0, 1)]],
         PROMPT_SHARE,
         "length of the reference as a share of the crop, drawn between the two",
     ] = (0.0, 0.5)
-    balance_domains: Annotated[bool, "draw every domain equally often"] = True
+    balance_domains: Annotated[bool, "whether every domain is drawn equally often"] = True
     vocabularies: Annotated[
         dict[Annotated[str, MODULE_NAME], Annotated[tuple[VocabularySize, ...], STREAMS]],
         AT_LEAST_ONE,
-        "{name: [size]}; [size, size] for two token streams",
+        "token vocabularies: {name: [size]}, or {name: [size, size]} for two token streams",
     ] = field(default_factory=lambda: {"text": (256,)})
-    vocabulary_of: Annotated[dict[Name, str], '{domain: vocabulary}; "text" for a domain that is not named'] = field(
-        default_factory=dict
+    vocabulary_of: Annotated[dict[Name, str], 'vocabulary of each domain; "text" for a domain that is not named'] = (
+        field(default_factory=dict)
     )
-    unreadable_share: Annotated[float, between(0, 1), "more unreadable files than this share stop the run"] = 0.05
-    allow_outside: Annotated[bool, "a manifest may name files outside its folder"] = False
-    workers: Annotated[int, between(0, 128), "processes that read ahead; 0: the training process reads"] = 0
+    unreadable_share: Annotated[
+        float, between(0, 1), "share of the clips that may be unreadable; more stop the run"
+    ] = 0.05
+    allow_outside: Annotated[bool, "whether a manifest may name files outside its folder"] = False
+    workers: Annotated[
+        int, between(0, 128), "processes that read clips ahead; 0: the training process reads them itself"
+    ] = 0
 
     def check(self) -> None:
         """Check the vocabularies against each other."""
@@ -65,5 +71,5 @@ class DataConfig(Section, name="data"):
 
 
 def plain(vocabularies: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
-    """As a user writes them."""
+    """The vocabularies as a user writes them."""
     return {name: list(streams) for name, streams in vocabularies.items()}

@@ -1,4 +1,4 @@
-"""A configuration from a preset or a YAML file, changed by `section.field=value`, and back to YAML."""
+"""Read a configuration from a preset or a YAML file, change it by `section.field=value`, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .run import RunConfig
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A preset's name or a YAML file, changed by `section.field=value` (values are YAML).
+    """The configuration of a preset or a YAML file, changed by `section.field=value` (values are YAML).
 
-    A YAML file may say `preset: NAME` to start from a preset; what it does not name keeps its default. The checks come
-    after all changes, so their order does not matter.
+    A YAML file may start from a preset with `preset: NAME`; fields that it does not name keep their defaults. Checks
+    that concern several fields run after all changes, so the order of the changes does not matter.
 
     Raises:
         UserError: an unknown preset, file, section or field, or a value that does not fit, by name.
@@ -81,7 +81,7 @@ def _change(override: str) -> dict[str, Any]:
 
 
 def _merge(section: Any, current: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
-    """Values of a section with some replaced: a section keeps the fields that are not named."""
+    """The values of a section with some of them replaced. Fields that are not named keep their values."""
     if not isinstance(changes, Mapping):
         build(section, changes, where)  # raises
     merged = dict(current)
@@ -138,7 +138,7 @@ def _dumper() -> type:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Also quotes the text that we, unlike YAML 1.1, would read as a number, such as 1e5."""
+        """Also quotes text that this reader, unlike YAML 1.1, would take for a number, such as 1e5."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

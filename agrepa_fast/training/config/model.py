@@ -16,11 +16,13 @@ class ModelConfig(Section, name="model"):
     depth: Annotated[int, between(1, 512), "blocks, each of attention and feed-forward"] = 12
     width: Annotated[int, between(2, 16_384), "channels of the residual stream; even, a multiple of heads"] = 384
     heads: Annotated[int, between(1, 1024), "attention heads"] = 6
-    ff_ratio: Annotated[int, between(1, 64), "inner width of the feed-forward over width"] = 4
-    dropout: Annotated[float, from_below(0, 1), "of attention weights and feed-forward, while training"] = 0.1
+    ff_ratio: Annotated[int, between(1, 64), "inner width of the feed-forward, as a multiple of width"] = 4
+    dropout: Annotated[float, from_below(0, 1), "dropout of attention weights and feed-forward while training"] = 0.1
     token_width: Annotated[int, between(1, 4096), "channels of the token embedding"] = 256
     attention: Annotated[
-        str, one_of(("sdpa", "xformers")), "xformers: valid frames alone, packed; for train.engine eager"
+        str,
+        one_of(("sdpa", "xformers")),
+        "sdpa: padded batches; xformers: packed, valid frames alone (a GPU, and train.engine eager)",
     ] = "sdpa"
 
     def check(self) -> None:
@@ -41,4 +43,6 @@ class FlowConfig(Section, name="flow"):
     guidance: Annotated[float, between(0, 100), "strength of classifier-free guidance; 1: none"] = 3.0
     method: Annotated[str, one_of(("euler", "midpoint")), "solver of the sampler"] = "euler"
     # Outside these bounds the grid of t would run backwards somewhere.
-    sway: Annotated[float, between(-1, 1.75), "sway of the sampler's grid: below 0 it lingers near noise"] = -1.0
+    sway: Annotated[
+        float, between(-1, 1.75), "sway of the sampler's grid of t: below 0 more of its points are near noise"
+    ] = -1.0

@@ -1,4 +1,4 @@
-"""Names that become parts of a run: of a folder, a file, a module of the network."""
+"""Names that become parts of a run: folders, files, modules of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _names_a_module(name: str) -> bool:
 
 
 def _names_a_folder(name: str) -> bool:
-    # 255 bytes is the most that file systems take; some are left for what is appended.
+    # File systems take names of up to 255 bytes; suffixes need some of them.
     whole = name == name.strip() and "/" not in name and "\\" not in name
     return whole and name not in (".", "..") and len(name.encode(errors="replace")) <= 200
 

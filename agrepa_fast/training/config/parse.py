@@ -1,7 +1,7 @@
-"""YAML text to plain values: dicts, lists, quoted text as str, everything else as `Plain`, typed by its field.
+"""YAML text to plain values: dicts, lists, quoted text as str, and other scalars as `Plain`, which the field converts.
 
-Differs from YAML 1.1 where that surprises: a date or `no` stays the text it was where text is expected, and a key that
-occurs twice is an error. What could exhaust the machine is refused: huge files, deep nesting, aliases of aliases.
+It differs from YAML 1.1 where that surprises: a date or `no` stays text where text is expected, and a key that occurs
+twice is an error. Input that could exhaust the machine is refused: huge files, deep nesting, aliases of aliases.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, source: str, *, is_file: bool = True) -> Any:
-    """The value of a YAML text. `source` begins the messages: a file, or a field on the command line.
+    """The value of a YAML text. Messages begin with `source`: a file, or a field on the command line.
 
     Raises:
-        UserError: not YAML, a key that occurs twice, a tag, or too much of anything; names the line of a file.
+        UserError: no YAML, a key that occurs twice, a tag, or more than is allowed; with the line of a file.
     """
     import_yaml()
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without a guess at the type of unquoted scalars."""
+        """Leaves the type of unquoted scalars open."""
 
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     try:
-        # Composing is recursive, events are not: too deep a nesting is found before it.
+        # Events are read without recursion, so that a nesting too deep for composing is found first.
         depth = 0
         for event in yaml.parse(text, Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -80,7 +80,7 @@ class _Values:
         self.nodes = 0
 
     def of(self, node: Any, depth: int = 0) -> Any:
-        """The value of a node. An alias is the same node again, and may hold itself: depth and number are limited."""
+        """The value of a node. Depth and number of nodes are limited, because an alias may hold itself."""
         self.nodes += 1
         if depth > DEEPEST:
             self.refuse(node, f"nested too deeply, at most {DEEPEST} levels are read")
@@ -107,7 +107,7 @@ class _Values:
                 for item in value if isinstance(value, list) else [value]:
                     if not isinstance(item, dict):
                         self.refuse(value_node, "<< takes a mapping, or a list of mappings")
-                    merged = item | merged  # of several the first one wins
+                    merged = item | merged  # the first of several mappings wins
                 continue
             if key in values:
                 self.refuse(key_node, f"the key {shown(key)} occurs twice; keep one")

@@ -1,4 +1,4 @@
-"""The presets of a run, by name: demo, small, base, paper."""
+"""The presets of a run by name: demo, small, base, paper."""
 
 from __future__ import annotations
 

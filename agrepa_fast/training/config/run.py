@@ -1,4 +1,4 @@
-"""The whole configuration of a run, and what its sections decide together."""
+"""The whole configuration of a run, and the checks that concern several sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .data import DataConfig
 from .model import FlowConfig, ModelConfig
 from .train import OptimizerConfig, TrainConfig
 
-MOST_FRAMES = 16_384  # of a crop
+MOST_FRAMES = 16_384  # longest crop
 MOST_PARAMETERS = 10_000_000_000
 
 
@@ -69,9 +69,9 @@ class RunConfig(Section, name=""):
                 f"got {seconds:g}"
             )
         if self.max_frames > MOST_FRAMES:
-            most = math.floor(MOST_FRAMES / mel.frame_rate * 1e4) / 1e4
+            limit = math.floor(MOST_FRAMES / mel.frame_rate * 1e4) / 1e4
             raise UserError(
-                f"data.max_seconds: expected at most {most} ({MOST_FRAMES:,} frames of {grid}), got {seconds:g}"
+                f"data.max_seconds: expected at most {limit} ({MOST_FRAMES:,} frames of {grid}), got {seconds:g}"
             )
 
     def _check_alignment(self) -> None:

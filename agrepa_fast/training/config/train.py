@@ -22,41 +22,51 @@ class OptimizerConfig(Section, name="optimizer"):
     lr: Annotated[float, more_than(0, 1e30), "peak of the learning rate"] = 1e-4
     initial_lr: Annotated[float, between(0, 1e30), "learning rate at the first step"] = 1e-5
     final_lr: Annotated[float, between(0, 1e30), "learning rate at the last step"] = 1e-7
-    warmup_share: Annotated[float, inside(0, 1), "share of the steps up to the peak"] = 0.1
-    weight_decay: Annotated[float, between(0, 1000), "on matrices; not on biases, norms and embeddings"] = 0.1
-    betas: Annotated[tuple[Beta, Beta], "decay of AdamW's two moments"] = (0.9, 0.999)
-    clip: Annotated[float, more_than(0, 1e30), "longest gradient; a longer one is scaled down to it"] = 1.0
-    ema_decay: Annotated[float, from_below(0, 1), "of the moving average of the weights"] = 0.9999
+    warmup_share: Annotated[float, inside(0, 1), "share of train.steps up to the peak of the learning rate"] = 0.1
+    weight_decay: Annotated[
+        float, between(0, 1000), "AdamW's weight decay of matrices; biases, norms and embeddings have none"
+    ] = 0.1
+    betas: Annotated[tuple[Beta, Beta], "decays of AdamW's two moments"] = (0.9, 0.999)
+    clip: Annotated[float, more_than(0, 1e30), "largest norm of the gradient; a larger one is scaled down"] = 1.0
+    ema_decay: Annotated[float, from_below(0, 1), "decay of the moving average of the weights"] = 0.9999
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):
     """Length of the run and what it writes."""
 
-    imports: Annotated[tuple[Annotated[str, MODULE], ...], "modules to import first; they may register teachers"] = ()
+    imports: Annotated[
+        tuple[Annotated[str, MODULE], ...], "Python modules to import first; they may register teachers"
+    ] = ()
     steps: Annotated[int, COUNT, "optimizer steps of the whole run"] = 500_000
-    seed: Annotated[int, between(0, 2**32 - 1), "of everything random"] = 0
-    device: Annotated[str, DEVICE, "auto: CUDA where there is one"] = "auto"
-    precision: Annotated[str, one_of(("auto", "fp32", "bf16")), "auto: bf16 on CUDA, fp32 elsewhere"] = "auto"
-    engine: Annotated[str, one_of(ENGINES), "how a step runs; graph: CUDA graphs; auto: what the device allows"] = (
-        "auto"
-    )
-    accumulate: Annotated[int, between(1, 10_000), "batches a step, their gradients averaged"] = 1
-    recompute: Annotated[bool, "activation checkpointing: less memory, a third more work"] = False
-    max_skipped: Annotated[int, COUNT, "steps in a row with gradients that are not finite, before the run stops"] = 20
+    seed: Annotated[int, between(0, 2**32 - 1), "seed of all random numbers"] = 0
+    device: Annotated[str, DEVICE, "device of the run; auto: CUDA where there is one"] = "auto"
+    precision: Annotated[
+        str, one_of(("auto", "fp32", "bf16")), "precision of forward and backward; auto: bf16 on CUDA, fp32 elsewhere"
+    ] = "auto"
+    engine: Annotated[
+        str, one_of(ENGINES), "how a step runs (docs/training.md); auto: the fastest that the device allows"
+    ] = "auto"
+    accumulate: Annotated[int, between(1, 10_000), "batches for each step; their gradients are averaged"] = 1
+    recompute: Annotated[bool, "activation checkpointing: less memory for about a third more work"] = False
+    max_skipped: Annotated[
+        int, COUNT, "the run stops after so many steps in a row with gradients that are not finite"
+    ] = 20
     diagnose_every: Annotated[int, STEPS, "steps between measurements of the losses' gradient cosine; 0: never"] = 0
-    threads: Annotated[int, between(0, 512), "CPU threads; 0: torch's choice"] = 0
-    out: Annotated[str, NOT_EMPTY, "folder of all runs"] = "runs"
-    name: Annotated[str, FOLDER_NAME, "folder of the run inside out; empty: the preset's or file's name"] = ""
+    threads: Annotated[int, between(0, 512), "number of CPU threads; 0: torch's choice"] = 0
+    out: Annotated[str, NOT_EMPTY, "folder that holds the folders of all runs"] = "runs"
+    name: Annotated[
+        str, FOLDER_NAME, "folder of this run in train.out; empty: the name of the preset or of the file"
+    ] = ""
     log_every: Annotated[int, COUNT, "steps between lines of the log"] = 50
     valid_every: Annotated[int, COUNT, "steps between validations"] = 2000
-    valid_samples: Annotated[int, between(1, 1_000_000), "held-out clips to validate on"] = 64
+    valid_samples: Annotated[int, between(1, 1_000_000), "number of held-out clips to validate on"] = 64
     checkpoint_every: Annotated[int, COUNT, "steps between checkpoints"] = 5000
-    keep: Annotated[int, between(1, 1_000_000), "checkpoints to keep"] = 3
-    sample_every: Annotated[int, STEPS, "steps between samples; 0: only at the end"] = 0
-    samples: Annotated[int, between(0, 256), "clips to generate"] = 4
+    keep: Annotated[int, between(1, 1_000_000), "number of newest checkpoints to keep"] = 3
+    sample_every: Annotated[int, STEPS, "steps between generated samples; 0: only at the end"] = 0
+    samples: Annotated[int, between(0, 256), "number of clips to generate"] = 4
     vocoder: Annotated[
-        str, NOT_EMPTY, "griffin-lim, a Vocos folder or name, or auto (Vocos when installed and fitting)"
+        str, NOT_EMPTY, "griffin-lim, a Vocos folder or name, or auto: Vocos if it is installed and fits the mel"
     ] = "auto"
-    tensorboard: Annotated[bool, "write TensorBoard events"] = False
-    wandb: Annotated[str, "a Weights & Biases project"] = ""
+    tensorboard: Annotated[bool, "whether to write TensorBoard events"] = False
+    wandb: Annotated[str, "project of Weights & Biases to log to; empty: none"] = ""

@@ -1,7 +1,7 @@
 """Inputs, fp64 oracles and error bounds of the kernel tests; every uninitialised output starts as nan.
 
-Two bounds per tensor, against the exact result in float64: the largest error is at most twice that of the same
-expression in plain PyTorch in the same dtype, and the error's RMS over the exact RMS stays below RMS_BOUND.
+Two bounds per tensor, against `agrepa_fast.reference` in float64: the largest error is at most twice that of the plain
+PyTorch expression in the same dtype, and the error's RMS over the exact RMS stays below RMS_BOUND.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agrepa_fast import kernels, ops, reference
+from agrepa_fast.kernels import residual_backward  # noqa: F401 (attributes of `kernels`)
+from agrepa_fast.kernels.launch import LaunchConfig
+from agrepa_fast.reference import pooling, residual  # noqa: F401 (attributes of `reference`)
+
 EPS = 1e-6
+# Which modulation has a row for each token.
+PER_TOKEN = ("gate, shift, scale", "gate", "shift, scale", "shift", "scale, gate")
 # The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RMS_BOUND = {
@@ -45,6 +52,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def small_launches(monkeypatch):
+    """Several programs per sequence and several tiles per program, also for a few frames."""
+    config = LaunchConfig(block_t=4, num_warps=1, programs=6)
+    for module in (kernels.residual, kernels.residual_backward):
+        monkeypatch.setattr(module, "configuration", lambda *_: config)
+
+
 @pytest.fixture(scope="session")
 def bench() -> types.ModuleType:
     """This file: test files cannot import one another."""
@@ -62,6 +77,8 @@ class Case:
     scale: Tensor
     stream_scale: Tensor | None = None
     sample_index: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     norm: str = "layer"
 
     def floating(self) -> dict[str, Tensor]:
@@ -89,9 +106,13 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     modulation: torch.dtype | None = None,
     norm: str = "layer",
+    per_token: str = "",
+    affine: bool = False,
     seed: int = 0,
 ) -> Case:
-    """Random arguments with an offset, so that the mean matters; modulation as the chunks of one tensor."""
+    """Random arguments with an offset, so that the mean matters; modulation as the chunks of one tensor.
+
+    `per_token` names the modulation that has a row for each token ("gate, shift, scale")."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -100,7 +121,13 @@ def make_case(
     index = None
     if samples is not None:
         index = torch.randint(0, samples, (sequences,), generator=generator).to(device)
-    gate, shift, scale = randn(samples or sequences, 3 * width, dtype=modulation or dtype).chunk(3, dim=1)
+    rows = samples or sequences
+    chunks = randn(rows, 3 * width, dtype=modulation or dtype).chunk(3, dim=1)
+    if per_token:
+        by_token = randn(rows, frames, 3 * width, dtype=modulation or dtype).chunk(3, dim=2)
+        names = ("gate", "shift", "scale")
+        chunks = [by_token[i] if name in per_token else chunks[i] for i, name in enumerate(names)]
+    gate, shift, scale = chunks
     # One stream out, one half, one doubled and reversed, the rest in.
     s = torch.tensor(([1.0, 0.0, 0.5, -2.0] * sequences)[:sequences]).to(device, modulation or dtype)
     return Case(
@@ -111,15 +138,18 @@ def make_case(
         scale=scale,
         stream_scale=s if streams else None,
         sample_index=index,
+        weight=randn(width, dtype=modulation or dtype) if affine else None,
+        bias=randn(width, dtype=modulation or dtype) if affine else None,
         norm=norm,
     )
 
 
 def plain(case: Case, op: str) -> tuple[Tensor, ...]:
-    """An op as one would write it in PyTorch, every step in the tensors' own dtype."""
+    """An op as one would write it in PyTorch, every step in the tensors' own dtype: what errors are compared with."""
 
     def rows(modulation: Tensor) -> Tensor:
-        return (modulation if case.sample_index is None else modulation[case.sample_index])[:, None]
+        modulation = modulation if case.sample_index is None else modulation[case.sample_index]
+        return modulation if modulation.dim() == 3 else modulation[:, None]
 
     x = case.x
     if op != "layer_norm_modulate":
@@ -133,30 +163,42 @@ def plain(case: Case, op: str) -> tuple[Tensor, ...]:
             return (x,)
     width = x.shape[-1:]
     normed = F.layer_norm(x, width, eps=EPS) if case.norm == "layer" else F.rms_norm(x, width, eps=EPS)
+    normed = normed if case.weight is None else normed * case.weight
+    normed = normed if case.bias is None else normed + case.bias
     h = normed * (1 + rows(case.scale)) + rows(case.shift)
     return (x, h) if op == "gated_residual_norm" else (h,)
 
 
-def fused(case: Case, op: str, join: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The same through the public op; `join` for the two that have a branch."""
-    from agrepa_fast import ops
+def call(module: types.ModuleType, case: Case, op: str, join: Tensor | None = None) -> tuple[Tensor, ...]:
+    """An op of `agrepa_fast.ops` or of the reference; `join` for the two that have a branch."""
+    branch = {"stream_scale": case.stream_scale, "join": join}
+    norm = {"norm": case.norm, "eps": EPS, "weight": case.weight, "bias": case.bias}
+    arguments = {
+        "gated_residual_norm": ((case.x, case.branch, case.gate, case.shift, case.scale), branch | norm),
+        "layer_norm_modulate": ((case.x, case.shift, case.scale), norm),
+        "gated_residual": ((case.x, case.branch, case.gate), branch),
+    }
+    tensors, options = arguments[op]
+    found = getattr(module, op)(*tensors, sample_index=case.sample_index, **options)
+    return found if isinstance(found, tuple) else (found,)
 
-    shared = {"sample_index": case.sample_index}
-    if op == "gated_residual":
-        return (
-            ops.gated_residual(case.x, case.branch, case.gate, stream_scale=case.stream_scale, join=join, **shared),
-        )
-    shared |= {"norm": case.norm, "eps": EPS}
-    if op == "layer_norm_modulate":
-        return (ops.layer_norm_modulate(case.x, case.shift, case.scale, **shared),)
-    return ops.gated_residual_norm(
-        case.x, case.branch, case.gate, case.shift, case.scale, stream_scale=case.stream_scale, join=join, **shared
-    )
+
+def fused(case: Case, op: str, join: Tensor | None = None) -> tuple[Tensor, ...]:
+    """An op as users call it."""
+    return call(ops, case, op, join)
+
+
+def oracle(case: Case, op: str) -> tuple[Tensor, ...]:
+    """The op's reference."""
+    return call(reference.residual, case, op)
 
 
 def used(case: Case, op: str) -> list[str]:
     """The differentiable arguments of an op."""
-    unused = {"layer_norm_modulate": ("branch", "gate", "stream_scale"), "gated_residual": ("shift", "scale")}
+    unused = {
+        "layer_norm_modulate": ("branch", "gate", "stream_scale"),
+        "gated_residual": ("shift", "scale", "weight", "bias"),
+    }
     return [name for name in case.floating() if name not in unused.get(op, ())]
 
 
@@ -177,11 +219,12 @@ def check(case: Case, op: str, run=fused, seed: int = 1) -> None:
     for name in used(case, op):
         getattr(case, name).requires_grad_()
     found = results(case, op, run, output_grads)
-    exact = results(case.to(torch.float64), op, plain, output_grads)
+    exact = results(case.to(torch.float64), op, oracle, output_grads)
     same = results(case.to(case.x.dtype), op, plain, output_grads)
     for name, value in found.items():
         if value.numel():
-            close(name, value, exact[name], same[name], case.x.dtype, _terms(case, name))
+            size = _uncancelled(case, exact) if name == "dstream_scale" else 0.0
+            close(name, value, exact[name], same[name], case.x.dtype, _terms(case, name), size)
 
 
 def check_join(case: Case, op: str, own: int, join: Tensor | None = None) -> None:
@@ -189,7 +232,7 @@ def check_join(case: Case, op: str, own: int, join: Tensor | None = None) -> Non
     another way) against float64, where they stand in x; with the file's bounds."""
     found = fused(dataclasses.replace(case, x=case.x[:own]), op, case.x[own:] if join is None else join)
     with torch.no_grad():
-        exact, same = (plain(case.to(dtype), op) for dtype in (torch.float64, case.x.dtype))
+        exact, same = oracle(case.to(torch.float64), op), plain(case.to(case.x.dtype), op)
     for i, value in enumerate(found):
         close(f"output {i}", value, exact[i], same[i], case.x.dtype)
 
@@ -211,6 +254,7 @@ def plain_delta(v: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
 def check_pooling(fused, x: Tensor, mask: Tensor | None) -> None:
     """Outputs and gradient of `masked_mean` or `velocity_delta` against float64; masked frames hold nan."""
     plain = plain_delta if x.dim() == 4 else plain_mean
+    oracle = getattr(reference.pooling, "velocity_delta" if x.dim() == 4 else "masked_mean")
     if mask is not None:
         x = torch.where(mask[..., None], x, float("nan"))
     x = x.requires_grad_()
@@ -228,7 +272,7 @@ def check_pooling(fused, x: Tensor, mask: Tensor | None) -> None:
 
     found = run(fused, x, mask)
     host = None if mask is None else mask.cpu()
-    exact = run(plain, x.detach().cpu().double().requires_grad_(), host)
+    exact = run(oracle, x.detach().cpu().double().requires_grad_(), host)
     same = run(plain, x.detach().cpu().requires_grad_(), host)
     terms = x.shape[-2]
     for i, (value, e, s) in enumerate(zip(found, exact, same)):
@@ -237,17 +281,30 @@ def check_pooling(fused, x: Tensor, mask: Tensor | None) -> None:
 
 def _terms(case: Case, name: str) -> int:
     """How many rows a value sums."""
-    if name in ("dgate", "dshift", "dscale"):
+    if name in ("dgate", "dshift", "dscale", "dweight", "dbias"):
         return case.x.shape[0] * case.x.shape[1]
     return case.x[0].numel() if name == "dstream_scale" else 1
 
 
-def close(name: str, value: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, terms: int = 1) -> None:
-    """The two bounds in a dtype; `terms` is how many values of the same size each element sums."""
+def _uncancelled(case: Case, exact: dict[str, Tensor]) -> float:
+    """How large ds would be if its terms, the gate times branch times dx, were of random signs.
+
+    It is one number for each stream, and its terms may cancel; their rounding stays."""
+    active = case.branch.shape[0]
+    s = case.stream_scale[:active, None, None].detach().cpu().double()
+    terms = torch.where(s == 0, 0.0, exact["dbranch"] * case.branch.detach().cpu().double() / s)
+    return (terms.square().sum() / case.x.shape[0]).sqrt().item()
+
+
+def close(
+    name: str, value: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, terms: int = 1, size: float = 0.0
+) -> None:
+    """The two bounds in a dtype; `terms` is how many values of the same size each element sums, `size` the least RMS
+    that errors are compared with."""
     value, same = value.detach().cpu().double(), same.detach().cpu().double()
     assert value.shape == exact.shape, name
     assert value.isfinite().all(), f"{name}: not written, or not finite"
-    scale = exact.square().mean().sqrt().item() + 1e-30
+    scale = max(exact.square().mean().sqrt().item(), size) + 1e-30
     error, allowed = (value - exact).abs().max().item(), 2 * (same - exact).abs().max().item()
     slack = 4 * torch.finfo(dtype).eps * exact.abs().max().item() * terms**0.5
     assert error <= allowed + slack, f"{name}: error {error:.3g}, plain PyTorch in {dtype} {allowed / 2:.3g}"

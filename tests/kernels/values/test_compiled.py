@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,11 +11,21 @@ from agrepa_fast import ops
 from agrepa_fast.ops import pooling, residual
 
 
-def arguments(bench, device, op):
-    case = bench.make_case(device, 12, frames=3)
+def arguments(bench, device, op, **how):
+    case = bench.make_case(device, 12, frames=3, **how)
     for name in bench.used(case, op):
         getattr(case, name).requires_grad_()
     return case
+
+
+def inputs(c, s=None, index=None, join=None, norm="layer", op="gated_residual_norm"):
+    """Arguments of a registered op of the residual stream."""
+    branch, modulation = (c.branch, c.gate), (c.shift, c.scale, c.weight, c.bias)
+    if op == "layer_norm_modulate":
+        branch = (None, None)
+    if op == "gated_residual":
+        modulation = (None,) * 4
+    return (c.x, *branch, *modulation, s, index, join, 1e-6, norm)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -21,15 +33,17 @@ def arguments(bench, device, op):
 def test_opcheck_gated_residual_norm(bench, device, rms, streams) -> None:
     c = arguments(bench, device, "gated_residual_norm")
     s, index = (c.stream_scale, c.sample_index) if streams else (None, c.sample_index.int())
-    torch.library.opcheck(
-        residual.GATED_RESIDUAL_NORM.registered, (c.x, c.branch, c.gate, c.shift, c.scale, s, index, 1e-6, rms)
-    )
+    torch.library.opcheck(residual.GATED_RESIDUAL_NORM.registered, inputs(c, s, index, norm="rms" if rms else "layer"))
 
 
 def test_opcheck_the_other_ops(bench, device) -> None:
     c = arguments(bench, device, "gated_residual_norm")
-    torch.library.opcheck(residual.LAYER_NORM_MODULATE.registered, (c.x, c.shift, c.scale, c.sample_index, 1e-6, False))
-    torch.library.opcheck(residual.GATED_RESIDUAL.registered, (c.x, c.branch, c.gate, c.stream_scale, c.sample_index))
+    torch.library.opcheck(
+        residual.LAYER_NORM_MODULATE.registered, inputs(c, None, c.sample_index, op="layer_norm_modulate")
+    )
+    torch.library.opcheck(
+        residual.GATED_RESIDUAL.registered, inputs(c, c.stream_scale, c.sample_index, op="gated_residual")
+    )
     mask = torch.tensor([[True, True, False], [True, False, False], [True] * 3], device=device)
     torch.library.opcheck(pooling.MASKED_MEAN.registered, (c.x, mask))
     torch.library.opcheck(pooling.MASKED_MEAN.registered, (c.x, None))
@@ -42,11 +56,21 @@ def test_opcheck_joining_sequences(bench, device) -> None:
     """Forward only, so on tensors without gradients."""
     c = bench.make_case(device, 12, frames=3, sequences=4, active=2)
     x, join = c.x[:2], c.x[2:]
-    norm = (x, c.branch, c.gate, c.shift, c.scale, c.stream_scale, c.sample_index)
-    for rms in (False, True):
-        torch.library.opcheck(residual.GATED_RESIDUAL_NORM.registered, (*norm, 1e-6, rms, join))
+    for norm in ("layer", "rms"):
+        values = inputs(dataclasses.replace(c, x=x), c.stream_scale, c.sample_index, join, norm)
+        torch.library.opcheck(residual.GATED_RESIDUAL_NORM.registered, values)
+    values = inputs(dataclasses.replace(c, x=x), c.stream_scale, c.sample_index, join, op="gated_residual")
+    torch.library.opcheck(residual.GATED_RESIDUAL.registered, values)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck_per_token_and_affine(bench, device, affine) -> None:
+    c = bench.make_case(device, 12, frames=3, per_token="gate, shift, scale", affine=affine)
+    for name in bench.used(c, "gated_residual_norm"):
+        getattr(c, name).requires_grad_()
+    torch.library.opcheck(residual.GATED_RESIDUAL_NORM.registered, inputs(c, c.stream_scale, c.sample_index))
     torch.library.opcheck(
-        residual.GATED_RESIDUAL.registered, (x, c.branch, c.gate, c.stream_scale, c.sample_index, join)
+        residual.LAYER_NORM_MODULATE.registered, inputs(c, None, c.sample_index, op="layer_norm_modulate")
     )
 
 
@@ -68,20 +92,17 @@ def test_compiled_equals_eager_where_sequences_join(bench, device) -> None:
 def test_opcheck_gradient_ops(bench, device) -> None:
     """The gradient ops on their own: schema and fake outputs (they have no gradient themselves)."""
     c = bench.make_case(device, 12, frames=3)
-    grad, (x_new, _, mean, rstd) = (
-        torch.randn_like(c.x),
-        residual.GATED_RESIDUAL_NORM.run(
-            c.x, c.branch, c.gate, c.shift, c.scale, c.stream_scale, c.sample_index, 1e-6, False
-        ),
-    )
+    grad = torch.randn_like(c.x)
+    x_new, _, mean, rstd = residual.GATED_RESIDUAL_NORM.run(*inputs(c, c.stream_scale, c.sample_index))
     tests = ("test_schema", "test_faketensor")
+    branch, streams, statistics = (c.branch, c.gate), (c.stream_scale, c.sample_index), (mean, rstd, "layer")
+    backward = residual.RESIDUAL_BACKWARD
+    affine = torch.randn(2, 12, device=device).unbind()
     for op, args in (
-        (
-            residual.GATED_RESIDUAL_NORM_BACKWARD,
-            (grad, grad, x_new, c.branch, c.gate, c.scale, c.stream_scale, c.sample_index, mean, rstd, False),
-        ),
-        (residual.LAYER_NORM_MODULATE_BACKWARD, (grad, x_new, c.scale, c.sample_index, mean, rstd, False)),
-        (residual.GATED_RESIDUAL_BACKWARD, (grad, c.branch, c.gate, c.stream_scale, c.sample_index)),
+        (backward, (grad, grad, x_new, *branch, c.scale, None, None, *streams, *statistics)),
+        (backward, (grad, grad, x_new, *branch, c.scale, *affine, *streams, *statistics)),
+        (backward, (grad, None, x_new, None, None, c.scale, None, None, None, c.sample_index, *statistics)),
+        (backward, (None, grad, None, *branch, None, None, None, *streams, None, None, "layer")),
         (pooling.MASKED_MEAN_BACKWARD, (grad[:, 0], None, grad.new_full((3,), 3.0), 3)),
         (
             pooling.VELOCITY_DELTA_BACKWARD,
@@ -100,9 +121,10 @@ def chain(x, branch, gate, shift, scale, s, index, mask):
     return ops.masked_mean(x, mask), change, energy
 
 
+@pytest.mark.parametrize("per_token", ["", "gate, shift, scale"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_equals_eager(bench, device, backend) -> None:
-    c = arguments(bench, device, "gated_residual_norm")
+def test_compiled_equals_eager(bench, device, backend, per_token) -> None:
+    c = arguments(bench, device, "gated_residual_norm", per_token=per_token)
     mask = torch.tensor([[True, True, False], [True, False, False], [True] * 3], device=device)
     leaves = [c.x, c.branch, c.gate, c.shift, c.scale, c.stream_scale]
     torch._dynamo.reset()

@@ -9,21 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from agrepa_fast import ops
-from agrepa_fast.kernels import launch
 from agrepa_fast.kernels import residual as kernels
+from agrepa_fast.reference import residual as reference
 
 OPS = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture
-def small_launches(monkeypatch):
-    """Several programs per sequence and several tiles per program, also for a few frames."""
-    config = launch.LaunchConfig(block_t=4, num_warps=1, programs=6)
-    monkeypatch.setattr(kernels, "configuration", lambda *_: config)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -161,7 +153,7 @@ def test_expanded_gradients(bench, device) -> None:
         getattr(case, name).requires_grad_()
     expected = case.to(torch.float64)
     sum(o.sum() for o in bench.fused(case, OPS[0])).backward()
-    sum(o.sum() for o in bench.plain(expected, OPS[0])).backward()
+    sum(o.sum() for o in bench.oracle(expected, OPS[0])).backward()
     for name in bench.used(case, OPS[0]):
         grad = getattr(case, name).grad.cpu().double()
         torch.testing.assert_close(grad, getattr(expected, name).grad, rtol=1e-4, atol=1e-4)
@@ -182,7 +174,7 @@ def test_gradient_of_one_output(bench, device, output) -> None:
             [getattr(c, name) for name in names],
             allow_unused=True,
         )
-        for run, c in ((bench.fused, case), (bench.plain, expected))
+        for run, c in ((bench.fused, case), (bench.oracle, expected))
     )
     for name, grad, wanted in zip(names, grads, exact):
         assert (grad is None) == (wanted is None), name
@@ -221,8 +213,8 @@ def test_offsets_beyond_32_bits(device) -> None:
     x.copy_(torch.randn(2, 2, width))
     m = torch.randn(2, width)
     torch.testing.assert_close(
-        kernels.forward(x, x, m, m, m, None, None, 1e-6, False)[0],
-        kernels.forward(x.clone(), x.clone(), m, m, m, None, None, 1e-6, False)[0],
+        kernels.forward(x, x, m, m, m, *[None] * 5, 1e-6, "layer")[0],
+        kernels.forward(x.clone(), x.clone(), m, m, m, *[None] * 5, 1e-6, "layer")[0],
         rtol=0,
         atol=0,
     )
@@ -252,17 +244,18 @@ def test_rows_whose_mean_is_large(bench, device, width, norm, dtype, mean, devia
     inputs = [value.to(device, dtype) for value in inputs]
     upstream = [torch.randn(2, 5, width, generator=generator).to(device, dtype) for _ in range(2)]
 
-    def plain(x, branch, gate, shift, scale):
-        x = x + gate.unsqueeze(1) * branch
-        normed = F.layer_norm(x, (width,), eps=bench.EPS) if norm == "layer" else F.rms_norm(x, (width,), eps=bench.EPS)
-        return x, normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    def plain(*leaves):
+        return bench.plain(bench.Case(*leaves, norm=norm), OPS[0])
+
+    def oracle(*leaves):
+        return bench.oracle(bench.Case(*leaves, norm=norm), OPS[0])
 
     def results(function, dtype):
         leaves = [value.to(dtype).requires_grad_() for value in inputs]
         outputs = function(*leaves)
         return [*outputs, *torch.autograd.grad(outputs, leaves, [value.to(dtype) for value in upstream])]
 
-    exact = results(plain, torch.float64)
+    exact = results(oracle, torch.float64)
     ours = results(lambda *leaves: ops.gated_residual_norm(*leaves, eps=bench.EPS, norm=norm), dtype)
     # The interpreter cuts bfloat16 off where a GPU rounds: twice the error.
     allowed = 4 if bench.INTERPRETED and dtype == torch.bfloat16 else 2
@@ -305,20 +298,34 @@ def test_the_same_bits_every_time(bench, device, small_launches) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_gradcheck(bench, device) -> None:
+@pytest.mark.parametrize("per_token", ["", "gate, scale"])
+def test_gradcheck(bench, device, per_token) -> None:
     """Finite differences in float64, all gradients of all ops at once; streams between 0 and 1 and below 0."""
-    case = bench.make_case(device, 5, sequences=2, frames=2, samples=1, streams=False, dtype=torch.float64)
+    case = bench.make_case(
+        device,
+        5,
+        sequences=2,
+        frames=2,
+        samples=1,
+        streams=False,
+        dtype=torch.float64,
+        per_token=per_token,
+        affine=True,
+    )
     s = torch.tensor([0.7, -1.3], device=device, dtype=torch.float64)
 
-    def chain(x, branch, gate, shift, scale, s):
-        c = dataclasses.replace(case, x=x, branch=branch, gate=gate, shift=shift, scale=scale, stream_scale=s)
+    names = ("x", "branch", "gate", "shift", "scale", "weight", "bias", "stream_scale")
+
+    def chain(*values):
+        c = dataclasses.replace(case, **dict(zip(names, values)))
         x_new, c.x = bench.fused(c, OPS[0])
         c.norm = "rms"
         c.branch = bench.fused(c, OPS[1])[0]
         c.x, c.branch = bench.fused(c, OPS[0])
         return x_new, bench.fused(c, OPS[2])[0]
 
-    inputs = [v.clone().requires_grad_() for v in (case.x, case.branch, case.gate, case.shift, case.scale, s)]
+    case.stream_scale = s
+    inputs = [getattr(case, name).clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(chain, inputs, fast_mode=True)
 
 
@@ -344,6 +351,8 @@ def test_any_shape(bench, device, data) -> None:
         dtype=dtype,
         modulation=data.draw(st.sampled_from([None, torch.float32]), "modulation") if dtype.itemsize == 2 else None,
         norm=data.draw(st.sampled_from(["layer", "rms"]), "norm"),
+        per_token=data.draw(st.sampled_from(["", *bench.PER_TOKEN]), "per token"),
+        affine=data.draw(st.booleans(), "affine"),
         seed=data.draw(st.integers(0, 99), "seed"),
     )
     strides = data.draw(st.sampled_from(["rows", "every second", "expanded", "as it is"]), "strides")
@@ -368,7 +377,6 @@ def test_wider_than_the_tables_falls_back(bench, device) -> None:
     """No kernel for such rows: `auto` takes the reference, the kernel itself refuses."""
     x = torch.randn(1, 1, 8193, device=device)
     m = torch.randn(1, 8193, device=device)
-    expected = torch.nn.functional.layer_norm(x, (8193,), eps=1e-6) * (1 + m) + m
-    torch.testing.assert_close(ops.layer_norm_modulate(x, m, m), expected)
+    torch.testing.assert_close(ops.layer_norm_modulate(x, m, m), reference.layer_norm_modulate(x, m, m))
     with pytest.raises(ValueError, match="8193"):
-        kernels.forward(x, None, None, m, m, None, None, 1e-6, False)
+        kernels.forward(x, None, None, m, m, *[None] * 5, 1e-6, "layer")

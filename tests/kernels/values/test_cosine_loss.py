@@ -1,4 +1,6 @@
-"""The cosine kernel through the public ops against float64: losses, gradients, masks, int8 targets, mutants."""
+"""`cosine_loss` and `projection_cosine_loss` with their kernel against the reference in float64.
+
+Losses, gradients, masks, int8 targets, mutants."""
 
 from __future__ import annotations
 
@@ -11,14 +13,19 @@ from torch.nn import functional as F
 
 from agrepa_fast import ops
 from agrepa_fast.kernels import cosine as kernels
+from agrepa_fast.reference import cosine as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plain(y, target, row_weight=None):
-    """As one would write it, every step in the tensors' own dtype."""
+    """As one would write it, every step in the tensors' own dtype: what errors are compared with."""
     rows = 1 - (y * target).sum(-1) / ((y.square().sum(-1) + 1e-8).sqrt() * (target.square().sum(-1) + 1e-8).sqrt())
     return rows if row_weight is None else torch.where(row_weight != 0, rows * row_weight.to(rows.dtype), 0)
+
+
+def oracle(y, target, **how):
+    return reference.cosine_loss(y, target, reduction="none", **how)
 
 
 def check(bench, device, dtype, rows, width, weighted=True, **how):
@@ -36,12 +43,13 @@ def check(bench, device, dtype, rows, width, weighted=True, **how):
     rows_found = ops.cosine_loss(y, z, sample_weight=given, reduction="none", **how)
     found = [rows_found, *torch.autograd.grad(rows_found, y, g.to(rows_found))]
 
-    def by_plain(to):
+    def results(function, to):
         x = torch.nan_to_num(y.detach().cpu().to(to), nan=1.0).requires_grad_()
-        value = plain(x, z.cpu().to(to), row_weight)
+        value = function(x, z.cpu().to(to), row_weight)
         return [value, *torch.autograd.grad(value, x, g.cpu().to(value))]
 
-    for name, value, exact, same in zip(("loss", "dy"), found, by_plain(torch.float64), by_plain(dtype)):
+    exact_values = results(lambda x, z, w: oracle(x, z, sample_weight=w), torch.float64)
+    for name, value, exact, same in zip(("loss", "dy"), found, exact_values, results(plain, dtype)):
         bench.close(name, value, exact, same, dtype, terms=width if dtype == torch.float32 else 1)
 
 
@@ -68,14 +76,21 @@ def test_projection(bench, device, dtype) -> None:
         loss = ops.projection_cosine_loss(*parameters, target, mask=mask, reduction=reduction, chunk=4)
         found = [loss, *torch.autograd.grad(loss.sum(), parameters)]
 
-        def by_plain(to, reduction=reduction):
+        def results(function, to):
             h, w, b = (value.detach().cpu().to(to).requires_grad_() for value in parameters)
-            rows = plain(F.linear(h, w, b), target.cpu().to(to), mask.cpu().to(to))
-            value = rows if reduction == "none" else rows.sum() / mask.cpu().sum()
+            value = function(h, w, b, target.cpu().to(to))
             return [value, *torch.autograd.grad(value.sum(), (h, w, b))]
 
+        def by_plain(h, w, b, z, reduction=reduction):
+            rows = plain(F.linear(h, w, b), z, mask.cpu().to(z.dtype))
+            return rows if reduction == "none" else rows.sum() / mask.cpu().sum()
+
+        def by_reference(*tensors, reduction=reduction):
+            return reference.projection_cosine_loss(*tensors, mask=mask.cpu(), reduction=reduction)
+
         names = ("loss", "dhidden", "dweight", "dbias")
-        for name, value, exact, same in zip(names, found, by_plain(torch.float64), by_plain(dtype)):
+        exact_values = results(by_reference, torch.float64)
+        for name, value, exact, same in zip(names, found, exact_values, results(by_plain, dtype)):
             bench.close(name, value, exact, same, dtype, terms=11 if name in ("dweight", "dbias") else 2)
 
 
@@ -99,10 +114,9 @@ def test_other_target_dtypes(bench, device, target_dtype) -> None:
     y = torch.randn(5, 100, generator=generator).to(device, torch.float16).requires_grad_()
     target = torch.randint(-127, 128, (5, 100), generator=generator).to(device, target_dtype)
     scale = (torch.rand(5, generator=generator) * 1e-5).to(device) if target_dtype == torch.int8 else None
-    wide = target.cpu().double() * (1 if scale is None else scale.cpu().double()[:, None])
     loss = ops.cosine_loss(y, target, target_scale=scale, reduction="none")
     x = y.detach().cpu().double().requires_grad_()
-    exact = plain(x, wide)
+    exact = oracle(x, target.cpu(), target_scale=None if scale is None else scale.cpu().double())
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=0, atol=1e-6)
     grads = [torch.autograd.grad(rows.sum(), value)[0].cpu().double() for rows, value in ((loss, y), (exact, x))]
     torch.testing.assert_close(*grads, rtol=2e-3, atol=1e-5)
@@ -112,13 +126,13 @@ def test_rows_and_views(bench, device) -> None:
     """A column slice, a transposed y (the one copy), unit targets taken as they are."""
     wide = torch.randn(7, 60, device=device, generator=torch.Generator(device).manual_seed(0))
     y, z = wide[:, 3:23], wide[:, 31:51]
-    torch.testing.assert_close(ops.cosine_loss(y, z, reduction="none").cpu(), plain(y.cpu(), z.cpu()))
+    torch.testing.assert_close(ops.cosine_loss(y, z, reduction="none").cpu(), oracle(y.cpu(), z.cpu()))
     torch.testing.assert_close(
-        ops.cosine_loss(y.t().contiguous().t(), z, reduction="none").cpu(), plain(y.cpu(), z.cpu())
+        ops.cosine_loss(y.t().contiguous().t(), z, reduction="none").cpu(), oracle(y.cpu(), z.cpu())
     )
     unit = F.normalize(z, dim=-1)
     found = ops.cosine_loss(y, 3 * unit, reduction="none", normalized=True)
-    torch.testing.assert_close(1 - found.cpu(), 3 * (1 - plain(y.cpu(), unit.cpu())))
+    torch.testing.assert_close(1 - found.cpu(), 3 * (1 - oracle(y.cpu(), unit.cpu())))
 
 
 def test_gradcheck(device) -> None:

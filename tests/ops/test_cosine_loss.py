@@ -21,26 +21,24 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def by_loop(y, target, mask=None, sample_weight=None, reduction="mean", eps=EPS, mutant=None):
+def by_loop(y, target, mask=None, sample_weight=None, reduction="mean", eps=EPS):
     """The definition, row by row."""
     losses, weights = np.zeros(y.shape[:-1]), np.zeros(y.shape[:-1])
     for row in np.ndindex(*y.shape[:-1]):
         weights[row] = 1.0 if sample_weight is None else float(sample_weight[row])
-        if mask is not None and not mask[row] and mutant != "mask ignored":
+        if mask is not None and not mask[row]:
             weights[row] = 0.0
         if weights[row] == 0:
             continue
         a, b = y[row].double().numpy(), target[row].double().numpy()
         inner = sum(p * q for p, q in zip(a, b))
-        length = np.sqrt(sum(p * p for p in a) + eps)
-        if mutant != "target not normalised":
-            length *= np.sqrt(sum(q * q for q in b) + eps)
+        length = np.sqrt((sum(p * p for p in a) + eps) * (sum(q * q for q in b) + eps))
         losses[row] = weights[row] * (1 - inner / length)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / ((weights.size if mutant == "mean over all rows" else weights.sum()) or 1.0)
+    return losses.sum() / (weights.sum() or 1.0)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -70,13 +68,6 @@ def test_projection_equals_the_loop(bias, reduction):
             hidden, weight, None, target, mask=MASK, sample_weight=WEIGHT, reduction=reduction
         )
         assert np.abs(without.numpy() - expected).max() > 1e-2
-
-
-@pytest.mark.parametrize("mutant", ["mask ignored", "target not normalised", "mean over all rows"])
-def test_wrong_variants_are_told_apart(mutant):
-    y, target = randn(2, 4, 6), randn(2, 4, 6, seed=1) * 3
-    got = ops.cosine_loss(y, target, mask=MASK, sample_weight=WEIGHT).numpy()
-    assert abs(got - by_loop(y, target, MASK, WEIGHT, mutant=mutant)) > 1e-2
 
 
 def test_eps_is_added_to_the_squared_norms():
