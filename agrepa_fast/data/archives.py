@@ -83,11 +83,9 @@ def _listed(archive: Path) -> list[dict[str, Any]]:
         stamp = [VERSION, str(archive.absolute()), facts.st_size, facts.st_mtime_ns]
     except OSError as error:
         raise UserError(f"{archive}: no such archive ({error.strerror})") from error
-    try:
-        name = hashlib.blake2b(os.fsencode(archive.absolute()), digest_size=12).hexdigest()
-        index = cache_folder() / f"archive-{name}.json"
-    except RuntimeError:
-        index = None
+    folder = cache_folder()
+    name = hashlib.blake2b(os.fsencode(archive.absolute()), digest_size=12).hexdigest()
+    index = folder and folder / f"archive-{name}.json"
     known = load_checked(index)
     if isinstance(known, dict) and known.get("stamp") == stamp:
         return known["rows"]

@@ -88,7 +88,14 @@ def read_header(path: str | Path, pack: Pack | None = None) -> Header:
         return _header(Path(path), pack, file)
 
 
-def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, pack: Pack | None = None) -> Tensor:
+def read_audio(
+    path: str | Path,
+    sample_rate: int,
+    *,
+    minimum_samples: int = 1,
+    silent: bool = False,
+    pack: Pack | None = None,
+) -> Tensor:
     """One sound file as mono float32 [S] at `sample_rate` Hz. pack: where the file lies in a larger one.
 
     Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
@@ -97,7 +104,8 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, 
 
     Raises:
         UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
-            after resampling, holds NaN or infinity, is silent (every |x| < 1e-4) or beyond full scale (an |x| > 8).
+            after resampling, holds NaN or infinity, is silent (every |x| < 1e-4; `silent` allows it) or
+            beyond full scale (an |x| > 8).
     """
     path = Path(path)
     with _opened(path, pack) as file:
@@ -110,7 +118,7 @@ def read_audio(path: str | Path, sample_rate: int, *, minimum_samples: int = 1, 
             # A damaged header can claim any length.
             raise UserError(f"{path}: the header claims more samples than memory holds") from error
     _check_length(path, frames, samples.shape[0], rate)
-    waveform = _mono(path, torch.from_numpy(samples))
+    waveform = _mono(path, torch.from_numpy(samples), silent)
     if rate != sample_rate:
         ratio = _ratio(sample_rate, rate)
         waveform = import_torchaudio().functional.resample(waveform, ratio.denominator, ratio.numerator)
@@ -211,13 +219,13 @@ def _cut_ogg(path: Path, pack: Pack | None) -> bool:
     return len(page) < header or len(page) < header + page[26] + sum(page[header : header + page[26]])
 
 
-def _mono(path: Path, channels: Tensor) -> Tensor:
+def _mono(path: Path, channels: Tensor, silent: bool) -> Tensor:
     """[S, C] to [S]. It checks the samples before resampling, which would spread a bad one over its neighbours."""
     if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
     peaks = channels.abs().amax(0)
     loudest = float(peaks.max())
-    if loudest < SILENCE:
+    if loudest < SILENCE and not silent:
         raise UserError(f"{path}: silent (no sample reaches {SILENCE:g})")
     if loudest > LOUDEST:
         raise UserError(f"{path}: beyond full scale (a sample of {loudest:g}): divide the samples, 1 is full scale")

@@ -212,10 +212,13 @@ class ClipDataset:
                 _log.warning("%s: %s; another clip stands in", clip.source, error)
         return clip.path not in self._unreadable
 
-    def item(self, index: int, generator: torch.Generator) -> Sample:
+    def item(self, index: int, generator: torch.Generator | None) -> Sample:
         """The sample of clip `index`; `generator` decides the crop and the prompt length.
 
-        UserError when the clip, its tokens or its features cannot be read.
+        Without a generator the crop begins with the clip, and there is no prompt.
+
+        Raises:
+            UserError: the clip, its tokens or its features cannot be read.
         """
         clip = self.clips[index]
         waveform = self._waveform(clip)
@@ -224,13 +227,15 @@ class ClipDataset:
         frames = min(total, self.max_frames)
         start = 0
         if total > frames:
-            start = int(torch.randint(total - frames + 1, (), generator=generator))
+            start = int(torch.randint(total - frames + 1, (), generator=generator)) if generator else 0
             first = start * self.mel_config.hop_length
             waveform = waveform[first : first + self.mel_config.samples(frames)]
             count = tokens.shape[0]
             tokens = tokens[count * start // total : -(-count * (start + frames) // total)]
         low, high = self.prompt_share
-        share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+        share = 0.0
+        if generator is not None:
+            share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
         return {
             "mel": self._mel(clip.path, waveform, whole=total == frames),
             # A share of the crop and not of the file, so that the prompt cannot reveal the whole target.

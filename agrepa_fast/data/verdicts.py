@@ -21,23 +21,29 @@ VERSION = 1
 SETTLED_NS = 2_000_000_000
 
 
-def verdict_file(paths: Iterable[Path]) -> Path | None:
-    """The file that keeps the verdicts on files below one folder, in $AGREPA_CACHE or the user's cache folder.
+def cache_folder() -> Path | None:
+    """The folder of files that only save time: $AGREPA_CACHE, or agrepa-fast in the user's cache.
 
-    None if the user has no such folder, or if the files have no folder in common.
+    None if the user has no such folder.
     """
+    chosen = os.environ.get("AGREPA_CACHE")
     try:
-        folder = cache_folder()
-        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    except (RuntimeError, ValueError):
+        return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast")
+    except RuntimeError:
         return None
-    return folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
 
 
-def cache_folder() -> Path:
-    """$AGREPA_CACHE, or agrepa-fast in the user's cache. RuntimeError where the user has no folder for it."""
-    given = os.environ.get("AGREPA_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agrepa-fast"
+def verdict_file(paths: Iterable[Path]) -> Path | None:
+    """The file that keeps the verdicts on files below one folder, in `cache_folder`.
+
+    None if there is no such folder, or if the files have no folder in common.
+    """
+    folder = cache_folder()
+    try:
+        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+    except ValueError:
+        return None
+    return folder and folder / f"clips-{hashlib.blake2b(os.fsencode(common), digest_size=12).hexdigest()}.json"
 
 
 class Verdicts:

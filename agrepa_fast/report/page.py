@@ -9,7 +9,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from . import config, cosine, foga, html, loss, samples, scd, selection, skipped, summary, versions, vitals
+from . import config, cosine, evaluation, foga, html, loss, samples, scd, selection, skipped, summary, versions, vitals
 from .folder import read_folder
 
 SECTIONS = (
@@ -20,6 +20,7 @@ SECTIONS = (
     ("selection", "Selected layers", selection.section),
     ("vitals", "Speed and health", vitals.section),
     ("samples", "Samples", samples.section),
+    ("evaluation", "Evaluation", evaluation.section),
     ("skipped", "Skipped files", skipped.section),
     ("config", "Configuration", config.section),
     ("versions", "Environment", versions.section),
@@ -36,11 +37,29 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: no such folder, something cannot be written, or matplotlib is not installed.
     """
     run = read_folder(Path(run_dir))
-    name = escape(run.path.resolve().name)
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in SECTIONS)
     body = "".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>{section(run)}</section>' for key, title, section in SECTIONS
     )
+    tiles = f'<section id="summary" class="tiles">{summary.section(run)}</section>'
+    head = f'<p class="status">{summary.status(run)}</p><nav>{links}</nav>'
+    return _write(run.path / "report.html", "Training run", run.path.resolve().name, head, tiles + body)
+
+
+def write_evaluation_page(folder: str | Path) -> Path:
+    """Write evaluation.html beside the evaluation.json in a folder: its tables alone. Returns its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = Path(folder)
+    body = f'<section id="evaluation">{evaluation.tables(folder / evaluation.FILE)}</section>'
+    return _write(folder / "evaluation.html", "Evaluation", folder.resolve().parent.name, "", body)
+
+
+def _write(target: Path, kind: str, name: str, head: str, body: str) -> Path:
+    """Write a page that needs nothing beside it."""
+    name = escape(name)
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -49,13 +68,9 @@ def write_report(run_dir: str | Path) -> Path:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; img-src data:; media-src data:\">"
         f"<title>{name} · agrepa-fast</title><style>{html.CSS}</style></head><body><main>"
-        f'<header><p class="kind">Training run</p><h1>{name}</h1>'
-        f'<p class="status">{summary.status(run)}</p>'
-        f"<nav>{links}</nav></header>"
-        f'<section id="summary" class="tiles">{summary.section(run)}</section>{body}'
+        f'<header><p class="kind">{kind}</p><h1>{name}</h1>{head}</header>{body}'
         "</main></body></html>\n"
     )
-    target = run.path / "report.html"
     # A name or text with half a surrogate pair must not cost the page.
     html.replace_file(target, page.encode("utf-8", errors="replace"))
     return target

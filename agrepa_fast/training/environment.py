@@ -25,6 +25,9 @@ USES = {
     "tokens": ("s3tokenizer",),
     "datasets": ("datasets",),
     "xformers": ("xformers",),
+    "wer": ("jiwer", "pocketsphinx"),
+    "mos": ("speechmos", "librosa", "onnxruntime", "requests"),
+    "speaker": ("Resemblyzer",),
     "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum"),
 }
 

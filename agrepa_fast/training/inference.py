@@ -169,10 +169,14 @@ def layer_values(
 
 
 @torch.no_grad()
-def generate(backbone: Backbone, batch: Batch, config: RunConfig, seed: int = 0) -> Tensor:
-    """Mels [B, T, M] from the tokens and the reference frames of a batch, by the sampler of `flow`."""
+def generate(backbone: Backbone, batch: Batch, config: RunConfig, seed: int = 0, noise: Tensor | None = None) -> Tensor:
+    """Mels [B, T, M] from the tokens and the reference frames of a batch, by the sampler of `flow`.
+
+    noise: [B, T, M] from N(0, 1), where the clips of a batch must not depend on one another; default: from the seed."""
     flow = config.flow
-    noise = SIGMA * torch.randn(batch.mel.shape, generator=torch.Generator().manual_seed(seed))
+    if noise is None:
+        noise = torch.randn(batch.mel.shape, generator=torch.Generator().manual_seed(seed))
+    noise = SIGMA * noise
     cond, null_cond = backbone.condition(batch)
     return sample(
         backbone.network,

@@ -18,7 +18,7 @@ def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
     """The vocoder `choice`: "griffin-lim"; a folder or hub name of a Vocos for this mel; or "auto".
 
     "auto" is Vocos mel-24khz if it is installed, its weights are on this machine and the mel is its own; else
-    Griffin-Lim.
+    Griffin-Lim. The `__name__` of the returned function says which vocoder it is.
 
     Raises:
         UserError: a Vocos was asked for and cannot be used.
@@ -47,6 +47,7 @@ def _griffin_lim(log_mel: LogMel) -> Callable[[Tensor], Tensor]:
         missing = mel[-1:].expand(max(0, least - mel.shape[0]), -1)
         return log_mel.inverse(torch.cat([mel, missing]))[: (mel.shape[0] - 1) * config.hop_length]
 
+    decode.__name__ = "griffin-lim"
     return decode
 
 
@@ -72,4 +73,5 @@ def _vocos(source: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             return vocos.decode((mel.float() * config.std + config.mean).T.unsqueeze(0)).squeeze(0)
 
+    decode.__name__ = f"vocos {source}"
     return decode

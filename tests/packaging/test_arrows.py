@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ROOT_PACKAGE: NETWORK | {"models", "attribution", "alignment"},
     "data": SIDE,
     "teachers": SIDE,
-    "evaluation": SIDE,
+    "evaluation": SIDE | {"teachers", "imports"},
     "report": {"attribution", "errors"},  # it reads what a run's folder holds, and nothing of the training
     "training": TRAINING,
     "bench": TRAINING | {"training", "kernels", "reference"},

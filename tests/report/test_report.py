@@ -23,7 +23,7 @@ from agrepa_fast.report.log import current_timeline, keys_under, series
 from agrepa_fast.report.vitals import tables as vitals_tables
 
 KINDS = ("FoG-A", "LASP", "CKA")
-SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "vitals", "samples", "skipped"}
+SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "vitals", "samples", "evaluation", "skipped"}
 SECTIONS |= {"config", "versions"}
 NOT_RECORDED = "not recorded in this run"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -181,6 +181,10 @@ def run(tmp_path_factory) -> Path:
     (folder / "selection.json").write_text(json.dumps(selection), encoding="utf-8")
     replace(SCORES, noise_by_sample=torch.full((4,), 0.03, dtype=torch.float64)).to_csv(folder / "foga.csv")
     write_scd(folder, SCORES, STORED, k=2, step=20)
+    (folder / "evaluation").mkdir()
+    method = {"seed": 0, "confidence": 0.95, "resamples": 1000, "prompt_seconds": 0, "speech": ["speech"]}
+    evaluation = {"method": method, "targets": [{"kind": "folder", "path": "<night>"}], "notes": [], "metrics": []}
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     assert write_report(folder) == folder / "report.html"
     return folder
 
