@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.dit import DiT
-from .foreign.find import unwrapped
 from .foreign.guard import quiet, refuse_caches
 from .foreign.intercept import paused
-from .foreign.wrapped import reshard, resharded
+from .foreign.wrapped import reshard, resharded, unwrap
 from .metrics import Metric, metric_name
 from .networks import Foreign, Native
 from .plan import AblationPlan, Unit, layer_sets
@@ -108,13 +107,15 @@ def attribute_layers(
         raise ValueError("sets, spans: whole blocks in groups; leave blocks= and branches= out")
     if max_samples is not None:
         whole_number("max_samples", max_samples, 1)
-    model = unwrapped(model, DiT)
-    if not isinstance(model, DiT):
+    inner = unwrap(model)
+    ours = isinstance(inner, DiT)
+    # PEFT users know their blocks by PEFT's names.
+    model = inner if ours else unwrap(model, peft=False)
+    if not ours:
         refuse_caches(model)
-    ours = isinstance(model, DiT)
     reshard(model)  # so that `quiet` finds the parameters that FSDP2 expects after it
     # A whole copy of a sharded `DiT` is probed in its place.
-    with probing(model), contextlib.nullcontext() if ours else quiet(model), resharded(model, gather=False):
+    with probing(model), contextlib.nullcontext() if ours else quiet(model), resharded(model):
         network: Native | Foreign
         if isinstance(model, DiT):
             for option, value in (("block_list", block_list), ("mask", mask), ("batched", batched)):

@@ -18,7 +18,6 @@ from torch import nn
 from .record import Call
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 @dataclass(frozen=True)
@@ -36,24 +35,6 @@ class Found:
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     left_out: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def unwrapped(model: nn.Module, wanted: type[nn.Module]) -> nn.Module:
-    """The model inside wrappers that only pass calls on: torch.compile, data parallelism, weight averaging.
-
-    A PEFT model keeps its own names, unless a `wanted` model is in it."""
-    while True:
-        inner = model
-        if isinstance(model, WRAPPERS):
-            inner = model.module
-        elif "_orig_mod" in model._modules:  # what torch.compile returns
-            inner = model.get_submodule("_orig_mod")
-        base = getattr(model, "get_base_model", None)
-        if callable(base) and isinstance(base(), wanted):
-            inner = base()
-        if inner is model:
-            return model
-        model = inner
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:

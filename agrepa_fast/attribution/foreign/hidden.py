@@ -112,7 +112,7 @@ def _results(output: Any) -> dict[Any, Any]:
 def _scored_blocks(model: nn.Module, inputs: Any, block_list: Any) -> list[tuple[str, nn.Module]]:
     """The blocks that `attribute_layers` scores on these inputs, by name and in its order."""
     reshard(model)
-    with probing(model), quiet(model), resharded(model, gather=False):
+    with probing(model), quiet(model), resharded(model):
         blocks = BlockModel(model, inputs, block_list).blocks
     for block in blocks:
         if len(block.sites) > 1:

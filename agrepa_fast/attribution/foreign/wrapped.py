@@ -9,20 +9,28 @@ from typing import Any
 from torch import nn
 
 # By name: importing them would load packages that most programs do not use.
-WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "_FabricModule"}
+WRAPPERS = {
+    "AveragedModel",
+    "DataParallel",
+    "DeepSpeedEngine",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "_FabricModule",
+}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, peft: bool = True) -> nn.Module:
     """The network inside `DistributedDataParallel`, `torch.compile`, PEFT's and others' wrappers; or the model itself.
 
-    LoRA layers stay: PEFT puts them into the network."""
+    peft: look into a PEFT model too, whose names for the blocks are then lost. LoRA layers stay: PEFT puts them into
+    the network."""
     while True:
         inner: Any = None
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
         elif _kinds(model) & WRAPPERS:
             inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
-        elif "PeftModel" in _kinds(model):
+        elif peft and "PeftModel" in _kinds(model):
             inner = model.get_base_model()  # type: ignore[operator]
         if inner is None or inner is model:
             return model
@@ -36,11 +44,9 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def resharded(model: nn.Module, gather: bool) -> Iterator[None]:
-    """`reshard` on every exit. gather: all parameters of FSDP2 are whole inside; every rank must enter it then."""
+def resharded(model: nn.Module) -> Iterator[None]:
+    """`reshard` on every exit: what a forward gathered inside is not left whole."""
     try:
-        for module in _sharded(model) if gather else ():
-            module.unshard()
         yield
     finally:
         reshard(model)
