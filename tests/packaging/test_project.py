@@ -69,7 +69,8 @@ def test_doctor_knows_every_extra_for_users(pyproject: dict[str, Any]) -> None:
 def test_dev_holds_every_extra_and_what_a_build_needs(pyproject: dict[str, Any]) -> None:
     extras = pyproject["project"]["optional-dependencies"]
     dev = requirements(extras["dev"])
-    assert dev["agrepa-fast"].extras == set(extras) - {"dev"}
+    # Resemblyzer brings the old backport `typing`, which stands in front of Python's own under `python -S`.
+    assert dev["agrepa-fast"].extras == set(extras) - {"dev", "speaker"}
     build = requirements(pyproject["build-system"]["requires"])
     assert dev["setuptools"].specifier == build["setuptools"].specifier
 

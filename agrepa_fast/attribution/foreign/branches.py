@@ -29,8 +29,8 @@ def branch_names(model: nn.Module, blocks: Sequence[str], branches: Sequence[str
     modules = dict(model.named_modules())
     for branch in branches:
         if not any(f"{block}.{branch}" in modules for block in blocks):
-            have = ", ".join(name for name, _ in modules[blocks[0]].named_children())
-            raise ValueError(f"branches: no block has a module {branch!r}; {blocks[0]} has: {have}")
+            have = ", ".join(name for name, _ in modules[blocks[0]].named_children()) or "none"
+            raise ValueError(f"branches: no block has a module {branch!r}; the modules of {blocks[0]} are: {have}")
     return {
         f"{block}.{branch}": (layer, branch)
         for layer, block in enumerate(blocks)

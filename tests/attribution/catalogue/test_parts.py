@@ -125,7 +125,7 @@ def test_branches_of_blocks(name: str, engine: str) -> None:
 @pytest.mark.parametrize(
     "branches, error, message",
     [
-        (["attention"], ValueError, "no block has a module 'attention'; blocks.0 has: norm1, attn1"),
+        (["attention"], ValueError, "no block has a module 'attention'; the modules of blocks.0 are: norm1, attn1"),
         (["norm1", "attn1", "attn2", "ffn"], ValueError, "norm1 changes nothing in what blocks.0 returns"),
         (["attn1.to_q", "attn2", "ffn"], ValueError, "blocks.0 does not add the result of blocks.0.attn1.to_q"),
         (["attn1"], ValueError, "name all of its branches"),
