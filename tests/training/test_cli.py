@@ -225,7 +225,11 @@ def test_options_of_the_factory_and_of_the_command_line(factory_module):
         ("probed_model:bad_inputs", [], "inputs: expected at least one sample"),
         ("probed_model:named", ["--data", "x.csv"], "--data: only for a checkpoint"),
         ("probed_model:named", ["--lasp"], "--lasp: only for a checkpoint"),
-        ("probed_model:named", ["--branches", "attn"], "branches: no block has a module 'attn'; the modules of blocks.0 are: none"),
+        (
+            "probed_model:named",
+            ["--branches", "attn"],
+            "branches: no block has a module 'attn'; the modules of blocks.0 are: none",
+        ),
         ("probed_model:named", ["--k", "4"], "--k: expected 1 to 3 layers, got 4"),
     ],
 )

@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "teachers.md"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with the module of the documentation's example."""
-    example = DOCS.read_text().split("## Your own")[1].split("```python\n")[1].split("teacher = build")[0]
+    example = DOCS.read_text().split("## Your own")[1].split("```python\n")[1].split("teacher = ag.teachers.build")[0]
     (tmp_path / "my_teachers.py").write_text(example)
     (tmp_path / "fails.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "broken.py").write_text("def (:\n")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from agrepa_fast.alignment.choice import LayerChoice
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.cost import forward_flops
 from agrepa_fast.report import read_log
@@ -18,7 +19,6 @@ from agrepa_fast.training.objective import Draws
 from agrepa_fast.training.rates import Rates, _memory
 from agrepa_fast.training.start import resume_run, start_run
 from agrepa_fast.training.step import TrainStep
-from agrepa_fast.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_probes_while_training_choose_again(tiny_config, monkeypatch):
         return scores
 
     monkeypatch.setattr(module, "score_layers", score_layers)
-    due = Trainer._probe_due
-    monkeypatch.setattr(Trainer, "_probe_due", lambda self: self.step <= 6 and due(self))
+    due = LayerChoice.due
+    monkeypatch.setattr(LayerChoice, "due", lambda self, step, stop: step <= 6 and due(self, step, stop))
     config = tiny_config("probe.every=2", "train.steps=12", "probe.start=2", "train.samples=0", "train.log_every=1")
     trainer = start_run(config)
     run_dir = trainer.run()

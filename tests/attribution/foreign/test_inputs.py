@@ -49,7 +49,7 @@ def test_drawing_without_using_is_no_fault():
         ({"inputs": {"x": torch.zeros(2, FRAMES, 5)}}, TypeError, "do not fit Chain.forward: missing .* 't'"),
         ({"inputs": torch.zeros(2, FRAMES, 5)}, TypeError, "mapping of keyword arguments or a tuple, got Tensor"),
         ({"inputs": {"x": None, "t": 3}}, TypeError, "at least one tensor"),
-        ({"branches": ("attn",)}, ValueError, "scored by whole blocks"),
+        ({"branches": ("attn",)}, ValueError, "no block has a module 'attn'; the modules of blocks.0 are: mix, frames"),
         ({"blocks": [4]}, ValueError, r"0-based layers below 4, got \[4\]"),
         ({"domains": ["speech"]}, ValueError, "domains: expected 3 names, got 1"),
     ],
