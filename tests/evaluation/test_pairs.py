@@ -141,6 +141,7 @@ def test_resemblyzer_hears_no_voice(monkeypatch) -> None:
         preprocess_wav=lambda wav: wav[: 0 if wav[0] < 0 else None],
     )
     monkeypatch.setitem(sys.modules, "resemblyzer", fake)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.1.4")
     metric = build_speaker("resemblyzer", CPU)
     assert metric.measure(torch.ones(5), CLIP, torch.ones(5)).item() == pytest.approx(1)
     for silent in (torch.zeros(5), -torch.ones(5)):
