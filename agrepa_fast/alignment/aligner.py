@@ -220,7 +220,7 @@ class Aligner:
         sample_weight: Tensor | None = None,
         t: Tensor | None = None,
     ) -> Tensor:
-        """What to add to the loss, a scalar: weight x schedule x alignment of the last forward's hidden states.
+        """The scalar to add to the loss: weight x schedule x alignment loss of the last forward's hidden states.
 
         0 in steps without alignment, which run no head.
 
@@ -240,7 +240,8 @@ class Aligner:
         self._metrics = {"align_loss": loss.detach(), **metrics}
         self._observed = not torch.is_grad_enabled()
         if self.stop is not None:
-            # Of the steps before: this step's cosine decides about the next. A copy, as backward reads it.
+            # The factor comes from earlier steps; this step's cosine decides about the next one. Backward reads the
+            # factor after it has changed in place, hence the copy.
             loss = loss * self.stop.factor.clone()
         return self.strength * loss
 

@@ -303,7 +303,7 @@ class AlignmentLoss(nn.Module):
         return rank_shares(counts, self.process_group, self._must_agree())
 
     def _must_agree(self) -> list[Tensor]:
-        """What has to be the same on all ranks: the weights, and which heads run."""
+        """The values that all ranks must share: the weights, and which heads run."""
         like = next(iter(self.layer_weights.buffers()))
         values = []
         if not self.every_head:

@@ -40,7 +40,7 @@ class ZeroGradient(torch.autograd.Function):
 
 
 def described(value: object) -> str:
-    """What a value of a wrong type is, in a few words for a message."""
+    """Describe a value of a wrong type in a few words, for an error message."""
     name = type(value).__name__
     if value is None or isinstance(value, (str, bool, int, float)):
         return repr(value)[:60]

@@ -70,7 +70,7 @@ class LayerWeights(FixedBuffers):
             self.get_buffer(name).copy_(value)
 
     def _values(self, selection: LayerSelection) -> dict[str, list[Any]]:
-        """What the buffers hold for a selection, as lists."""
+        """The values of the buffers for a selection, as lists."""
         weights = dict(zip(selection.layers, selection.weights))
         values: dict[str, list[Any]] = {
             "weights": [weights.get(layer, 0.0) for layer in self.layers],

@@ -112,7 +112,7 @@ def _work(config: DiTConfig) -> dict[str, float]:
 
 
 def _estimate(config: DiTConfig) -> dict[str, object]:
-    """What the page says about the time."""
+    """The page's paragraph about the estimated time."""
     work, now = _work(config), times(config)
     operations = work["matrices"] + work["attention"]
     rates = (MATRICES, ATTENTION, MEMORY, MEMORY)

@@ -1,4 +1,4 @@
-"""What people do with scores: skip lists, diffusers' LayerSkipConfig, LoRA on some blocks, block ids, JSON.
+"""Turn scores into other libraries' settings: skip lists, LayerSkipConfig of diffusers, LoRA, block ids, JSON.
 
 Everything here takes blocks: their names as `LayerScores.names` has them, or a `LayerSelection`.
 "single_transformer_blocks.7" is block 7, counted from 0, of the module list `single_transformer_blocks`; layer l of a

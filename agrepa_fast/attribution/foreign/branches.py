@@ -69,7 +69,7 @@ def check_branches(known: Any, blocks: Sequence[str], names: dict[str, tuple[int
 
 
 def _block_result(known: Any, block: nn.Module, branch: nn.Module, others: Sequence[nn.Module], factor: int) -> Tensor:
-    """What a block returns on the first sample, with a branch's result times `factor` and the others' zero."""
+    """A block's results on the first sample, with one branch's result times `factor` and the others' set to zero."""
     results: list[Any] = []
 
     def scaled(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -229,7 +229,7 @@ class Choice:
             ]
 
         sites = self.watcher.sites
-        # What cannot be told to carry the state is named, too.
+        # A module of which a run does not show whether it carries the state is named, too.
         carrying = [n for n in others(self.automatic.blocks) if sites[self.automatic.blocks[n]].carries is not False]
         carrying += [
             group.name

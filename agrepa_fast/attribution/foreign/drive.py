@@ -111,10 +111,10 @@ class BlockModel:
         return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
 
     def parts(self, layer: int) -> dict[str, Site]:
-        """What of a block can be switched off apart: {name: site}.
+        """The parts of a block that can be switched off by themselves: {name: site}.
 
-        Of a layer that is a list, its modules that add to the state, by their names in the layer; of another block its
-        states, by the names of the arguments that they come in ("encoder_hidden_states")."""
+        For a layer that is a list: its modules that add to the state, by their names in the layer. For another block:
+        its states, by the names of the arguments that carry them ("encoder_hidden_states")."""
         if layer not in self._parts:
             block = self.blocks[layer]
             adding = {
@@ -176,7 +176,7 @@ class _Streams:
         self.batch, self.streams = rows.numel(), 1 + len(units)
         sites = [site for block in known.blocks for site in block.sites]
         self.sites = {site.module: site for site in sites}
-        # Of each module the streams that switch it off, each with the site that says which of its states.
+        # {module: the streams that switch it off, each with the site that names the state}
         self.own: dict[nn.Module, list[tuple[int, Site]]] = {site.module: [] for site in sites}
         for stream, unit in enumerate(units, 1):
             for site in unit:

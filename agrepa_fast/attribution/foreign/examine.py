@@ -27,7 +27,7 @@ from .wiring import DISTURBED, Watcher
 
 
 class Examination:
-    """What is known of a model and its inputs. Use inside `guard.quiet`, in eval mode without gradient.
+    """Facts about a model and its inputs. Use it inside `guard.quiet`, in eval mode without gradient.
 
     Attributes:
         blocks: in the order in which the forward calls them.

@@ -12,20 +12,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .entry import Entry, call, plain
-from .page import ENTRIES, FAULTS, NAMED, engine, measured, page
+from .page import ENTRIES, NAMED, engine, measured, page
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "attribution" / "catalogue.md"
 
 
 def rows(entries):
-    return [
-        pytest.param(
-            entry,
-            id=entry.name.replace(" ", "_"),
-            marks=pytest.mark.xfail(strict=True, reason=FAULTS[entry.name]) if entry.name in FAULTS else (),
-        )
-        for entry in entries
-    ]
+    return [pytest.param(entry, id=entry.name.replace(" ", "_")) for entry in entries]
 
 
 @pytest.mark.parametrize("entry", rows(ENTRIES))

@@ -132,14 +132,12 @@ OTHER: dict[str, tuple[Wrap, str]] = {
     "diffusers' add_adapter": (adapter_of_diffusers, ""),
     "torchao int8": (int8, ""),
 }
-FAULTS: dict[str, str] = {}
 
 
 def cases(wrappers: Iterable[str], entries: Sequence[Entry] = (SD3, WAN)) -> Iterator[Any]:
     for name in wrappers:
-        marks = pytest.mark.xfail(strict=True, reason=FAULTS[name]) if name in FAULTS else ()
         for entry in entries:
-            yield pytest.param(name, entry, id=f"{name}-{entry.name}".replace(" ", "_"), marks=marks)
+            yield pytest.param(name, entry, id=f"{name}-{entry.name}".replace(" ", "_"))
 
 
 def check(entry: Entry, model: nn.Module, inputs: Any, expected: np.ndarray, rtol: float = 1e-8) -> None:
