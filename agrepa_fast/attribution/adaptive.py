@@ -5,7 +5,7 @@ Successive elimination (Even-Dar, Mannor and Mansour, 2006) on paired difference
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -20,14 +20,14 @@ from .scores import LayerScores, whole_number
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveScores:
-    """What the elimination found and what it saved.
+    """The result of `adaptive_scores`, and what it saved.
 
     Attributes:
         scores: the layers that were never dropped, on all clips.
         dropped: {layer: number of clips after which it was dropped}, in order of dropping.
         separated: whether exactly K layers are left; False when the batches or the budget ran out before.
         block_evaluations: cost in evaluations of a block on one sample.
-        saved: share of the cost that scoring all layers on the same batches would have had, saved by dropping.
+        saved: the share of the cost of scoring all layers on the same batches that dropping layers saved.
     """
 
     scores: LayerScores
@@ -50,22 +50,24 @@ def adaptive_scores(
     """Find the K layers of the highest FoG-A score without scoring every layer on every clip.
 
     After each batch a layer is dropped when its mean is below that of each of the K highest layers by more than
-    Student's interval of their paired difference. The error 1 - `confidence` is shared out over the K (L - 1) pairs of
-    one of the true K highest and another layer, and over the rounds (round r gets 6 / (pi r)^2 of it).
+    Student's interval of their paired difference. The error 1 - `confidence` is divided among the K (L - 1) pairs of
+    one of the true K highest and another layer, and among the rounds (round r gets 6 / (pi r)^2 of it).
 
     Args:
         model, options: as in `attribute_layers` (without `blocks`, `branches`, `domains` and `clips`).
         batches: inputs of `attribute_layers`, each with new clips drawn like the others.
         k: layers wanted.
-        confidence: that no layer of the true K highest has been dropped, for differences near to normal.
+        confidence: probability that no layer of the true K highest is dropped, if the differences are nearly normal.
         budget: stop before a batch that would bring the cost above so many block evaluations on one sample.
         t_points: length of the grid of t folded into each batch, t-major as `flow.probe_inputs` folds it.
         minimum_clips: clips seen before anything is dropped; below about 8 the interval relies on normality.
 
     Raises:
-        ValueError: k or confidence does not fit, a batch is no whole number of grids, or there is no batch at all
+        ValueError: k or confidence does not fit, a batch does not hold whole grids of t, or there is no batch at all
             (also when the budget is too small for the first).
     """
+    if isinstance(batches, Mapping | Tensor):
+        raise TypeError(f"batches: expected an iterable of batches, [inputs] for one, got {type(batches).__name__}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
     whole_number("t_points", t_points, 1)
@@ -112,7 +114,7 @@ def adaptive_scores(
 
 
 def _clip_means(part: LayerScores, layers: Sequence[int], t_points: int) -> Tensor:
-    """[layers, clips] the mean over the grid of t of each clip."""
+    """Mean of each clip's scores over the grid of t: [layers, clips]."""
     rows = part.by_sample[[part.layers.index(layer) for layer in layers]]
     return rows.unflatten(1, (t_points, -1)).mean(1)
 
@@ -132,7 +134,7 @@ def _not_beaten(clips: Tensor, k: int, error: float) -> list[bool]:
 def student_quantile(p: float, freedom: int) -> float:
     """Quantile of Student's t by its expansion about the normal's (Abramowitz and Stegun, 26.7.5).
 
-    Within 1 % for 0.5 < p < 0.998 and 7 or more degrees of freedom; too small beyond."""
+    It is within 1 % for 0.5 < p < 0.998 and 7 or more degrees of freedom, and too small beyond."""
     z = NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,

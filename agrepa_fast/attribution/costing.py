@@ -1,6 +1,6 @@
-"""What a probe would cost, on paper: the page docs/attribution/on-paper.md, worked out from plans alone.
+"""Estimate what a probe costs, from its plan alone: the page docs/attribution/on-paper.md.
 
-`python -m agrepa_fast.attribution.costing` prints it; nothing runs, so it needs neither a device nor the memory.
+`python -m agrepa_fast.attribution.costing` prints the page. It runs no network and needs no device.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ..models.dit import DiT, DiTConfig
 from .plan import AblationPlan, Sizes, split
 
 FRAMES = 938  # 10 s of mel at 24000 / 256 frames a second
-CLIPS, TIMES = 16, 5  # of a training run's probe: held-out clips, each at every t of the grid
+CLIPS, TIMES = 16, 5  # a training run's probe: so many held-out clips, each at every t of the grid
 CARDS = (24, 80, 141)  # GB
-SHARE = 0.9  # of a card that the probe may take, the rest being the context's and the allocator's
+SHARE = 0.9  # of a card's memory that the probe may use; the CUDA context and the allocator need the rest
 KINDS: tuple[tuple[str, tuple[str, ...] | None], ...] = (("whole blocks", None), ("branches apart", ("attn", "ff")))
 PRECISIONS = (("bfloat16", 2), ("float32", 4))
 
-# The estimate of the time: samples in a pass, and what an H200 is assumed to do, in operations or bytes a second.
+# For the estimate of the time: samples in a pass, and the assumed rates of an H200, in operations or bytes a second.
 BATCH = 4
 LIMIT = 798e12  # large matrix products in bfloat16
 MATRICES, ATTENTION, MEMORY = 615e12, 360e12, 3.1e12
@@ -91,13 +91,13 @@ def times(
     gelu: float = MEMORY,
     residual: float = MEMORY,
 ) -> dict[str, float]:
-    """Seconds of each part of a pass over BATCH samples, at these rates; an infinite rate leaves a part out."""
+    """Seconds that each part of a pass over BATCH samples takes at these rates. An infinite rate leaves a part out."""
     rates = {"matrices": matrices, "attention": attention, "GELU": gelu, "residual stream": residual}
     return {name: work / rates[name] for name, work in _work(config).items()}
 
 
 def _work(config: DiTConfig) -> dict[str, float]:
-    """Operations of the matrices and of attention's two products; bytes of the GELU and of the residual stream."""
+    """Operations of the Linears and of attention's two products, and bytes that GELU and residual stream move."""
     evaluations = AblationPlan.build(config.depth).block_evaluations * BATCH
     block = sum(branch_flops(config.width, config.ff_ratio, FRAMES))
     attention = 4 * FRAMES**2 * config.width
@@ -112,7 +112,7 @@ def _work(config: DiTConfig) -> dict[str, float]:
 
 
 def _estimate(config: DiTConfig) -> dict[str, object]:
-    """The page's paragraph about the estimated time."""
+    """The paragraph of the page that gives the estimated time."""
     work, now = _work(config), times(config)
     operations = work["matrices"] + work["attention"]
     rates = (MATRICES, ATTENTION, MEMORY, MEMORY)

@@ -4,8 +4,8 @@ Everything here takes blocks: their names as `LayerScores.names` has them, or a 
 "single_transformer_blocks.7" is block 7, counted from 0, of the module list `single_transformer_blocks`; layer l of a
 `DiT` is its `branches.{2l}` (attention) and `branches.{2l + 1}` (feed-forward).
 
-A low score says that a block changes the velocity little when it alone is switched off. It is no promise about quality
-once blocks are removed without fine-tuning: measure that.
+A low score means that switching off this block alone changes the velocity little. It does not predict the quality after
+blocks are removed without fine-tuning: measure that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import writing
+from .foreign.wrapped import bare, unwrap
 from .scores import LayerScores, whole_number
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ Blocks = Iterable[str] | Any  # names, or a LayerSelection
 
 
 def lowest(scores: LayerScores, k: int) -> tuple[str, ...]:
-    """The names of the k blocks with the lowest mean score, in the order of the forward; of equal scores the deeper.
+    """The names of the k blocks with the lowest mean score, in forward order. If scores are equal, the deeper wins.
+    Scores of branches or streams are added up by block.
 
     Raises:
         ValueError, TypeError: k is not a number from 1 to the number of scored blocks.
@@ -43,15 +45,15 @@ def lowest(scores: LayerScores, k: int) -> tuple[str, ...]:
 
 
 def skip_lists(scores: LayerScores, k: int, times: Iterable[float] | None = None) -> dict[float, tuple[str, ...]]:
-    """{time: the k lowest blocks there}: what a sampler may skip at each of its steps.
+    """{time: the k blocks of the lowest score at that time}: the blocks that a sampler may skip at each step.
 
     Args:
-        scores: of samples at several times, which they know (`scores.t`).
+        scores: scores with times (`scores.t`).
         times: the sampler's times, in the unit of `scores.t`; each gets the list of the nearest probed time. None:
             the probed times themselves.
 
     Raises:
-        ValueError: the scores know no t.
+        ValueError: the scores have no times.
     """
     if scores.t is None:
         raise ValueError(
@@ -64,19 +66,20 @@ def skip_lists(scores: LayerScores, k: int, times: Iterable[float] | None = None
 
 
 def block_ids(blocks: Blocks) -> dict[str, list[int]]:
-    """{name of the module list: 0-based ids, ascending}, lists in the order in which they occur.
+    """{name of the module list: 0-based ids, ascending}, with the lists in the order in which they occur.
 
-    That is the form of cache-dit, `DBPruneConfig(non_prune_block_ids=...)` for one list, and of most trainers.
+    Most trainers take the ids of one list. So does cache-dit, as `DBPruneConfig(non_prune_block_ids=...)`: those are
+    the blocks that it never prunes, so give the blocks of the highest scores.
 
     Raises:
-        ValueError: a name that is no block of a list, or that occurs twice.
+        ValueError: a name does not belong to a block of a list, or occurs twice.
     """
     ids: dict[str, list[int]] = {}
     for name in _names(blocks):
-        found = re.fullmatch(r"(.+)\.(\d+)", name)
-        if found is None:
+        match = re.fullmatch(r"(.+)\.(\d+)", name)
+        if match is None:
             raise ValueError(f"blocks: {name!r} is no block of a module list, such as 'transformer_blocks.3'")
-        list_name, number = found[1], int(found[2])
+        list_name, number = match[1], int(match[2])
         if number in ids.setdefault(list_name, []):
             raise ValueError(f"blocks: {name!r} occurs twice")
         ids[list_name].append(number)
@@ -87,13 +90,13 @@ def layer_skip(blocks: Blocks, model: nn.Module, **options: Any) -> list[LayerSk
     """diffusers' `LayerSkipConfig` of these blocks, one for each module list; for `apply_layer_skip` and skip guidance.
 
     Args:
-        model: the transformer that they are meant for. diffusers skips a block by rules for its class, and has none
-            for many classes and wrong ones for some; those are refused here.
+        model: the transformer whose blocks are skipped. diffusers has a rule for each class of block. It lacks a rule
+            for many classes, and some of its rules are wrong; such blocks are refused.
         options: other fields of `LayerSkipConfig` (`skip_attention=False`, say).
 
     Raises:
         ImportError: diffusers is missing.
-        ValueError: the model has no such block, or diffusers cannot skip it exactly.
+        ValueError: the model does not have the block, or diffusers cannot skip it exactly.
     """
     try:
         from diffusers.hooks import LayerSkipConfig
@@ -106,15 +109,15 @@ def layer_skip(blocks: Blocks, model: nn.Module, **options: Any) -> list[LayerSk
         for number in numbers if whole else ():
             reason = _cannot_skip(modules[number])
             if reason:
-                own = "skip_layers" in inspect.signature(type(model).forward).parameters
-                hint = f"; give {type(model).__name__} skip_layers={numbers} instead" if own else ""
+                takes_skip_layers = "skip_layers" in inspect.signature(type(model).forward).parameters
+                hint = f"; give {type(model).__name__} skip_layers={numbers} instead" if takes_skip_layers else ""
                 raise ValueError(f"{list_name}.{number}: diffusers' LayerSkipConfig {reason}{hint}")
         configs.append(LayerSkipConfig(indices=numbers, fqn=list_name, **options))
     return configs
 
 
 def _cannot_skip(block: nn.Module) -> str:
-    """Why diffusers' hook does not give back what this block is given; "" where it does."""
+    """Why diffusers' hook does not return this block's input unchanged; "" if it does."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     kind = type(block)
@@ -123,7 +126,7 @@ def _cannot_skip(block: nn.Module) -> str:
     except ValueError:
         return f"has no rule for {kind.__name__}"
     if rules.return_encoder_hidden_states_index not in (None, 1):
-        # The hook returns (hidden_states, encoder_hidden_states), in that order, whatever the block returns.
+        # The hook always returns (hidden_states, encoder_hidden_states), also where the block returns another order.
         return f"would exchange the two streams of {kind.__name__}, which returns the text's first"
     if "hidden_states" not in inspect.signature(kind.forward).parameters:
         return f"looks for an argument hidden_states, which {kind.__name__} does not have"
@@ -137,12 +140,12 @@ def lora_layers(
 
     Args:
         modules: the ends of the module names inside a block ("to_q", "ff.net.0.proj").
-        model: what the config will be used on; checks that each block and each module is there.
-        by_index: `layers_to_transform` with `layers_pattern`, for trainers that take only those, in place of one
-            expression for the full names. peft also applies it to lists of the same name deeper inside the model.
+        model: the model to be adapted; each block and each module is checked against it.
+        by_index: return `layers_to_transform` and `layers_pattern`, for trainers that take only these, instead of a
+            regular expression for the full names. peft applies them also to lists of the same name inside the blocks.
 
     Raises:
-        ValueError: a block or module that the model lacks; `by_index` with lists whose ids differ.
+        ValueError: the model lacks a block or module, or `by_index` is given and the lists have different ids.
     """
     modules = _names(modules, "modules")
     ids = block_ids(blocks)
@@ -154,7 +157,7 @@ def lora_layers(
             _list(model, name, numbers)
             for number in numbers:
                 pattern = rf"{re.escape(name)}\.{number}\.{inside}"
-                if not any(re.fullmatch(pattern, known) for known, _ in model.named_modules()):
+                if not any(re.fullmatch(pattern, known) for known, _ in unwrap(model).named_modules()):
                     raise ValueError(f"modules: {name}.{number} has none of {', '.join(modules)}")
     if not by_index:
         return {"target_modules": expression}
@@ -168,7 +171,7 @@ def lora_layers(
 
 
 def to_json(path: str | Path, blocks: Blocks, scores: LayerScores, method: str = "export") -> None:
-    """Write blocks as plain JSON: their ids by module list, and what `LayerSelection.from_json` reads.
+    """Write blocks as JSON: their ids by module list, and the selection that `LayerSelection.from_json` reads.
 
     Raises:
         ValueError: a block without a score. UserError: the file cannot be written.
@@ -203,8 +206,10 @@ def _by_layer(scores: LayerScores) -> dict[int, tuple[str, ...]]:
     if scores.sets is not None:
         raise ValueError("scores: of sets of layers; export scores of single blocks (without sets= and spans=)")
     known: dict[int, tuple[str, ...]] = {}
-    for layer, name in zip(scores.layers, scores.names):
-        known[layer] = _of_dit(layer) if name.partition(".")[0].isdigit() else (name,)
+    branches = scores.branches or ("",) * len(scores.layers)
+    for layer, name, branch in zip(scores.layers, scores.names, branches):
+        block = name.removesuffix(f".{branch}") if branch else name
+        known[layer] = _of_dit(layer) if block.isdigit() else (block,)
     return known
 
 
@@ -218,16 +223,17 @@ def _names(blocks: Blocks, what: str = "blocks") -> tuple[str, ...]:
     layers = getattr(blocks, "layers", None)
     if layers is not None:
         named = getattr(blocks, "names", None)
-        return tuple(name for layer in layers for name in _of_dit(layer)) if named is None else tuple(named)
+        return tuple(name for layer in layers for name in _of_dit(layer)) if named is None else tuple(map(bare, named))
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"{what}: expected a sequence of names, or a LayerSelection, got {blocks!r:.60}")
-    found = tuple(blocks)
-    if not found or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{what}: expected at least one name, all of them text, got {found!r:.60}")
-    return found
+    names = tuple(blocks)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what}: expected at least one name, all of them text, got {names!r:.60}")
+    return tuple(map(bare, names))
 
 
 def _list(model: nn.Module, name: str, numbers: Sequence[int]) -> nn.ModuleList | nn.Sequential:
+    model = unwrap(model)
     try:
         modules = model.get_submodule(name)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Read the CSV of scores back that `LayerScores.to_csv` wrote."""
+"""Read the CSV of scores that `LayerScores.to_csv` writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .scores import COLUMNS, LayerScores
 
 
 def read_scores(path: str | Path) -> LayerScores:
-    """Read a CSV that `LayerScores.to_csv` wrote (the metric is not in it: "rms" is assumed).
+    """Read a CSV that `LayerScores.to_csv` wrote. It does not contain the metric, so "rms" is assumed.
 
     Raises:
-        UserError: names the file and line that does not fit.
+        UserError: a line does not fit; names the file and the line.
     """
     units: dict[tuple[tuple[int, ...], str], dict[int, float]] = defaultdict(dict)
     times: dict[int, Any] = {}
@@ -76,7 +76,7 @@ def read_scores(path: str | Path) -> LayerScores:
 
 
 def _parse(row: dict[str | Any, str | Any]) -> tuple[tuple[tuple[int, ...], str], int, float, float | None]:
-    """One line of the CSV -> (layers, branch), sample, score, t; ValueError says what does not fit."""
+    """Parse one line of the CSV into (layers, branch), sample, score and t. ValueError if a cell does not fit."""
     if None in row or None in row.values():  # a line longer or shorter than the header
         raise ValueError(f"expected {len(COLUMNS)} fields")
     layers, score = tuple(map(int, row["layer"].split("+"))), float(row["score"])

@@ -1,4 +1,4 @@
-"""First-order stand-ins for the ablation of a `DiT`, for all layers at once from a few backward passes.
+"""First-order estimates of the ablation scores of a `DiT`: a few backward passes serve all layers.
 
 m_k is the scale of unit k's residual branches (1 in the network, 0 in FoG-A's ablation), one for each sample: [U, N].
 """
@@ -24,9 +24,10 @@ from .statistics import spearman
 
 @dataclass(frozen=True, eq=False)
 class FirstOrderScores:
-    """The estimate as `LayerScores`, and `draw_stderr` [U]: the standard error of its mean square from the draws of u.
+    """Estimated scores, with the error that the random draws of u cause.
 
-    `draw_stderr` is relative: of the mean over samples of `||dv/dm_k||^2`, over that mean."""
+    Attributes:
+        draw_stderr: [U] the relative standard error of the mean of `||dv/dm_k||^2` over the samples."""
 
     scores: LayerScores
     draw_stderr: Tensor
@@ -54,13 +55,13 @@ def first_order_scores(
     """Estimate FoG-A by the derivative: removing unit k changes v by about -dv/dm_k.
 
     `||dv/dm_k||^2` is the mean of `(u^T dv/dm_k)^2` over u ~ N(0, I) (Hutchinson, 1990), so that `draws` backward
-    passes serve all units. An estimate of an estimate: the ablation is not small. Not for selection without a look at
-    `rank_correlation` with exact scores.
+    passes serve all units. The derivative itself is only an estimate, as an ablation is not a small change. Compare
+    with exact scores (`rank_correlation`) before you select layers by it.
 
     Args:
         model, inputs, blocks, metric, branches: as in `attribute_layers`.
-        draws: random cotangents u, at least 2.
-        generator: of u, on the velocity's device; None for one seeded with 0.
+        draws: number of random cotangents u, at least 2.
+        generator: draws u, on the velocity's device; None: a generator with seed 0.
 
     Raises:
         TypeError, ValueError: on a model, shapes, layers or a number of draws that do not fit.
@@ -81,7 +82,7 @@ def first_order_scores(
                 u = torch.where(mask.unsqueeze(-1), u, 0)
             (projection,) = torch.autograd.grad(velocity, gates, u, retain_graph=n + 1 < draws)
             squares.append(projection.double().square())
-    # From the sum over valid frames and bins to their mean, as in the exact score.
+    # Divide the sum over valid frames and bins, as the exact score is a mean.
     frames = velocity.shape[1] if mask is None else mask.sum(1)
     change = (torch.stack(squares) / (frames * velocity.shape[2])).cpu()
     _, energy = ops.velocity_delta(velocity.detach().expand(2, *velocity.shape), mask)
@@ -100,7 +101,7 @@ def gradient_norm_scores(
 ) -> LayerScores:
     """The "gradient norm" control: `|dL/dm_k|` of each sample's flow-matching loss against `target` [N, T, M].
 
-    It asks how much the loss reacts to a layer's strength, not how much the velocity does; one backward pass.
+    It measures how the loss, not the velocity, depends on a layer's strength. It takes one backward pass.
 
     Raises:
         TypeError, ValueError: on a model, shapes or layers that do not fit.

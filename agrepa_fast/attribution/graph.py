@@ -1,7 +1,7 @@
-"""CUDA graphs of probes: a probe's device work captured once, and replayed on new inputs in one launch.
+"""CUDA graphs of probes: the device work of a probe is captured once and replayed on new inputs in one launch.
 
-A graph holds addresses, not values: weights updated in place are seen by the next replay; a weight that was replaced
-makes another key, and so another capture.
+A graph holds addresses, not values. So the next replay sees weights that were updated in place. A weight that was
+replaced by another tensor changes the key, and the probe is captured again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Captured:
             self.recording = Recording(lambda: run(self.inputs), device)
 
     def replay(self, inputs: Inputs) -> Tensor:
-        """The output for `inputs`, in memory of its own: the next replay overwrites the graph's."""
+        """The output for `inputs`, as a copy: the next replay overwrites the output of the graph."""
         for name, static in self.inputs.items():
             static.copy_(inputs[name], non_blocking=True)
         self.recording.replay()
@@ -45,7 +45,7 @@ class Captured:
 
 
 def replayed(model: DiT, plan: AblationPlan, inputs: Inputs, run: Run) -> Tensor:
-    """`run(inputs)` by the model's graph for this plan and these shapes, captured where there is none yet.
+    """Compute `run(inputs)` by the model's graph for this plan and these shapes. If there is no graph yet, capture it.
 
     `run` must do the same static device work for the same plan, shapes and dtypes, and must not keep the model alive.
     """
@@ -60,12 +60,12 @@ def replayed(model: DiT, plan: AblationPlan, inputs: Inputs, run: Run) -> Tensor
 
 
 def release_graphs(model: DiT) -> None:
-    """Give the memory of the model's captured probes back; the next probe captures anew."""
+    """Free the memory of the CUDA graphs that probes of this model have captured. The next probe captures anew."""
     _GRAPHS.pop(model, None)
 
 
 def why_not(model: DiT, inputs: Inputs) -> str | None:
-    """Why a probe of `model` cannot be captured; None where it can."""
+    """The reason why a probe of `model` cannot be captured, or None."""
     devices = {value.device for value in (*inputs.values(), *model.parameters())}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
         return f"it needs model and inputs on one CUDA device, got {', '.join(sorted(map(str, devices)))}"
@@ -78,7 +78,7 @@ def why_not(model: DiT, inputs: Inputs) -> str | None:
 
 
 def _key(model: DiT, plan: AblationPlan, inputs: Inputs) -> Hashable:
-    """All that decides which launches are made, and on which memory of the model."""
+    """Everything that decides which kernels are launched, and on which memory of the model."""
     device = inputs["x_t"].device.type
     weights = (*model.parameters(), *model.buffers())
     return (
@@ -92,6 +92,6 @@ def _key(model: DiT, plan: AblationPlan, inputs: Inputs) -> Hashable:
 
 
 def _uncached_autocast() -> torch.autocast:
-    """The autocast in force, but weights are cast inside the graph: a cached cast would not see them change."""
+    """Autocast as it is now, without its cache: a cached copy of a weight would not follow its updates."""
     enabled = torch.is_autocast_enabled("cuda")
     return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled, cache_enabled=False)

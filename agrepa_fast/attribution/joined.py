@@ -1,4 +1,4 @@
-"""Scores of several sets of samples as one."""
+"""Join scores of several sets of samples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .scores import LayerScores
 
 
 def join_scores(parts: Sequence[LayerScores]) -> LayerScores:
-    """Scores of the same units on other samples each, as one. Ids of clips count within a part.
+    """Join scores of the same units on different samples. Clips of different parts count as different clips.
 
-    What not all parts know (t, domains, clips, noise) is left out.
+    Attributes that some part lacks (t, domains, clips, noise) are None.
 
     Raises:
-        ValueError: other layers, branches or metrics."""
+        ValueError: the parts have different layers, branches or metrics."""
     first = parts[0]
     if any((p.layers, p.branches, p.metric) != (first.layers, first.branches, first.metric) for p in parts):
         raise ValueError("scores: expected the same layers, branches and metric in all parts")

@@ -1,8 +1,8 @@
-"""A probe of a `DiT`: its device work as one static function of the plan, fit to be captured as a CUDA graph.
+"""A probe of a `DiT`: its work on the device is one static function of the plan, which a CUDA graph can capture.
 
 Sequences are stacked stream-major, [C + S B, T, D]: the control of sample 0 (C = 1, or 0 in a plan without), the
-baseline's B samples, then the streams in the order in which they join. Nothing here asks the device anything, so every
-launch follows from shapes and plan.
+baseline's B samples, then the streams in the order in which they join. No code here reads a value
+from the device, so shapes and plan determine every launch.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def measure(model: DiT, plan: AblationPlan, inputs: Inputs, engine: str = "prefi
 
 
 def whole(model: DiT) -> DiT:
-    """The model itself, or a copy with whole weights where they are sharded (FSDP2): every rank must call it.
+    """The model itself, or a copy with whole weights if they are sharded (FSDP2). Every rank must call it.
 
-    A probe calls the parts of a `DiT` and not its forward, so that the hooks that gather weights do not run in order.
+    A probe calls the parts of a `DiT` instead of its forward, so the hooks that gather sharded weights would not run.
     """
     if not any(hasattr(weight, "full_tensor") for weight in model.parameters()):
         return model
@@ -53,7 +53,7 @@ def whole(model: DiT) -> DiT:
 def nudged(x: Tensor) -> Tensor:
     """Perturb every second channel by half an ulp; the resulting change of the velocity is the rounding noise floor.
 
-    An unchanged copy would round exactly as the baseline does, and show nothing.
+    An unchanged copy would round exactly as the baseline does, and the change would be 0.
     """
     second = torch.arange(x.shape[-1], device=x.device).remainder(2).to(x.dtype)
     return x + x * (second * (0.5 * torch.finfo(x.dtype).eps))
@@ -68,8 +68,9 @@ def between(
     scale: Tensor | None = None,
     join: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Close branch i and open branch i + 1, or just close the last one; rows [R] int64, the sample of each sequence,
-    those of `join` at the end."""
+    """Close branch i and open branch i + 1; the last branch is only closed.
+
+    rows: int64 [R], the sample of each sequence; those of `join` come last."""
     gate = modulation[i].gate
     if i + 1 == len(modulation):
         x = ops.gated_residual(x, out, gate, stream_scale=scale, sample_index=rows, join=join)
@@ -81,7 +82,7 @@ def between(
 
 
 def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Shared prefixes -> the control's velocity [C, T, M] and all streams' [S, B, T, M]."""
+    """Run the staircase. Returns the velocity of the control [C, T, M] and of all streams [S, B, T, M]."""
     x, modulation, samples, masks = _opened(model, inputs, plan)
     batch, first = inputs["x_t"].shape[0], int(plan.control)
     if plan.control:
@@ -89,16 +90,16 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
     h = ops.layer_norm_modulate(
         x, modulation[0].shift, modulation[0].scale, sample_index=samples[: x.shape[0]], eps=EPS
     )
-    # The baseline's state before each unit that has started; it joins where the unit stops.
+    # The baseline's state before each unit that has started. It joins the batch where the unit stops.
     before: dict[int, list[Tensor]] = {}
     for i, branch in enumerate(model.branches):
         for unit in plan.units:
             if unit.start == i:
                 state = x[first : first + batch]
-                # A view would hold the memory of all streams of its time.
+                # A view would keep the states of all present streams in memory.
                 before.setdefault(unit.stop, []).append(state.clone() if unit.stop > i + 1 else state)
         out = branch(h, None if masks is None else masks[: x.shape[0]])
-        del h  # every stream's, so neither it nor `out` may outlive its use
+        del h  # it holds all streams, and so does `out`: free both as soon as they are used
         # The new stream skips the branch; the op that closes it writes that stream behind the others.
         joining = before.pop(i + 1, [])
         join = torch.cat(joining) if len(joining) > 1 else joining[0] if joining else None
@@ -113,7 +114,7 @@ def _staircase(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, 
 
 
 def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """All streams from the first branch on, switched by stream_scale; results as `_staircase`."""
+    """Run all streams from the first branch on and switch branches off by stream_scale. Returns as `_staircase`."""
     x, modulation, samples, masks = _opened(model, inputs, plan)
     batch, first = inputs["x_t"].shape[0], int(plan.control)
     x = torch.cat([*([nudged(x[:1])] if plan.control else ()), x.repeat(plan.streams, 1, 1)])
@@ -127,7 +128,7 @@ def _stacked(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Te
 
 
 def _without(streams: Sequence[int], x: Tensor, rows: int, first: int, batch: int) -> Tensor:
-    """[rows] factors of a branch: 0 for the sequences of these streams, else 1."""
+    """The factors [rows] of a branch: 0 for the sequences of these streams, else 1."""
     scale = torch.ones(rows, device=x.device, dtype=x.dtype)
     for stream in streams:
         scale[first + stream * batch : first + (stream + 1) * batch].zero_()
@@ -135,7 +136,7 @@ def _without(streams: Sequence[int], x: Tensor, rows: int, first: int, batch: in
 
 
 def _loop(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """One forward for the control, one for the baseline and one per unit; results as `_staircase`."""
+    """Run a forward for the control, the baseline and each unit. Returns as `_staircase`."""
     velocities = [_forward(model, inputs, unit) for unit in (None, *plan.units)]
     control = velocities[0][:0]
     if plan.control:
@@ -146,7 +147,7 @@ def _loop(model: DiT, plan: AblationPlan, inputs: Inputs) -> tuple[Tensor, Tenso
 def _forward(
     model: DiT, inputs: Inputs, without: Unit | None, enter: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The velocity [B, T, M] with one unit's branches not run; `enter` changes the stream before block 0."""
+    """The velocity [B, T, M] without one unit's branches. `enter` changes the residual stream before block 0."""
     x, modulation, samples, masks = _opened(model, inputs, AblationPlan(model.depth, (), control=False))
     x = x if enter is None else enter(x)
     h = ops.layer_norm_modulate(x, modulation[0].shift, modulation[0].scale, eps=EPS)
@@ -159,8 +160,8 @@ def _forward(
 def _opened(
     model: DiT, inputs: Inputs, plan: AblationPlan
 ) -> tuple[Tensor, Sequence[Modulation], Tensor, Tensor | None]:
-    """The baseline before block 0 [B, T, D], the modulation of all branches, and of each of the C + S B sequences its
-    sample and its key mask."""
+    """The baseline before block 0 [B, T, D], the modulation of all branches, and the sample and the key mask of each of
+    the C + S B sequences."""
     x, modulation = model.open(inputs["x_t"], inputs["t"], inputs.get("cond"), inputs.get("mask"))
     each = torch.arange(x.shape[0], device=x.device)
     samples = each.repeat(plan.streams)

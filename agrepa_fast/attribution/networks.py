@@ -1,12 +1,13 @@
-"""What a probe runs: a `DiT`, or another person's model, behind the same few methods.
+"""The network of a probe: a `DiT` (`Native`) or another model (`Foreign`), with the same methods.
 
-Both say how many samples and blocks there are, turn a plan of blocks into what they can run, and measure a pass of it.
+Both know the number of samples and blocks, turn a plan of blocks into work that they can run, and measure a pass.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.dit import DiT
 from . import graph, native
-from .foreign.branches import branch_names, check_branches
+from .foreign.branches import AUTO, branch_names, check_branches, find_branches
 from .foreign.drive import BlockModel
-from .metrics import Metric, measure_with
+from .metrics import Metric, VelocityRatio, measure_with, score_of
 from .plan import AblationPlan, Sizes, Unit, split
 from .scores import whole_number
 
 PARTS = ("parts",)  # of other models' blocks
-# The widest activation of a pass on the CPU: what a server processor's last cache holds, where the same work is faster.
+# Bytes of the widest activation of a pass on the CPU. It fits into the last cache of a server, which is faster.
 CPU_PASS_BYTES = 32 * 2**20
 
 
@@ -52,14 +53,14 @@ class Native:
         self.dtype = torch.get_autocast_dtype(device) if autocast else self.inputs["x_t"].dtype
         obstacle = None
         if engine in ("auto", "graph"):
-            own = "it holds no metric that is a function" if metric is not None else None
-            obstacle = own or graph.why_not(model, self.inputs)
+            metric_obstacle = "it holds no metric that is a function" if metric is not None else None
+            obstacle = metric_obstacle or graph.why_not(model, self.inputs)
         if engine == "graph" and obstacle is not None:
             raise ValueError(f"engine: 'graph' cannot capture this probe: {obstacle}; engine='prefix' runs it eagerly")
         self.engine = engine if engine != "auto" else "graph" if obstacle is None else "prefix"
 
     def at_once(self, plan: AblationPlan) -> int:
-        """Samples of a pass: on the CPU as many as keep the feed-forward's inner activation in its cache, else all."""
+        """Number of samples in a pass: all; on the CPU as many as keep the feed-forward's activation in the cache."""
         x_t, config = self.inputs["x_t"], self.model.config
         if x_t.device.type != "cpu" or self.engine != "prefix":
             return self.samples
@@ -84,12 +85,13 @@ class Native:
             return graph.replayed(self.model, plan, inputs, partial(native.measure, self.model, plan))
         if self.metric is not None:
             control, velocity = native.ENGINES[self.engine](self.model, plan, inputs)
-            return measure_with(self.metric, velocity, inputs.get("mask"), control if plan.control else None)
+            metric = self.metric.at(inputs) if isinstance(self.metric, VelocityRatio) else self.metric
+            return measure_with(metric, velocity, inputs.get("mask"), control if plan.control else None)
         return native.measure(self.model, plan, inputs, self.engine)
 
 
 class Foreign:
-    """Another model behind its adapter; "auto" is settled by its wiring and by its first velocity."""
+    """Another model behind its adapter. Its wiring and its first velocity decide which engine "auto" means."""
 
     names: tuple[str, ...]
 
@@ -103,30 +105,53 @@ class Foreign:
         mask: Tensor | None,
         alone: bool,
         metric: Metric | None,
-        branches: Sequence[str] | None,
+        branches: Sequence[str] | str | bool | None,
     ) -> None:
         if engine == "graph":
             raise ValueError("engine: 'graph' is only for a DiT; other models are asked questions between their blocks")
         self.metric = metric
         self.blocks = BlockModel(model, inputs, block_list, batched, mask, engine, alone)
         self.depth, self.samples, self.names = self.blocks.depth, self.blocks.samples, tuple(self.blocks.names)
-        self.parts = branches is not None and tuple(branches) == PARTS
+        self.parts = isinstance(branches, Sequence) and tuple(branches) == PARTS
         self.inner: dict[str, tuple[int, str]] = {}  # of branches: {name: (layer, name in the block)}
         if branches is not None and not self.parts:
-            self.inner = branch_names(model, self.names, branches)
-            check_branches(self.blocks.known, self.names, self.inner)
-            self.blocks = BlockModel(model, inputs, tuple(self.inner), batched, mask, engine, alone, adds=True)
+            self.inner = self._inner(model, branches)
+            with warnings.catch_warnings():  # said of the blocks already
+                warnings.simplefilter("ignore")
+                self.blocks = BlockModel(model, inputs, tuple(self.inner), batched, mask, engine, alone, branches=True)
         self.t, self.mask, self.dtype = self.blocks.t, self.blocks.mask, self.blocks.dtype
+
+    def _inner(self, model: nn.Module, branches: Sequence[str] | str | bool) -> dict[str, tuple[int, str]]:
+        """The named branches, or those that are found, of all blocks."""
+        blocks = self.blocks.blocks
+        whole = [block.sites[0] for block in blocks if len(block.sites) == 1]
+        if branches not in AUTO:
+            names = branch_names(model, self.names, branches)  # type: ignore[arg-type]
+            if len(whole) == len(blocks):
+                check_branches(self.blocks.known, whole, names)
+            return names
+        for site in whole:
+            if site.adds:
+                raise ValueError(
+                    f"branches: forward adds the result of {site.name} to the state, so it is a branch itself: leave "
+                    "branches out"
+                )
+        found = find_branches(self.blocks.known, whole)
+        return {
+            f"{block.name}.{branch}": (layer, branch)
+            for layer, block in enumerate(blocks)
+            for branch in (found.get(block.name) or self.blocks.parts(layer))
+        }
 
     @property
     def engine(self) -> str:
         return self.blocks.engine
 
     def at_once(self, plan: AblationPlan) -> int:
-        return self.samples
+        return self.blocks.at_once(plan)
 
     def by_branch(self, plan: AblationPlan) -> AblationPlan:
-        """The plan of blocks with their parts, or with the modules that are their branches, in place of each block."""
+        """The plan with each block replaced by its parts, or by the modules that are its branches."""
         if self.parts:
             units = [replace(unit, branch=part) for unit in plan.units for part in self.blocks.parts(unit.layer)]
             return replace(plan, units=tuple(units))
@@ -144,7 +169,7 @@ class Foreign:
         return Unit(layer, branch, 2 * layer, 2 * layer + 2)
 
     def evaluations(self, plan: AblationPlan) -> float:
-        """In blocks; where branches run apart, each is its share of a block."""
+        """The cost in block evaluations. A branch that runs by itself counts as its share of a block."""
         return self.blocks.evaluations(plan) * self.depth / self.blocks.depth
 
     def split(self, plan: AblationPlan, memory_budget: int | float) -> tuple[tuple[AblationPlan, ...], int]:
@@ -153,11 +178,18 @@ class Foreign:
     def measure(self, plan: AblationPlan, rows: slice) -> Tensor:
         velocity = self.blocks.run(plan, torch.arange(self.samples)[rows])
         mask = None if self.mask is None else self.mask[rows].to(velocity.device)
-        if mask is not None and velocity.shape[2] != mask.shape[1]:
-            velocity = velocity.mT  # channels first
+        channels_first = mask is not None and velocity.shape[2] != mask.shape[1]
+        velocity = velocity.mT if channels_first else velocity
         if self.metric is not None:
-            return measure_with(self.metric, velocity, mask, None)
-        # Frames and bins; an image or a vector counts as one frame.
+            measured = measure_with(self.metric, velocity, mask, None)
+            if not plan.control:
+                return measured
+            known = self.blocks.known
+            base, nudged = (output.mT if channels_first else output for output in known.nudged)
+            frames = None if self.mask is None else self.mask[known.first : known.first + 1].to(velocity.device)
+            noise = score_of(self.metric, base, nudged, frames).double()
+            return torch.cat([measured, noise.expand(1, measured.shape[1])])
+        # The axes are frames and bins; an image or a vector counts as one frame.
         velocity = velocity if velocity.dim() == 4 else velocity.flatten(2).unsqueeze(2)
         change, energy = ops.velocity_delta(velocity.contiguous(), mask)
         noise = (self.blocks.noise * energy).unsqueeze(0)
@@ -165,7 +197,7 @@ class Foreign:
 
 
 def _bytes(memory_budget: int | float, device: torch.device) -> int:
-    """A budget in bytes; a float is a share of what is free on the device."""
+    """The budget in bytes; a float is a share of the device's free memory."""
     if isinstance(memory_budget, float):
         if not 0 < memory_budget <= 1:
             raise ValueError(f"memory_budget: expected bytes (int) or a share in (0, 1], got {memory_budget}")
@@ -176,11 +208,11 @@ def _bytes(memory_budget: int | float, device: torch.device) -> int:
 
 
 def by_name(inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
-    """The inputs of a `DiT` by name, with as many samples each: a probe takes slices, which would lose surplus rows.
+    """The inputs of a `DiT` by name. All must have the same number of samples: slices would drop surplus rows.
 
     Raises:
-        TypeError: unknown or missing names, or values that are no real tensors.
-        ValueError: no samples, no frames, or numbers of samples that differ.
+        TypeError: a name is unknown or missing, or a value is not a real tensor.
+        ValueError: there are no samples or frames, or the numbers of samples differ.
     """
     names = ("x_t", "t", "cond", "mask")
     if not isinstance(inputs, Mapping):

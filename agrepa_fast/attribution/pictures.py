@@ -1,6 +1,6 @@
 """FoG-A pictures: the score of every layer, and the score of every layer at every flow time t.
 
-They read a `LayerScores` of U units (layers or branches), N samples: by_sample [U, N], t [N], domains [N].
+They read `LayerScores` of U units (layers or branches) and N samples: by_sample [U, N], t [N], domains [N].
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from .scores import LayerScores
 
 INK = "#24292f"  # every text and axis; the HTML report turns exactly this colour into the page's own
-# Middle tones, so that one picture reads on a light page and on a dark one.
+# Middle tones are legible on light and on dark pages.
 PALETTE = ("#3b7dd8", "#e07b39", "#2f9e6e", "#8d6bd1", "#2b9aa8", "#a08a2c")
 ACCENT = "#c9548a"  # what was selected, probed, aligned
 
 
 class Selected(Protocol):
-    """What a selection has to offer to be drawn: layers (0-based) and one weight each."""
+    """A selection that can be drawn: layers (0-based), and a weight for each."""
 
     @property
     def layers(self) -> Sequence[int | str]: ...
@@ -34,7 +34,7 @@ class Selected(Protocol):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches that belongs to no pyplot state.
+    """An empty figure of `width` x `height` inches, independent of pyplot.
 
     Raises `UserError` where matplotlib is not installed.
     """
@@ -46,7 +46,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style_axes(axes: Axes, grid: str = "y") -> None:
-    """Quiet axes in the report's ink: no box, faint grid along `grid` ("y", "x", "both" or "" for none)."""
+    """Style axes for the report: no box, its text colour, and a faint grid along `grid` ("y", "x", "both" or "")."""
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=INK, alpha=0.35)
@@ -61,8 +61,8 @@ def style_axes(axes: Axes, grid: str = "y") -> None:
 def layer_t_map(scores: LayerScores, domain: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean score by layer and flow time: ([U, K] float64, the K distinct t in rising order).
 
-    With `domain`, over that domain's samples alone. Raises `ValueError` where the scores carry no t, or
-    no sample of that domain.
+    With `domain`, only that domain's samples count. Raises `ValueError` if the scores have no times, or no sample of
+    that domain.
     """
     if domain is not None:
         scores = scores.domain(domain)
@@ -131,9 +131,9 @@ def plot_scores(scores: LayerScores, selection: Selected | Mapping[str, Selected
 
 
 def plot_layer_t_map(scores: LayerScores) -> Figure:
-    """Heat map of the mean score, layers down and flow time across; one panel per domain on one colour scale.
+    """Draw a heat map of the mean score by layer (down) and flow time (across), with a panel for each domain.
 
-    Raises `ValueError` where the scores carry no t.
+    All panels share a colour scale. Raises `ValueError` if the scores have no times.
     """
     panels: list[str | None] = [*scores.by_domain()] or [None]
     maps = [layer_t_map(scores, domain) for domain in panels]
@@ -165,7 +165,7 @@ def plot_layer_t_map(scores: LayerScores) -> Figure:
 
 
 def legend_beside(figure: Figure, axes: Axes) -> None:
-    """Puts the legend of `axes` to its right, where it covers no data; names appear as they are written."""
+    """Put the legend of `axes` to its right, where it covers no data. Names are not parsed as mathematics."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -190,15 +190,15 @@ def _unit_label(scores: LayerScores) -> str:
 
 
 def _mark_selection(axes: Axes, scores: LayerScores, selection: Selected | Mapping[str, Selected] | None) -> None:
-    """A band over each selected layer, and above the axes a row of weights for each selection."""
+    """Draw a band over each selected layer, and a row of weights above the axes for each selection."""
     if selection is None:
         return
     by_label = selection if isinstance(selection, Mapping) else {"weight": selection}
     crowded = len(set(scores.layers)) > 30
     banded = set()
-    for number, (label, own) in enumerate(reversed([*by_label.items()])):
+    for number, (label, selected) in enumerate(reversed([*by_label.items()])):
         height = 3 + number * (20 if crowded else 11)  # in points, above the row of the selection below
-        for layer, weight in zip(own.layers, own.weights, strict=True):
+        for layer, weight in zip(selected.layers, selected.weights, strict=True):
             named = zip(scores.names, scores.layers)
             units = [i for i, (name, n) in enumerate(named) if str(layer) in (name, str(n))]
             if not units:

@@ -1,7 +1,7 @@
-"""Which streams exist when: the staircase of a batched layer ablation, in pure Python.
+"""The staircase of a batched layer ablation: when each stream joins the batch, and what that costs.
 
-Switching a unit (a block, or one of its branches) off changes nothing before it. So stream k is a copy of the
-baseline's state from before unit k and joins the batch after it. Branch i of the chain then runs once, on the
+Switching off a unit (a block, or one of its branches) changes nothing before it. So stream k starts as a copy of the
+baseline's state before unit k and joins the batch after the unit. Branch i of the chain then runs once, on the
 baseline and the streams that have joined: L (L + 1) / 2 block evaluations for L blocks, against L^2 for a loop.
 """
 
@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models.cost import branch_flops
+from .scores import integer
 
 BRANCHES = ("attn", "ff")  # the branches of a block, in order
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one stream switches off: the branches start <= i < stop of the chain, and those of `more`.
+    """The branches that one stream switches off: start <= i < stop of the chain, and those of `more`.
 
-    layer: the first layer. more: further ranges (start, stop) of a set of layers that is not contiguous.
+    layer: the first layer. more: further ranges (start, stop), if the layers are not contiguous.
     """
 
     layer: int
@@ -38,7 +39,7 @@ class Unit:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All layers of which something is switched off."""
+        """All layers in which a branch is switched off."""
         return tuple(dict.fromkeys(i // 2 for start, stop in self.ranges for i in range(start, stop)))
 
     @property
@@ -56,7 +57,7 @@ class Unit:
 
 
 def _ranges(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending layers as ranges of branches; neighbours share one."""
+    """Ranges of branches of ascending layers; neighbouring layers share a range."""
     ranges: list[tuple[int, int]] = []
     for layer in layers:
         if ranges and ranges[-1][1] == 2 * layer:
@@ -68,7 +69,7 @@ def _ranges(layers: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a probe depends on, beside its plan: frames of a sample, sizes of the `DiT`, bytes."""
+    """Sizes on which the memory of a probe depends, beside its plan: frames of a sample, sizes of the `DiT`, bytes."""
 
     frames: int
     width: int
@@ -83,9 +84,12 @@ class Sizes:
 class AblationPlan:
     """The streams of a probe of a chain of 2 `depth` branches; stream 0 is the baseline, stream k + 1 is units[k].
 
-    Units come in the order in which their streams join: ascending in `stop`. A stream runs every branch after it has
-    joined, also those of `Unit.more`, whose result it leaves out.
-    control: whether one sequence more runs along, which measures the noise floor; one pass of a probe needs it.
+    The units are in the order in which their streams join, which is ascending in `stop`. A stream runs every branch
+    after it has joined; the results of the branches in `Unit.more` are not added to it.
+
+    Attributes:
+        depth: number of blocks. units: what is switched off, one a stream.
+        control: whether one more sequence runs, which measures the noise floor. One pass of a probe needs it.
     """
 
     depth: int
@@ -96,11 +100,11 @@ class AblationPlan:
     def build(
         cls, depth: int, layers: Sequence[int] | None = None, branches: Sequence[str] | None = None
     ) -> AblationPlan:
-        """Plan the ablation of `layers` (0-based; None = all), whole (branches=None) or branch by branch.
+        """Plan the ablation of `layers` (0-based; None = all) as whole blocks (branches=None) or branch by branch.
 
         Raises:
-            ValueError: on a layer outside 0..depth - 1, a duplicate, an unknown branch or an empty choice.
-            TypeError: on a layer that is not an integer.
+            ValueError: a layer is not in 0..depth - 1 or occurs twice, a branch is unknown, or there is no layer.
+            TypeError: a layer is not an integer.
         """
         chosen = list(range(depth)) if layers is None else [operator.index(layer) for layer in layers]
         if not chosen:
@@ -123,12 +127,12 @@ class AblationPlan:
     def of_sets(cls, depth: int, sets: Iterable[Sequence[int]], early: bool = False) -> AblationPlan:
         """Plan the ablation of whole sets of layers, each an ascending sequence without duplicates (`layer_sets`).
 
-        early: order the units by their first layer, for other models, whose streams join there."""
+        early: order the units by their first layer, where the streams of other models join."""
         units = sorted(map(Unit.of_layers, sets), key=lambda unit: (unit.stop, unit.start, unit.more))
         return cls(depth, tuple(sorted(units, key=lambda unit: unit.start) if early else units))
 
     def active(self, branch: int) -> int:
-        """Streams that run the given branch: the baseline and every unit that has joined by then."""
+        """Number of streams that run this branch: the baseline and each unit that has joined before it."""
         return 1 + sum(unit.stop <= branch for unit in self.units)
 
     @property
@@ -142,50 +146,52 @@ class AblationPlan:
 
     @property
     def block_evaluations(self) -> float:
-        """The same, in blocks: L (L + 1) / 2 when every whole block is ablated."""
+        """Cost in block evaluations: L (L + 1) / 2 when every whole block is ablated."""
         return self.branch_evaluations / len(BRANCHES)
 
     @property
     def loop_block_evaluations(self) -> float:
-        """What a loop of full forwards costs that skips the switched-off branches: L^2 for all whole blocks."""
+        """Cost of a loop of forwards that skip the switched-off branches: L^2 when every whole block is ablated."""
         skipped = sum(stop - start for unit in self.units for start, stop in unit.ranges)
         return (2 * self.depth * self.streams - skipped) / len(BRANCHES)
 
     def peak_bytes(self, sizes: Sizes, samples: int) -> int:
-        """Most bytes that the staircase holds at once on `samples` samples, beside weights and inputs.
+        """Peak memory of the staircase on `samples` samples in bytes, without weights and inputs.
 
-        The largest of: a feed-forward's two inner activations; attention's qkv, mixture and output; the op between
-        branches in plain PyTorch (fused kernels need less), with statistics in float32 or wider; the change of the
-        velocity. Each on the streams of its time and the control, with the modulation.
+        It is the largest of: the two inner activations of a feed-forward; qkv, mixture and output of an attention; the
+        op between branches in plain PyTorch (fused kernels need less), with statistics in float32 or wider; and the
+        comparison of the velocities. Each counts the streams that are present, the control and the modulation.
         """
-        e, statistics = sizes.element_bytes, max(4, sizes.element_bytes)
+        element, statistics = sizes.element_bytes, max(4, sizes.element_bytes)
         state = samples * sizes.frames * sizes.width  # elements of one stream's residual state
-        wide = statistics // e  # of one state element as a statistic, over one element
-        most = 0.0
+        wide = statistics // element  # bytes of a statistic over bytes of a state element
+        peak = 0.0
         control = self.control / samples
         for i in range(2 * self.depth):
             r = self.active(i) + control
-            # The baseline's states kept for units of several branches, and the streams once the branch is closed.
+            # The states of the baseline that are kept for units of several branches, and the streams after the branch.
             kept = sum(unit.start <= i < unit.stop and unit.stop - unit.start > 1 for unit in self.units)
             joining = sum(unit.stop == i + 1 for unit in self.units)
-            kept += joining if joining > 1 else 0  # several are put together first
+            kept += joining if joining > 1 else 0  # several are concatenated first
             s = r + joining
-            log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * e)
+            log_sums = samples * sizes.frames * sizes.heads * statistics * r / (state * element)
             branch = 2 * r + (2 * sizes.ff_ratio * r if i % 2 else 5 * r + log_sums) + kept
-            # Where a stream skips the branch, the sum of the others lives beside the two together.
+            # If a stream skips the branch, the sum of the others and their concatenation exist at the same time.
             added = 2 * r + (wide * (r + s) if s > r else wide * 2 * r if wide > 1 else r)
             opened = 2 * r + 3 * wide * s + (s if wide > 1 else 0)
             if i + 1 == 2 * self.depth:
                 opened = 0
-            most = max(most, branch, added + kept, opened + kept if opened else 0)
+            peak = max(peak, branch, added + kept, opened + kept if opened else 0)
         modulation = samples * 6 * self.depth * sizes.width
         baseline = samples * sizes.frames * sizes.mels
         velocity = (self.streams + control) * baseline
         closing = 2 * (self.streams + control) * state + velocity
-        compared = velocity * e + (3 if sizes.masked else 2) * (self.streams - 1) * baseline * statistics
-        if statistics > e:
+        compared = velocity * element + (3 if sizes.masked else 2) * (self.streams - 1) * baseline * statistics
+        if statistics > element:
             compared += baseline * statistics  # the baseline's velocity, converted
-        return int(max(most * state * e + modulation * e, closing * e + modulation * e, compared))
+        return int(
+            max(peak * state * element + modulation * element, closing * element + modulation * element, compared)
+        )
 
     def flops(self, sizes: Sizes, samples: int) -> int:
         """Floating-point operations of all branches on `samples` samples, and on the control if there is one."""
@@ -203,48 +209,49 @@ class AblationPlan:
 def layer_sets(
     depth: int, sets: Iterable[Iterable[int | str]] | None, spans: int | None, names: Mapping[str, int]
 ) -> list[tuple[int, ...]]:
-    """The sets of layers to ablate, each ascending: as they are given, or every `spans` neighbours.
+    """The sets of layers to ablate, each ascending: `sets`, or all runs of `spans` neighbouring layers.
 
     Args:
         names: {name of a block: its layer}, for sets that hold names.
 
     Raises:
-        ValueError: on an unknown layer, an empty or a repeated set, a length that does not fit, or both sets and spans.
-        TypeError: on a layer that is neither an integer nor a name.
+        ValueError: a layer is unknown, a set is empty or occurs twice, a length does not fit, or both sets and spans
+            are given.
+        TypeError: a layer is neither an integer nor a name.
     """
     if spans is not None:
         if sets is not None:
             raise ValueError("sets, spans: give one of them")
-        length = operator.index(spans)
+        length = integer("spans", spans)
         if not 1 <= length <= depth:
             raise ValueError(f"spans: expected 1 to {depth} blocks, got {spans}")
         return [tuple(range(first, first + length)) for first in range(depth - length + 1)]
-    found: list[tuple[int, ...]] = []
-    for members in sets or ():
+    groups: list[tuple[int, ...]] = []
+    for members in sets if isinstance(sets, Iterable) else [sets]:
         if isinstance(members, str | int) or not isinstance(members, Iterable):
             raise TypeError(f"sets: expected sequences of layers, as [[0, 1], [4]], got {members!r:.60}")
         layers = []
         for member in members:
             if isinstance(member, str) and member not in names:
                 raise ValueError(f"sets: no block {member!r}; blocks are {', '.join(names) or f'0 to {depth - 1}'}")
-            layers.append(names[member] if isinstance(member, str) else operator.index(member))
+            layers.append(names[member] if isinstance(member, str) else integer("sets", member))
         outside = [layer for layer in layers if not 0 <= layer < depth]
         if outside or not layers or len(set(layers)) < len(layers):
             raise ValueError(f"sets: expected distinct 0-based layers below {depth}, at least one, got {layers}")
-        found.append(tuple(sorted(layers)))
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"sets: expected at least one set, and none twice, got {found}")
-    return found
+        groups.append(tuple(sorted(layers)))
+    if not groups or len(set(groups)) < len(groups):
+        raise ValueError(f"sets: expected at least one set, and none twice, got {groups}")
+    return groups
 
 
 def split(plan: AblationPlan, sizes: Sizes, samples: int, budget: int) -> tuple[tuple[AblationPlan, ...], int]:
-    """The passes with the least recomputation that fit in `budget` bytes: (plans, samples in one batch).
+    """Split a probe so that it fits in `budget` bytes with the least recomputation: (plans, samples in one batch).
 
-    Samples are independent, so that fewer at once cost nothing twice. Only where one sample is too much are the
-    units dealt out over as few plans as possible; each runs the baseline again (2 `depth` branches).
+    Samples are independent, so smaller batches compute nothing twice. If one sample does not fit, the units are divided
+    among as few plans as possible, and each plan runs the baseline again (2 `depth` branches).
 
     Raises:
-        ValueError: not even one unit of one sample fits; says how many bytes do.
+        ValueError: not even one unit of one sample fits; says how many bytes it needs.
     """
     if plan.peak_bytes(sizes, 1) <= budget:
         fitting = 1

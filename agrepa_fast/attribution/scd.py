@@ -1,7 +1,7 @@
-"""SCD, store against contribute: FoG-A and LASP of every layer, domain by domain, as tables and one picture.
+"""SCD, the store-contribute dissociation: FoG-A and LASP of every layer by domain, as tables and as a picture.
 
 The CSVs begin with the columns of the authors' released toolkit (`step,epoch,layer,speech_foga,audio_foga` and
-`step,epoch,layer,sem_sim,evt_sim`); what it lacks stands beside them. L layers, 0-based.
+`step,epoch,layer,sem_sim,evt_sim`); further columns follow. L layers, 0-based.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ RELEASED_SIMILARITY = {"speech": "sem_sim", "audio": "evt_sim"}  # Cos-SEM, Cos-
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What the layers store of one teacher on the clips of one domain ("" where domains are unknown).
+    """LASP and linear CKA of each layer with one teacher, on the clips of one domain ("" if domains are unknown).
 
     Attributes:
-        lasp: [L, held-out clips], of `stored.lasp`. cka: [L], of `stored.linear_cka` on all clips.
+        lasp: [L, held-out clips], from `stored.lasp`. cka: [L], from `stored.linear_cka` on all clips.
         fitted: number of clips that the head was fitted on.
     """
 
@@ -46,7 +46,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class DomainDissociation:
-    """One domain's SCD: the comparison, and how many clips stand behind each side of it."""
+    """SCD of one domain: the comparison, and the number of clips on each of its sides."""
 
     domain: str
     teacher: str
@@ -58,7 +58,7 @@ class DomainDissociation:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> DomainDissociation:
-        """Inverse of `dataclasses.asdict`; null stands for a number that is not defined."""
+        """The inverse of `dataclasses.asdict`; null means an undefined number."""
 
         def numbers(values: Any) -> Any:
             if isinstance(values, list):
@@ -73,7 +73,7 @@ def dissociations(scores: LayerScores, stored: Sequence[Stored], k: int = 3) -> 
     """`stored.dissociation` of each entry of `stored` with the scores of its domain.
 
     Raises:
-        ValueError: a domain that was not scored, layers that differ, or k.
+        ValueError: a domain was not scored, the layers differ, or k does not fit.
     """
     results = []
     for entry in stored:
@@ -97,15 +97,15 @@ def write_scd(
     step: int = 0,
     epoch: float = 0,
 ) -> list[DomainDissociation]:
-    """Write the report's tables into `folder`: foga_layers.csv and foga_map.csv, foga_map.json (where the scores know
-    their t) and, with `stored`, lasp_layers.csv, scd.csv and scd.json.
+    """Write the report's tables into `folder`: foga_layers.csv; foga_map.csv and foga_map.json (if the scores have
+    times); and, with `stored`, lasp_layers.csv, scd.csv and scd.json.
 
     foga_layers.csv: step, epoch, layer, {domain}_foga, then foga, stderr and above_floor over all samples.
     lasp_layers.csv: step, epoch, layer, sem_sim (domain "speech"), evt_sim ("audio") or {domain}_sim, then their _cka.
     foga_map.csv: domain, layer, t, foga. scd.csv: domain, teacher, layer, foga, lasp, cka, most_used, most_stored.
 
     Raises:
-        ValueError: scores of branches, or as `dissociations`.
+        ValueError: the scores are of branches; and as `dissociations`.
         UserError: a file cannot be written; names it.
     """
     if scores.branches is not None:
@@ -131,17 +131,22 @@ def write_scd(
 
 
 def read_scd(path: str | Path) -> list[DomainDissociation]:
-    """What `write_scd` wrote as scd.json.
+    """Read the scd.json that `write_scd` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, OSError: it is not such a file.
+        ValueError, KeyError, TypeError, AttributeError, OSError: the file cannot be read, or is not one.
     """
     state = json.loads(Path(path).read_text(encoding="utf-8"))
     return [DomainDissociation.from_state(entry) for entry in state["domains"]]
 
 
 def plot_scd(results: Sequence[DomainDissociation]) -> Figure:
-    """One panel per domain: bars of FoG-A by layer, LASP as points over them; the K highest of each are filled."""
+    """Draw a panel for each result of `write_scd`: FoG-A by layer as bars, LASP as points; the K highest are filled.
+
+    Raises:
+        ValueError: there is no result."""
+    if not results:
+        raise ValueError("results: expected at least one result of write_scd, got none")
     figure = new_figure(10, 3.6)
     grid = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, entry in zip(grid, results, strict=True):
@@ -174,7 +179,7 @@ def plot_scd(results: Sequence[DomainDissociation]) -> Figure:
 
 
 def _thin(axes: Any, layers: int) -> None:
-    """Every label where there is room for it, else every few."""
+    """Label every layer if there is room, else some of them."""
     every = -(-layers // 13)
     for place, label in enumerate(axes.get_xticklabels()):
         label.set_visible(place % every == 0)
@@ -211,9 +216,9 @@ def _write_scd(path: Path, results: Sequence[DomainDissociation]) -> None:
         writer.writerow(("domain", "teacher", "layer", "foga", "lasp", "cka", "most_used", "most_stored"))
         for entry in results:
             result = entry.result
-            for layer, used, held, cka in zip(result.layers, result.foga, result.stored, entry.cka, strict=True):
+            for layer, foga, lasp, cka in zip(result.layers, result.foga, result.stored, entry.cka, strict=True):
                 among = (int(layer in result.most_used), int(layer in result.most_stored))
-                writer.writerow((entry.domain, entry.teacher, layer, repr(used), repr(held), repr(cka), *among))
+                writer.writerow((entry.domain, entry.teacher, layer, repr(foga), repr(lasp), repr(cka), *among))
 
 
 def _released_first(domain: str) -> tuple[int, str]:
@@ -226,7 +231,7 @@ def _similarity(entry: DomainDissociation, kind: str = "sim") -> str:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, which has no nan: null."""
+    """None for nan, which JSON lacks."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

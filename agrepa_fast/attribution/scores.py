@@ -1,6 +1,6 @@
-"""FoG-A scores and their statistics: per unit (a layer or one of its branches) and sample.
+"""FoG-A scores by unit (a layer or one of its branches) and sample, and their statistics.
 
-by_sample [U, N] float64 on the CPU; N samples, each with its t and domain when they are known.
+by_sample is float64 [U, N] on the CPU. Each of the N samples may have a time t and a domain.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +24,46 @@ EPS = 1e-8
 # Relative change of the velocity below which 16-bit rounding can decide ranks.
 SAFE_CHANGE_IN_16_BIT = 2e-3
 COLUMNS = ("layer", "branch", "sample", "t", "domain", "score")
-OPTIONAL_COLUMNS = ("clip", "noise", "name")  # which older files may lack
+OPTIONAL_COLUMNS = ("clip", "noise", "name")  # older files may lack these
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an integer of Python, NumPy or torch as an int. TypeError for anything else, True and False included."""
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r:.60}") from None
+
+
+def per_sample(name: str, values: Any, samples: int, kind: str = "name") -> tuple[Any, ...]:
+    """The names (kind "name") or integer ids (kind "id") of the samples, one each, as a tuple.
+
+    Raises:
+        TypeError: no iterable of them. ValueError: not one for each sample.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected one {kind} for each sample, got {values!r:.60}")
+    values = tuple(values)
+    if len(values) != samples:
+        raise ValueError(f"{name}: expected {samples} {kind}s, got {len(values)}")
+    if kind == "id":
+        return tuple(integer(name, value) for value in values)
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: expected names, got {value!r:.60}")
+    return values
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
-    """`value` as an int; `of` is what it counts.
+    """Return `value` as an int, after a check of its range. `of` names what it counts.
 
     Raises:
         TypeError: it is not an integer.
         ValueError: it is below `low` or above `high`.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    number = integer(name, value)
     if number < low or (high is not None and number > high):
         limits = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: expected {limits}{of and ' '}{of}, got {number}")
@@ -69,16 +95,16 @@ class LayerScores:
         branches: "attn" or "ff" of each unit; None when whole blocks were switched off.
         by_sample: [U, N] float64.
         metric: "rms" or "squared" (see `normalised_change`).
-        floor_by_sample: [N] the score that a unit without any effect gets; None for 0.
+        floor_by_sample: [N] the score of a unit without any effect; None means 0.
         t: [N] or None. domains: N names or None.
-        noise_by_sample: [N] the score that rounding alone makes in this dtype, measured with an identity block that
-            leaves the residual stream a last bit away; None where it was not measured.
+        noise_by_sample: [N] the score that rounding alone causes in this dtype: the state was perturbed by half an ulp.
+            None if it was not measured.
         clips: N ids or None; samples of one id are the same clip at several t, so they are not independent.
-        block_evaluations: what the probe cost, in evaluations of a block on all samples.
-        names: of the units: for another model its own ("single_transformer_blocks.7"), whose layers are numbered in
-            the order of its forward; for a `DiT` "0", "1", ... or "0.attn", "0.ff", ....
-        engine: what ran: see `attribute_layers`.
-        sets: the layers of each unit where sets or spans were switched off (`layers` has the first of each), or None.
+        block_evaluations: the cost of the probe, in evaluations of a block on all samples.
+        names: names of the units: "0", "1", ... or "0.attn", "0.ff", ... for a `DiT`. Another model has its own names
+            ("single_transformer_blocks.7"), and its layers are numbered in the order of its forward.
+        engine: the engine that ran; see `attribute_layers`.
+        sets: the layers of each unit if sets or spans were switched off (`layers` then has the first of each), or None.
     """
 
     layers: tuple[int, ...]
@@ -119,14 +145,14 @@ class LayerScores:
             object.__setattr__(self, "names", self._numbers())
         if len(self.names) != units:
             raise ValueError(f"names: expected a name for each of by_sample's {units} rows, got {len(self.names)}")
-        per_sample = ("t", self.t), ("floor_by_sample", self.floor_by_sample), ("noise_by_sample", self.noise_by_sample)
-        for name, value in per_sample:
+        for name in ("t", "floor_by_sample", "noise_by_sample"):
+            value = getattr(self, name)
             if value is not None and value.shape != (samples,):
                 raise ValueError(f"{name}: expected [{samples}], got {list(value.shape)}")
-        if self.domains is not None and len(self.domains) != samples:
-            raise ValueError(f"domains: expected {samples} names, got {len(self.domains)}")
-        if self.clips is not None and len(self.clips) != samples:
-            raise ValueError(f"clips: expected {samples} ids, got {len(self.clips)}")
+        if self.domains is not None:
+            object.__setattr__(self, "domains", per_sample("domains", self.domains, samples))
+        if self.clips is not None:
+            object.__setattr__(self, "clips", per_sample("clips", self.clips, samples, "id"))
 
     def _numbers(self) -> tuple[str, ...]:
         """ "0", "1", ... for blocks; "0.attn", "0.ff", ... for branches; "0+1", "4+5", ... for sets."""
@@ -163,18 +189,18 @@ class LayerScores:
 
     @property
     def floor(self) -> float:
-        """The mean score of a unit without any effect; at or below it a mean says nothing."""
+        """The mean score of a unit without any effect. A mean at or below it has no meaning."""
         return 0.0 if self.floor_by_sample is None else self.floor_by_sample.mean().item()
 
     @property
     def noise_floor(self) -> float:
-        """The mean score that rounding alone makes, never below `floor`; `floor` where it was not measured."""
+        """The mean score that rounding alone causes, at least `floor`; `floor` if it was not measured."""
         return self.floor if self.noise_by_sample is None else max(self.floor, self.noise_by_sample.mean().item())
 
     @property
     def above_floor(self) -> Tensor:
-        """[U] bool: the unit's mean score is above what a unit without effect gets, rounding included."""
-        # Room for rounding: the velocities of two streams that compute the same may differ in the last bit.
+        """[U] bool: whether the unit's mean score is above that of a unit without effect, rounding included."""
+        # The margin is for rounding: velocities of two streams that compute the same may differ in the last bit.
         return self.mean > self.noise_floor * (1 + 1e-6) + 1e-12
 
     def domain(self, *names: str) -> LayerScores:
@@ -197,6 +223,22 @@ class LayerScores:
         if not samples:
             raise ValueError(f"t: no sample at {t:g}, only at {', '.join(f'{v:g}' for v in self.t.unique().tolist())}")
         return self._take(samples)
+
+    def before(self, layer: int) -> LayerScores:
+        """The scores of the units whose layer comes before `layer`."""
+        kept = [unit for unit, own in enumerate(self.layers) if own < layer]
+
+        def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[unit] for unit in kept)
+
+        return replace(
+            self,
+            layers=pick(self.layers),
+            by_sample=self.by_sample[kept],
+            branches=None if self.branches is None else pick(self.branches),
+            names=pick(self.names),
+            sets=None if self.sets is None else pick(self.sets),
+        )
 
     def _take(self, samples: Sequence[int]) -> LayerScores:
         index = torch.tensor(samples)
@@ -227,8 +269,8 @@ class LayerScores:
         return "\n".join(lines)
 
     def to_csv(self, path: str | Path) -> None:
-        """One row per unit and sample: layer ("0+3" for a set), branch, sample, t, domain, score, clip, noise (of the
-        sample), name (of the unit)."""
+        """Write a row for each unit and sample: layer ("0+3" for a set), branch, sample, t, domain, score, clip, noise
+        (of the sample) and name (of the unit)."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow((*COLUMNS, *OPTIONAL_COLUMNS))
@@ -249,7 +291,7 @@ class LayerScores:
                     )
 
     def to_json(self, path: str | Path) -> None:
-        """Everything, as one JSON object."""
+        """Write everything as one JSON object."""
         Path(path).write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
 
     def state(self) -> dict[str, Any]:
@@ -269,7 +311,7 @@ class LayerScores:
             "mean": self.mean.tolist(),
             "by_sample": self.by_sample.tolist(),
         }
-        # Files of older versions lack both, and are written again as they were.
+        # Files of older versions lack both; they are written again without them.
         if self.names != self._numbers():
             state["names"] = list(self.names)
         if self.engine is not None:
@@ -280,7 +322,7 @@ class LayerScores:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LayerScores:
-        """Inverse of `state`.
+        """The inverse of `state`.
 
         Raises:
             ValueError: an entry is missing or does not fit; names it.
@@ -316,7 +358,7 @@ class LayerScores:
         )
 
     def plot(self) -> Figure:
-        """Bars of the mean with standard error, per domain (needs matplotlib)."""
+        """Draw bars of the mean with its standard error, by domain. Needs matplotlib."""
         from .pictures import plot_scores
 
         return plot_scores(self)

@@ -1,6 +1,6 @@
-"""What each layer stores (LASP, linear CKA), beside what each layer uses (FoG-A): the dissociation of the two (SCD).
+"""LASP and linear CKA measure what each layer stores; SCD compares them with FoG-A, what each layer contributes.
 
-hidden [L, N, D]: pooled hidden state of every layer for N clips; teacher [N, E]: the clips' pooled teacher features.
+hidden [L, N, D] are the pooled hidden states of every layer for N clips, teacher [N, E] the pooled teacher features.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from .statistics import _top, kendall, spearman
 
 
 def pooled_hidden(model: DiT, inputs: Mapping[str, Any]) -> Tensor:
-    """Output of every block averaged over valid frames: [L, N, D], in eval mode and without gradient.
+    """The residual stream after every block, averaged over the valid frames: [L, N, D].
+
+    It is computed in eval mode and without gradient.
 
     Args:
         model, inputs: as in `attribute_layers`, by name.
 
     Raises:
-        TypeError, ValueError: on a model or inputs that do not fit, or a sample without a valid frame.
+        TypeError, ValueError: model or inputs do not fit, or a sample has no valid frame.
     """
     if not isinstance(model, DiT):
         raise TypeError(f"model: expected an agrepa_fast.DiT, got {type(model).__name__}")
@@ -98,9 +100,10 @@ def linear_cka(hidden: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dissociation:
-    """Store against contribute: the K highest layers of each, how many they share, and the rank correlation.
+    """The K highest layers by FoG-A and by LASP, how many layers they share, and the rank correlation.
 
-    `low` and `high` bound Spearman's rho at 95 %: percentile bootstrap over the clips of both, drawn apart."""
+    `low` and `high` are the 95 % interval of Spearman's rho, by a percentile bootstrap that draws the clips of the two
+    separately."""
 
     layers: tuple[int, ...]
     foga: tuple[float, ...]
@@ -113,6 +116,11 @@ class Dissociation:
     low: float
     high: float
 
+    @property
+    def interval(self) -> dict[str, float]:
+        """Spearman's rho and its bounds, by name."""
+        return {"spearman": self.spearman, "low": self.low, "high": self.high}
+
     def to_csv(self, path: str | Path) -> None:
         """One row per layer: layer, foga, lasp, and whether it is among the K highest of each."""
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -124,11 +132,22 @@ class Dissociation:
 
 
 def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int = 1000, seed: int = 0) -> Dissociation:
-    """SCD: FoG-A `scores` of whole layers beside LASP `stored` [L, clips] of the same layers.
+    """Compare what layers contribute (FoG-A `scores`) with what they store (LASP `stored` [L, clips]); AG-REPA's SCD.
+
+    Args:
+        scores: of whole layers. stored: from `lasp`, of the same layers.
+        k: how many of the highest layers of each to compare.
+        resamples, seed: of the bootstrap over clips, which gives the 95 % interval of the rank correlation.
+
+    Returns:
+        `Dissociation`: means, the K highest layers of each and their overlap, Spearman's and Kendall's correlation.
 
     Raises:
-        ValueError: the layers or k do not fit, or the scores are of branches.
+        ValueError, TypeError: layers, k or resamples do not fit, or the scores are of branches.
     """
+    if not isinstance(scores, LayerScores) or not isinstance(stored, Tensor):
+        got = f"{type(scores).__name__} and {type(stored).__name__}"
+        raise TypeError(f"scores, stored: expected LayerScores and a tensor [layers, clips], got {got}")
     if scores.branches is not None:
         raise ValueError("scores: expected whole layers, got branches")
     if stored.dim() != 2 or stored.shape[0] != len(scores.layers):
@@ -136,9 +155,10 @@ def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int
     if stored.numel() == 0 or not stored.isfinite().all():
         raise ValueError(f"stored: expected finite values of at least one clip, got {list(stored.shape)}")
     whole_number("k", k, 1, len(scores.layers), "layers")
-    used, held = scores.mean, stored.double().mean(1).cpu()
+    whole_number("resamples", resamples, 1)
+    foga, lasp_means = scores.mean, stored.double().mean(1).cpu()
     tops: list[Sequence[int]] = [
-        [scores.layers[i] for i in _top(means.unsqueeze(0), k)[0].tolist()] for means in (used, held)
+        [scores.layers[i] for i in _top(means.unsqueeze(0), k)[0].tolist()] for means in (foga, lasp_means)
     ]
     generator = torch.Generator().manual_seed(seed)
     sums, counts = scores.by_clip()
@@ -150,13 +170,13 @@ def dissociation(scores: LayerScores, stored: Tensor, k: int = 3, resamples: int
     low, high = torch.tensor(rho, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Dissociation(
         scores.layers,
-        tuple(used.tolist()),
-        tuple(held.tolist()),
+        tuple(foga.tolist()),
+        tuple(lasp_means.tolist()),
         tuple(tops[0]),
         tuple(tops[1]),
         len(set(tops[0]) & set(tops[1])) / k,
-        spearman(used, held),
-        kendall(used, held),
+        spearman(foga, lasp_means),
+        kendall(foga, lasp_means),
         low,
         high,
     )

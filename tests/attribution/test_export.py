@@ -203,3 +203,25 @@ def test_json_is_read_back_as_a_selection(tmp_path, measured, selection, blocks)
     assert export.block_ids(select_layers(measured, 2)) == blocks
     with pytest.raises(ValueError, match=r"'c\.9' has no score"):
         export.positions(["c.9"], measured)
+
+
+@pytest.mark.parametrize(
+    "name, branches",
+    [("WanTransformer3DModel", "auto"), ("SD3Transformer2DModel", ["parts"]), ("f5_tts UNetT", ["parts"])],
+)
+def test_scores_of_branches_and_streams_are_exported_as_their_blocks(name, branches, tmp_path):
+    entry = BY_NAME[name]
+    model, inputs = entry.made()
+    measured = attribute_layers(model, inputs, branches=branches)
+    sums = [0.0] * len(entry.units)
+    for layer, mean in zip(measured.layers, measured.mean.tolist()):
+        sums[layer] += mean
+    expected = [entry.units[layer] for layer in sorted(sorted(range(len(sums)), key=lambda layer: sums[layer])[:2])]
+    chosen = export.lowest(measured, k=2)
+    assert list(chosen) == expected
+    list_name = entry.units[0].rpartition(".")[0]
+    assert export.block_ids(chosen) == {list_name: [int(block.rpartition(".")[2]) for block in expected]}
+    assert all(set(blocks) <= set(entry.units) for blocks in export.skip_lists(measured, k=1).values())
+    export.to_json(tmp_path / "blocks.json", chosen, measured)
+    read = LayerSelection.from_json(tmp_path / "blocks.json")
+    assert list(read.modules(model)) == expected

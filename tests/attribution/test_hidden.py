@@ -8,104 +8,23 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import agrepa_fast as ag
 
-WIDTH, FRAMES, SAMPLES, DEPTH = 8, 6, 3, 4
-BACKEND = "eager"  # what Dynamo traces is the question here, not what a compiler makes of it
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, hidden, te):
-        return hidden + torch.tanh(self.mix(hidden) + te[:, None, None])
-
-
-class Plain(nn.Module):
-    """Blocks of one state; `recompute` checkpoints them, `reentrant` in PyTorch's older way."""
-
-    block = Block
-    recompute = reentrant = False
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(5, WIDTH)
-        self.blocks = nn.ModuleList(self.block() for _ in range(DEPTH))
-        self.tail = nn.Linear(WIDTH, 5)
-
-    def forward(self, x, t):
-        x = self.head(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, t, use_reentrant=self.reentrant) if self.recompute else block(x, t)
-        return self.tail(x)
-
-
-class InPlaceBlock(Block):
-    def forward(self, hidden, te):
-        hidden += torch.tanh(self.mix(hidden.clone()) + te[:, None, None])
-        return hidden.view_as(hidden)
-
-
-class InPlace(Plain):
-    block = InPlaceBlock
-
-
-class Joint(nn.Module):
-    """Two states, as SD3's blocks: the last one returns only the second."""
-
-    class Block(nn.Module):
-        def __init__(self, last):
-            super().__init__()
-            self.a, self.b, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), last
-
-        def forward(self, hidden, text, te=None):
-            mixed = torch.tanh(self.a(hidden) + te[:, None, None]) + self.b(text).mean(1, keepdim=True)
-            return None if self.last else text + self.b(text), hidden + mixed
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(self.Block(i == DEPTH - 1) for i in range(DEPTH))
-        self.tail = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x, t):
-        text = x[:, :2].cos()
-        for block in self.blocks:
-            text, x = block(x, text=text, te=t)
-        return self.tail(x)
-
-
-def made(kind, **attributes):
-    torch.manual_seed(0)
-    model = kind()
-    for name, value in attributes.items():
-        setattr(model, name, value)
-    size = WIDTH if kind is Joint else 5
-    return model, (torch.randn(SAMPLES, FRAMES, size), torch.rand(SAMPLES))
-
-
-def hooked(model, inputs, layers, pick=lambda output: output):
-    """{layer: what the block returned}, by forward hooks, with the velocity."""
-    found = {}
-    handles = [
-        model.blocks[layer].register_forward_hook(
-            lambda _m, _a, output, layer=layer: found.__setitem__(layer, pick(output).clone())
-        )
-        for layer in layers
-    ]
-    velocity = model(*inputs)
-    for handle in handles:
-        handle.remove()
-    return velocity, found
-
-
-def same(states, expected):
-    assert list(states) == list(expected)
-    for layer, state in states.items():
-        torch.testing.assert_close(state, expected[layer], rtol=0, atol=0)
+from .hidden_models import (
+    BACKEND,
+    DEPTH,
+    FRAMES,
+    SAMPLES,
+    WIDTH,
+    Block,
+    InPlace,
+    Joint,
+    Plain,
+    hooked,
+    made,
+    same,
+)
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 3], None])
@@ -222,7 +141,7 @@ def test_states_without_gradient_are_refused_where_one_is_wanted():
             model(*inputs)
             states.read()
             model(*inputs)
-        with pytest.raises(ValueError, match="without gradient"):
+        with pytest.raises(ValueError, match="the last forward recorded no gradient"):
             states.read()
         with torch.inference_mode():
             model(*inputs)
@@ -384,84 +303,3 @@ def test_compile_settings_come_back():
     with ag.HiddenStates(model, [1]), ag.HiddenStates(model, [2]):
         assert getattr(torch._dynamo.config, name)
     assert getattr(torch._dynamo.config, name) == before
-
-
-def test_diffusers_sd3():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    batch = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 5, 12),
-        "pooled_projections": torch.randn(2, 10),
-        "timestep": torch.tensor([100.0, 700.0]),
-    }
-    velocity = model(**batch).sample
-    with ag.HiddenStates(model, ["transformer_blocks.0", 2], state="hidden_states") as states:
-        assert torch.equal(model(**batch).sample, velocity)
-        assert {layer: list(state.shape) for layer, state in states.read().items()} == {0: [2, 16, 16], 2: [2, 16, 16]}
-        model.enable_gradient_checkpointing()
-        model(**batch)
-        states.read()[0].sum().backward()
-    assert model.transformer_blocks[0].attn.to_q.weight.grad.abs().sum() > 0
-
-
-def test_lora_before_and_after():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["mix"], r=2, init_lora_weights=False)
-    model, inputs = made(Plain)
-    states = ag.HiddenStates(model, [2]).attach()
-    lora = peft.get_peft_model(model, config)
-    again = ag.HiddenStates(lora, [2]).attach()
-    velocity = lora(*inputs)
-    one, two = states.read()[2], again.read()[2]
-    assert torch.equal(one, two)
-    (one.sum() + velocity.sum()).backward()
-    grads = {name for name, p in lora.named_parameters() if p.grad is not None}
-    assert grads
-    assert all("lora" in name for name in grads)
-    scores = ag.attribute_layers(lora, inputs)
-    assert ag.HiddenStates(lora, [scores.names[2]]).layers == (2,)
-    assert scores.layers == tuple(range(DEPTH))
-
-
-class TwoLists(Plain):
-    """Blocks of two lists, as FLUX has them; the second list runs first."""
-
-    def __init__(self):
-        super().__init__()
-        self.single_blocks = nn.ModuleList(Block() for _ in range(2))
-        self.double_blocks = nn.ModuleList(Block() for _ in range(2))
-        del self.blocks
-
-    def forward(self, x, t):
-        x = self.head(x)
-        for block in [*self.double_blocks, *self.single_blocks]:
-            x = block(x, t)
-        return self.tail(x)
-
-
-def test_with_a_batch_blocks_are_those_of_the_scores():
-    torch.manual_seed(0)
-    model, inputs = TwoLists(), (torch.randn(SAMPLES, FRAMES, 5), torch.rand(SAMPLES))
-    scores = ag.attribute_layers(model, inputs)
-    states = ag.HiddenStates(model, inputs=inputs)
-    assert tuple(states.names.values()) == scores.names
-    with states.attach():
-        model(*inputs)
-        read = states.read()
-    hidden = model.head(inputs[0])
-    for layer, block in enumerate([*model.double_blocks, *model.single_blocks]):
-        hidden = block(hidden, inputs[1])
-        assert torch.equal(read[layer], hidden)
-    aligner = ag.Aligner(model, {"a": 3}, k=1, width=WIDTH, probe=ag.ProbePlan(1), inputs=inputs)
-    assert torch.equal(aligner.step(1, inputs).by_sample, scores.by_sample)
-    backwards = ag.Aligner(
-        model, {"a": 3}, k=1, width=WIDTH, probe=ag.ProbePlan(1), block_list=["single_blocks", "double_blocks"]
-    )
-    with pytest.raises(ValueError, match=r"layer 0 of the probe is double_blocks.0, of .* single_blocks"):
-        backwards.step(1, inputs)

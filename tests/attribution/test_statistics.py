@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from agrepa_fast import attribute_layers
 from agrepa_fast.attribution.scores import LayerScores
-from agrepa_fast.attribution.statistics import bootstrap_top_k, kendall, rank_stability, spearman
+from agrepa_fast.attribution.statistics import bootstrap_top_k, kendall, rank_stability, spearman, top_k_by_clips
 
 
 def tensor(*values):
@@ -49,8 +50,10 @@ def test_rank_correlations_at_their_ends():
     assert np.isnan(kendall(up, tensor(2, 2, 2)))
     with pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
         spearman(up, up[:2])
-    with pytest.raises(ValueError, match="at least 2"):
-        kendall(up[:1], up[:1])
+    assert np.isnan(spearman(up[:1], up[:1]))
+    assert np.isnan(kendall(up[:1], up[:1]))
+    with pytest.raises(ValueError, match="not empty"):
+        kendall(up[:0], up[:0])
 
 
 def test_bootstrap_of_the_top_k_against_numpy():
@@ -104,6 +107,35 @@ def test_stability_between_two_probes():
         rank_stability(before, LayerScores((0, 1, 2, 4), after.by_sample))
     with pytest.raises(ValueError, match="k: expected 1 to 4"):
         rank_stability(before, after, k=5)
+
+
+def test_how_many_clips_give_the_same_layers_by_counting():
+    """Unit 0 leads on three of four clips, unit 1 on the other: one clip agrees with probability 3/4. Two clips agree
+    if both are among the three, with probability (3/4)^2, since 5 is more than 3."""
+    scores = LayerScores((0, 1), tensor((3, 3, 3, 0), (0, 0, 0, 5)), clips=(4, 7, 8, 9))
+    result = top_k_by_clips(scores, k=1, resamples=20_000)
+    assert result.clips == (1, 2, 4, 8)
+    assert result.overlap == result.agreement
+    exact = [0.75, 0.5625]
+    # Of n draws m are of the last clip: unit 0 wins where 3 (n - m) >= 5 m.
+    for n in (4, 8):
+        exact.append(sum(math.comb(n, m) * 0.25**m * 0.75 ** (n - m) for m in range(n + 1) if 3 * (n - m) >= 5 * m))
+    assert result.agreement == pytest.approx(exact, abs=0.015)
+
+
+def test_more_clips_agree_more_and_samples_of_a_clip_stay_together():
+    generator = torch.Generator().manual_seed(0)
+    by_clip = tensor(5, 4, 3, 1, 0)[:, None] + 2 * torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    scores = LayerScores(tuple(range(5)), by_clip.repeat(1, 3), clips=tuple(range(6)) * 3)
+    result = top_k_by_clips(scores, k=3)
+    assert result.clips == (1, 2, 4, 6, 8, 12)
+    assert result == top_k_by_clips(LayerScores(tuple(range(5)), by_clip), k=3)
+    assert result.agreement[0] < result.agreement[3] < result.agreement[5]
+    assert all(a <= o <= 1 for a, o in zip(result.agreement, result.overlap))
+    with pytest.raises(ValueError, match="at least two clips"):
+        top_k_by_clips(LayerScores((0, 1), tensor((1, 2), (3, 4)), clips=(0, 0)), k=1)
+    with pytest.raises(ValueError, match="k: expected 1 to 5"):
+        top_k_by_clips(scores, k=6)
 
 
 @pytest.mark.parametrize("metric", ["rms", "squared"])

@@ -6,18 +6,19 @@ arguments. Where the results do not go into the next block as they are, a forwar
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .find import Found, Group, has_matrix, is_substantial, keeps_shape
+from .adds import Trial, settle_adds
+from .find import Found, Group, has_matrix, holds_blocks, is_substantial, keeps_shape, listed
 from .record import Call
 from .subject import Subject
-from .wiring import Site, Watcher, Zeroing, independent, unchanged
+from .traces import settled
+from .wiring import NOTHING, Site, Watcher, Zeroing, scaled, unchanged
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Block:
 
     name: str
     sites: tuple[Site, ...]
+
+
+class Unclear(ValueError):
+    """Running the blocks `sites` does not show which of their arguments is their state."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__(sites[0].unclear)
+        self.modules = {site.module for site in sites}
 
 
 class Choice:
@@ -51,6 +60,7 @@ class Choice:
         self.subject, self.first, self.calls, self.watcher = subject, first, calls, watcher
         self.found, self.automatic, self.named, self.state = found, automatic, named, state
         self.model, self.kind, self.adapter = subject.model, subject.kind, subject.adapter
+        self.trial = Trial(subject, first, calls, watcher, state)
         self.beside = dict(automatic.left_out)
         self.blocks: list[Block] = []
         self._choose()
@@ -70,7 +80,7 @@ class Choice:
                 blocks += [Block(group.name, self._added(group)) for group in members]
                 continue
             inner = {sites[call.module].name: call for group in members for call in group.calls}
-            inner = {name: call for name, call in inner.items() if is_substantial(call.module)}
+            inner = {n: call for n, call in inner.items() if is_substantial(call.module) and has_matrix(call.module)}
             # Where a stage holds lists of blocks, they are its blocks: what stands beside them shapes the state.
             listed = {name for name in inner if name.rpartition(".")[0] not in {group.name for group in members}}
             fitting = {name for name, call in inner.items() if keeps_shape(call)}
@@ -78,6 +88,8 @@ class Choice:
             candidates.update({name: inner[name].module for name in fitting})
             self.beside.update({name: call.module for name, call in inner.items() if name not in fitting})
         named = found.blocks if self.named else {}
+        for site in (sites[module] for module in named.values() if self.adapter.adds):
+            site.state = site.state or dict.fromkeys(site.dims, NOTHING)
         singles = [
             sites[module]
             for name, module in candidates.items()
@@ -85,10 +97,11 @@ class Choice:
         ]
         if not self.named and not all(site.aside for site in singles):
             singles = [site for site in singles if not site.aside]
-        for site in singles:
-            if site.unclear:
-                raise ValueError(site.unclear)
-        self._who_adds(singles)
+        if not self.adapter.adds:  # zeros need no argument
+            unclear = [site for site in singles if site.unclear and not self._settle_states(site)]
+            if unclear:
+                raise Unclear(unclear)
+        settle_adds(self.trial, singles, self.adapter.adds)
         blocks += [Block(site.name, (site,)) for site in singles]
         order = {call.module: call.order for call in reversed(self.calls)}
         blocks.sort(key=lambda block: order[block.sites[0].module])
@@ -111,7 +124,7 @@ class Choice:
         zeroed = [group for i, group in enumerate(groups) if i % 2 == 0 and i + 1 < len(groups)] or list(groups)
         off = {site.module for group in zeroed for site in self._added(group)}
         keys = {call.key for group in zeroed for call in group.calls if call.module in off}
-        run = self._zeroing(keys, {call.key for group in groups for call in group.calls})
+        run = self.trial.zeroing(keys, {call.key for group in groups for call in group.calls})
         if not any(self._passes_on(run, group, after, off) for group, after in zip(groups, [*groups[1:], None])):
             return False
         for site in states:
@@ -134,74 +147,21 @@ class Choice:
             if path in run.entries.get(call.key, ())
         ]
         return any(
-            unchanged(before, run.entries[call.key][path])
+            unchanged(before, run.entries[call.key][path]) or scaled(before, run.entries[call.key][path])
             for call in following
             for path in moved.get(call.key, ())
             for before in entered
             if path in run.entries.get(call.key, ())
         )
 
-    def _who_adds(self, sites: Sequence[Site]) -> None:
-        """Settle `adds` of the blocks, class by class, where their results are not the next one's arguments."""
-        by_kind: dict[type[nn.Module], list[Call]] = {}
-        of = {site.module: site for site in sites}
-        for call in self.calls:
-            if call.module in of:
-                by_kind.setdefault(type(call.module), []).append(call)
-        for kind, calls in by_kind.items():
-            own = [of[call.module] for call in calls]
-            if self.adapter.adds is not None:
-                adds = self.adapter.adds
-            elif any(site.chained for site in own) or len(calls) == 1:
-                continue
-            else:
-                adds = self._adds(kind, calls, of)
-            for site in own:
-                site.adds = adds
-
-    def _adds(self, kind: type[nn.Module], calls: Sequence[Call], of: Mapping[nn.Module, Site]) -> bool:
-        """Whether the forward adds the results of blocks of one class: what the next one gets when one returns zeros.
-
-        They are the state where that depends neither on the noise nor on the block before; they are added where it is
-        what entered, or that with something else added to it which is the same whatever entered.
-        """
-        path = {call.key: next(iter(of[call.module].state.values())) for call in calls}
-        pairs = list(itertools.pairwise(calls))
-        single = pairs[1::2] or pairs
-        runs = [self._zeroing({a.key for a, _ in part}, set(path)) for part in (single, pairs)]
-
-        def entering(run: Zeroing, call: Call) -> Tensor | None:
-            return run.entries.get(call.key, {}).get(path[call.key])
-
-        added = []
-        for before, after in pairs:
-            (x, y), (x_all, y_all) = ((entering(run, before), entering(run, after)) for run in runs)
-            if x is None or y is None or x_all is None or y_all is None:
-                continue
-            dim = self.watcher.argument_dims[after.key][path[after.key]]
-            if independent(y_all, dim) or ((before, after) in single and independent(y, dim)):
-                return False
-            if (before, after) in single:
-                if unchanged(x, y):
-                    added.append(True)
-                elif x.shape == y.shape == x_all.shape and not torch.equal(x, x_all):
-                    if torch.equal(y, y_all):
-                        return False
-                    added.append(torch.allclose(y - x, y_all - x_all, rtol=1e-3, atol=1e-4 * float(x.abs().max())))
-        if any(added):
-            return True
-        raise ValueError(
-            f"{self.kind}: cannot tell what forward does with the results of {of[calls[0].module].name} and its like: "
-            "say with register_adapter(..., Adapter(adds=True)) that it adds them to the state, with adds=False that "
-            "they are the new state"
-        )
-
-    def _zeroing(self, zeroed: set[tuple[int, int]], watch: set[tuple[int, int]]) -> Zeroing:
-        rows = torch.tensor([self.first, self.first])
-        replace = None if self.state is None else {self.state: self.subject.inputs.disturbed(self.state, rows, 1)}
-        run = Zeroing(zeroed, watch)
-        run.run(self.model, self.watcher.sites, lambda: self.subject.forward(rows, replace=replace))
-        return run
+    def _settle_states(self, site: Site) -> bool:
+        """Find which result of a block is which of its arguments, where neither names nor the forward tell."""
+        if len(site.state) == 1 and holds_blocks(site.module, self.calls):
+            return False  # a stage of a U-Net and its skips
+        state = settled(self.subject, self.first, site)
+        if state is not None:
+            site.state = state
+        return state is not None
 
     def _nothing_found(self) -> str:
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and n}
@@ -211,7 +171,27 @@ class Choice:
             return f"{scripted[0]} is a compiled ScriptModule, which cannot be driven: load the model unscripted"
         return (
             f"no blocks found in {self.kind}: its forward calls no members of a module list that take the noisy state "
-            f"and return it in the same shape; it has: {have}. Name a list, as block_list='decoder.stages'"
+            f"and return it in the same shape; it has: {have}. {self._closest()}"
+        )
+
+    def _closest(self) -> str:
+        """Why the module that comes nearest to a block is none, or what the user can do: a sentence for the error."""
+        calls = {call.module: call for call in reversed(self.calls)}
+        called = {name: calls[module] for name, module in self.beside.items() if module in calls}
+        packed = [name for name, module in self.found.blocks.items() if not self.watcher.sites[module].dims]
+        if packed:
+            return (
+                f"{packed[0]} keeps the shape of its state, which does not grow with the number of samples (packed or "
+                "listed samples): give samples of one length, or wrap the blocks so that they take [samples, ...]"
+            )
+        if not called:
+            return "Name a list, as block_list='decoder.stages'"
+        name, call = max(called.items(), key=lambda item: sum(p.numel() for p in item[1].module.parameters()))
+        if not call.results:
+            return f"{name} returns no tensor, so it changes its arguments or attributes: let it return its state"
+        return (
+            f"{name} maps {listed(call.arguments)} to {listed(call.results)} on one sample: wrap it in a module that "
+            "takes the state as a tensor [samples, ...] and returns it in the same shape"
         )
 
     def _warn_of_others(self, order: Mapping[nn.Module, int]) -> None:
@@ -245,7 +225,13 @@ class Choice:
                 stacklevel=8,
             )
         first = order[self.blocks[0].sites[0].module]
-        shaping = [n for n in others(self.beside) if sites[self.beside[n]].carries and first < order[self.beside[n]]]
+        lists = {name.rpartition(".")[0] for name in names}
+        shaping = [
+            name
+            for name in others(self.beside)
+            if sites[self.beside[name]].carries
+            and (first < order[self.beside[name]] or name.rpartition(".")[0] in lists)  # not what embeds the input
+        ]
         if shaping and not self.named:
             warnings.warn(
                 f"{self.kind}: {', '.join(shaping)} are not scored: the state passes through them, but they change its "

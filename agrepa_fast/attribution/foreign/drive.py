@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_unflatten
 
 from ..plan import AblationPlan, Unit
 from .examine import Examination
-from .record import Call, flat, overridden, record
+from .record import flat, overridden, with_leaves
 from .register import adapter_of
+from .shell import Shell
 from .subject import out_of_memory
 from .wiring import Site, grown
 
@@ -38,7 +39,7 @@ class BlockModel:
         inputs: a mapping of keyword arguments or a tuple of positional ones. batched, mask, block_list: as in
             `attribute_layers`.
         engine: "auto", or one of ENGINES.
-        adds: whether the forward adds the blocks' results to the state, in place of what the adapter says.
+        branches: whether block_list names modules whose results are added to the state.
 
     Use inside `guard.quiet`, in eval mode without gradient.
     """
@@ -52,19 +53,29 @@ class BlockModel:
         mask: Tensor | None = None,
         engine: str = "auto",
         alone: bool = False,
-        adds: bool | None = None,
+        branches: bool = False,
     ) -> None:
         adapter = adapter_of(model)
-        adapter = adapter if adds is None else replace(adapter, adds=adds)
+        adapter = replace(adapter, adds=True) if branches else adapter
         self.model = model
-        self.known = Examination(model, inputs, adapter, block_list, batched, mask, coupled=engine == "loop" and alone)
+        coupled = engine == "loop" and alone
+        self.known = Examination(model, inputs, adapter, block_list, batched, mask, coupled, whole=branches)
         self.blocks = self.known.blocks
         self.names = [block.name for block in self.blocks]
         self.depth = len(self.blocks)
+        self.shell = Shell(self.known, {site.module: site for block in self.blocks for site in block.sites})
         self.samples, self.t, self.mask = self.known.inputs.samples, self.known.inputs.t, self.known.mask
         self.dtype, self.noise = self.known.dtype, self.known.noise
         self.settled = engine != "auto"
         self.engine = engine if self.settled else "stacked" if adapter.dense else "prefix"
+        apart = [site.name for block in self.blocks for site in block.sites if site.layout > 1]
+        if apart and not self.settled:
+            warnings.warn(
+                f"{self.known.kind}: the batch of {apart[0]} holds the parts of a sample (windows, copies for "
+                "guidance) apart from each other; engine 'loop' runs, which costs a forward for each unit",
+                stacklevel=4,
+            )
+            self.engine = "loop"
         self._without: tuple[Unit, Tensor] | None = None
         self._parts: dict[int, dict[str, Site]] = {}
 
@@ -108,7 +119,13 @@ class BlockModel:
         units = [self._sites(unit) for unit in plan.units]
         if self.engine == "loop":
             return self._loop(units, rows)
-        return _Streams(self.known, units, rows, shared=self.engine == "prefix").run()
+        for site in (site for block in self.blocks for site in block.sites if site.layout > 1):
+            raise NotAStaircase(f"{site.name}: its batch holds the parts of a sample apart from each other")
+        return _Streams(self.shell, units, rows, shared=self.engine == "prefix").run()
+
+    def at_once(self, plan: AblationPlan) -> int:
+        """Number of samples in a pass, see `Shell.at_once`; all where the engine is no staircase."""
+        return self.shell.at_once(plan.streams) if self.engine == "prefix" else self.samples
 
     def parts(self, layer: int) -> dict[str, Site]:
         """The parts of a block that can be switched off by themselves: {name: site}.
@@ -171,37 +188,25 @@ class BlockModel:
 class _Streams:
     """One forward of all streams. `shared`: blocks run on the streams that differ from the baseline, not on all."""
 
-    def __init__(self, known: Examination, units: Sequence[Sequence[Site]], rows: Tensor, shared: bool) -> None:
-        self.known, self.rows, self.shared = known, rows, shared
+    def __init__(self, shell: Shell, units: Sequence[Sequence[Site]], rows: Tensor, shared: bool) -> None:
+        self.known, self.sites, self.rows, self.shared = shell.known, shell.sites, rows, shared
         self.batch, self.streams = rows.numel(), 1 + len(units)
-        sites = [site for block in known.blocks for site in block.sites]
-        self.sites = {site.module: site for site in sites}
         # {module: the streams that switch it off, each with the site that names the state}
-        self.own: dict[nn.Module, list[tuple[int, Site]]] = {site.module: [] for site in sites}
+        self.own: dict[nn.Module, list[tuple[int, Site]]] = {module: [] for module in self.sites}
         for stream, unit in enumerate(units, 1):
             for site in unit:
                 self.own[site.module].append((stream, site))
-        self.shell = _shell(known, self.sites) if shared else {}
+        self.shell = shell.modules if shared else {}
         self.joined = 1  # streams that may differ from the baseline, which is the first
         self.inside = False
         self.counts: dict[nn.Module, int] = {}
-        self.sizes = self._sizes() if shared else {}
+        self.sizes = shell.calls(rows) if shared else {}
 
     def run(self) -> Tensor:
         modules = [*self.shell, *self.sites] if self.shared else [m for m, own in self.own.items() if own]
         with overridden(modules, self._call):
             velocity = self.known.subject.forward(self.rows, self.streams)
         return velocity.unflatten(0, (self.streams, self.batch))
-
-    def _sizes(self) -> dict[tuple[int, int], Call]:
-        """The calls of a forward of these samples in which all blocks are switched off, for the shapes of arguments."""
-
-        def skip(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self.sites[module].off(forward, args, kwargs)
-
-        with overridden(self.sites, skip):
-            _, calls = record(self.known.model, lambda: self.known.subject.forward(self.rows))
-        return {call.key: call for call in calls}
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.inside:
@@ -219,33 +224,64 @@ class _Streams:
     def _site(self, module: nn.Module, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         site, own = self.sites[module], self.own[module]
         paths, leaves, spec = flat((args, kwargs))
+        if site.replaced & set(site.state.values()):
+            raise NotAStaircase(f"{site.name}: puts its new state into an argument")
         entering: dict[str, list[Tensor]] = {}
-        for result, argument in site.state.items():
+        for result, argument in site.state.items() if not site.adds else ():
             leaf, dim = leaves[paths.index(argument)], site.dims[result]
+            if leaf is None:
+                raise NotAStaircase(f"{site.name}: its second state begins as None")
             size = self._size(site.name, leaf, dim, self.streams)
             # Copies: the block may write into its input.
-            entering[result] = [leaf.narrow(dim, s * size, size).clone() for s, _ in own] if not site.adds else []
+            entering[result] = [leaf.narrow(dim, s * size, size).clone() for s, _ in own]
+        written = self._written(site, (id(module), number), paths, leaves)
+        given = leaves
         if self.shared:
-            leaves = self._narrowed(site.name, (id(module), number), paths, leaves)
-            args, kwargs = tree_unflatten(leaves, spec)
+            given = self._narrowed(site.name, (id(module), number), paths, leaves)
+            args, kwargs = with_leaves(args, kwargs, leaves, given, spec)
         result_paths, results, result_spec = flat(forward(*args, **kwargs))
+        same = {id(part): leaf for path, leaf, part in zip(paths, leaves, given) if path in site.written}
         for i, path in enumerate(result_paths):
             if path not in site.dims or not isinstance(results[i], Tensor):
                 continue
             dim = site.dims[path]
             size = self._size(site.name, results[i], dim, self.joined if self.shared else self.streams)
+            itself = same.get(id(results[i]))  # the argument, changed in place
             widened = self._widened(results[i], dim, size)
             if path not in site.state or not own:
-                results[i] = widened
+                results[i] = widened if itself is None else itself
                 continue
-            results[i] = widened.clone() if widened is results[i] else widened
-            for k, (stream, switched) in enumerate(own):
+            results[i] = (widened.clone() if widened is results[i] else widened) if itself is None else itself
+            for k, (stream, switched) in enumerate(own) if itself is None else ():
                 if path not in switched.state:
                     continue
                 part = results[i].narrow(dim, stream * size, size)
                 part.zero_() if site.adds else part.copy_(entering[path][k])
+        for leaf, dim, before in written:
+            size = leaf.shape[dim] // self.streams
+            if self.shared and self.joined < self.streams:
+                rest = leaf.narrow(dim, self.joined * size, (self.streams - self.joined) * size)
+                rest.unflatten(dim, (-1, size)).copy_(leaf.narrow(dim, 0, size).unsqueeze(dim))
+            for (stream, _), value in zip(own, before):
+                leaf.narrow(dim, stream * size, size).copy_(value)
         self.joined = max([self.joined, *(stream + 1 for stream, _ in own)])
         return tree_unflatten(results, result_spec)
+
+    def _written(
+        self, site: Site, key: tuple[int, int], paths: list[str], leaves: list[Any]
+    ) -> list[tuple[Tensor, int, list[Tensor]]]:
+        """The arguments that a block changes in place: each with the dimension of its samples, and copies of its parts
+        in the streams that switch the block off."""
+        written = []
+        for path, leaf in zip(paths, leaves):
+            if path not in site.written or not isinstance(leaf, Tensor):
+                continue
+            dim = self.known.watcher.argument_dims.get(key, {}).get(path)
+            if dim is None:
+                raise NotAStaircase(f"{site.name}: changes an argument that does not grow with the samples")
+            size = self._size(site.name, leaf, dim, self.streams)
+            written.append((leaf, dim, [leaf.narrow(dim, s * size, size).clone() for s, _ in self.own[site.module]]))
+        return written
 
     def _other(self, module: nn.Module, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module outside of blocks, on the streams that differ by now where its shapes allow that."""
@@ -254,10 +290,10 @@ class _Streams:
         if dims is None or self.joined == self.streams:
             return forward(*args, **kwargs)
         try:
-            leaves = self._narrowed("", (id(module), number), paths, leaves)
+            given = self._narrowed("", (id(module), number), paths, leaves)
         except NotAStaircase:
             return forward(*args, **kwargs)
-        args, kwargs = tree_unflatten(leaves, spec)
+        args, kwargs = with_leaves(args, kwargs, leaves, given, spec)
         result_paths, results, result_spec = flat(forward(*args, **kwargs))
         for i, path in enumerate(result_paths):
             if isinstance(results[i], Tensor) and path in dims:
@@ -295,22 +331,3 @@ class _Streams:
         if not self.shared or missing == 0:
             return result
         return torch.cat([result] + [result.narrow(dim, 0, size)] * missing, dim=dim)
-
-
-def _shell(known: Examination, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, dict[int, dict[str, int]]]:
-    """Modules outside of the blocks that a forward calls: {module: {number of the call: dimensions of its results}}."""
-    inside = {part for module in sites for part in module.modules()}
-    around = {module for module in known.model.modules() if not sites.keys().isdisjoint(module.modules())}
-    fours = {call.key: call for call in known.watcher.calls}
-    shell: dict[nn.Module, dict[int, dict[str, int]]] = {}
-    for call in known.calls:
-        outermost = call.parent is None or call.parent.module in around
-        if not outermost or call.module in around | inside:
-            continue
-        other = fours.get(call.key)
-        # Results that count the samples by other means than a dimension are those of the whole batch.
-        if other is None or call.opaque or call.plain != other.plain or call.results.keys() != other.results.keys():
-            continue
-        if dims := grown(call.results, other.results):
-            shell.setdefault(call.module, {})[call.number] = dims
-    return shell

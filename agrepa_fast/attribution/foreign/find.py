@@ -9,8 +9,8 @@ forward does not call itself but takes apart (`Group`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass
 class Found:
-    """What a recorded forward shows: blocks and groups by name, and members of lists that cannot be switched off."""
+    """The result of the search: blocks and groups by name, and members of lists that cannot be switched off."""
 
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
@@ -62,7 +62,8 @@ def is_substantial(module: nn.Module) -> bool:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
+    """Whether a parameter mixes channels; one value for each channel, as [1, C, 1], does not."""
+    return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in module.parameters())
 
 
 def keeps_shape(call: Call, leading: bool = True) -> bool:
@@ -81,14 +82,31 @@ def keeps_shape(call: Call, leading: bool = True) -> bool:
 
 
 class _Search:
-    def __init__(self, model: nn.Module, calls: Sequence[Call], substantial: Callable[[nn.Module], bool]) -> None:
+    """One pass over a model's modules. feeds: as in `find`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        substantial: Callable[[nn.Module], bool],
+        feeds: Callable[[Call, Call], bool],
+        opened: Container[nn.Module] = (),
+    ) -> None:
         self.names = names_of(model)
+        self.feeds, self.opened = feeds, opened
         self.calls: dict[nn.Module, list[Call]] = {}
+        usual: dict[tuple[type[nn.Module], str], torch.Size] = {}  # shapes of the arguments of a class
         for call in calls:
+            usual.update({(type(call.module), path): shape for path, shape in call.arguments.items()})
+        for call in calls:
+            # The first block may get None for a state that the others pass on: (hidden, residual).
+            filled = {p: usual[type(call.module), p] for p in call.absent if (type(call.module), p) in usual}
+            call = replace(call, arguments={**call.arguments, **filled}) if filled else call
             self.calls.setdefault(call.module, []).append(call)
         self.substantial = substantial
         self.found = Found()
-        self.singles: list[nn.Module] = []
+        self.singles: list[nn.Module] = []  # outside of lists, as are those that cannot be switched off (shaping)
+        self.shaping: list[nn.Module] = []
         self.seen: set[nn.Module] = set()
 
     def count(self) -> int:
@@ -98,7 +116,7 @@ class _Search:
         return any(part in self.calls for part in module.modules())
 
     def can_be_off(self, module: nn.Module) -> bool:
-        return module in self.calls and all(map(keeps_shape, self.calls[module]))
+        return module in self.calls and module not in self.opened and all(map(keeps_shape, self.calls[module]))
 
     def members(self, container: nn.Module) -> list[nn.Module]:
         return [child for child in container.children() if self.runs(child)]
@@ -122,8 +140,8 @@ class _Search:
     def visit_single(self, module: nn.Module) -> None:
         before = self.count()
         self.descend(module)
-        if self.count() == before and self.can_be_off(module) and self.substantial(module):
-            self.singles.append(module)
+        if self.count() == before and module in self.calls and self.substantial(module) and has_matrix(module):
+            (self.singles if self.can_be_off(module) else self.shaping).append(module)
 
     def visit_list(self, container: nn.Module) -> None:
         members = self.members(container)
@@ -180,25 +198,46 @@ class _Search:
             inner = [m for m in part if self.can_be_off(m) and self.substantial(m)]
             alike = len(inner) > 1 and len({type(m) for m in inner}) == 1
             if alike and sum(map(_size, inner)) >= 0.8 * size:
-                return True
+                first, second = sorted((self.calls[m][0] for m in inner), key=lambda call: call.order)[:2]
+                return self.feeds(first, second)  # experts run beside each other, blocks one after the other
         return False
 
     def add_singles(self) -> None:
-        """Single modules of a block's class, or several of one class beside each other, are blocks too."""
+        """Single modules of a block's class, or several of one class beside each other, are blocks too; where there
+        is no other block, also one that runs several times, or several of any class beside each other."""
+        inside = {part for module in self.singles for part in module.modules() if part is not module}
         kinds = {type(block) for block in self.found.blocks.values()}
-        siblings = Counter((type(m), self.names[m].rpartition(".")[0]) for m in self.singles)
-        for module in self.singles:
-            name = self.names[module]
-            if type(module) in kinds or siblings[type(module), name.rpartition(".")[0]] > 1:
-                self.found.blocks[name] = module
+        siblings = Counter(map(self._beside, self.singles))
+        chosen = [m for m in self.singles if type(m) in kinds or siblings[self._beside(m)] > 1]
+        if not chosen and not self.count() and not self.found.left_out and self.substantial is is_substantial:
+            outermost = [m for m in self.singles if m not in inside]
+            chosen = [m for m in outermost if len(self.calls[m]) > 1] or (outermost if len(outermost) > 1 else [])
+        within = {part for module in chosen for part in module.modules() if part is not module}
+        chosen = [module for module in chosen if module not in within]
+        self.found.blocks.update({self.names[module]: module for module in chosen})
+        parents = {self._beside(module)[1] for module in chosen}
+        for module in (*self.singles, *self.shaping):
+            if module not in chosen and module not in within and self._beside(module)[1] in parents:
+                self.found.left_out[self.names[module]] = module
+
+    def _beside(self, module: nn.Module) -> tuple[type[nn.Module], str]:
+        return type(module), self.names[module].rpartition(".")[0]
 
 
-def find(model: nn.Module, calls: Sequence[Call]) -> Found:
-    """Blocks and groups of a model by the calls of one forward, in the order of their first calls."""
+def find(
+    model: nn.Module,
+    calls: Sequence[Call],
+    feeds: Callable[[Call, Call], bool],
+    opened: Container[nn.Module] = (),
+) -> Found:
+    """Blocks and groups of a model by the calls of one forward, in the order of their first calls.
+
+    feeds: whether what the first call returns changes what the second gets. opened: modules that are no blocks
+    themselves."""
     found = Found()
     # Lists of bare Linears, or of modules without weights, only where there is nothing else.
     for substantial in (is_substantial, has_matrix, lambda module: not is_builtin(module)):
-        search = _Search(model, calls, substantial)
+        search = _Search(model, calls, substantial, feeds, opened)
         search.descend(model)
         search.add_singles()
         found = search.found
@@ -210,8 +249,13 @@ def find(model: nn.Module, calls: Sequence[Call]) -> Found:
     return found
 
 
-def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequence[str]) -> Found:
+def named_blocks(
+    model: nn.Module, calls: Sequence[Call], block_list: str | Sequence[str], adds: bool = False, whole: bool = False
+) -> Found:
     """The members of the named lists (or the modules of these names) that the recorded forward calls.
+
+    adds: whether the forward adds their results to the state, so that their shapes do not matter.
+    whole: whether the names are of modules, each of which is taken as one even if it is a list.
 
     Raises:
         ValueError: no such name, a module in two lists, or one that the forward does not call or cannot call as one.
@@ -219,14 +263,14 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
     chosen = [block_list] if isinstance(block_list, str) else list(block_list)
     modules = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
     lists = {name: m for name, m in modules.items() if isinstance(m, LISTS) and name and len(m)}
-    search = _Search(model, calls, has_matrix)
+    search = _Search(model, calls, has_matrix, lambda first, second: True)
     found = search.found
     taken: set[nn.Module] = set()
     for name in chosen:
         if name not in modules or not name:
             have = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
             raise ValueError(f"block_list: {type(model).__name__} has no module list {name!r}; it has: {have}")
-        members = list(modules[name].children()) if name in lists else [modules[name]]
+        members = list(modules[name].children()) if name in lists and not whole else [modules[name]]
         for member in members:
             if isinstance(member, torch.jit.ScriptModule):
                 raise ValueError(
@@ -245,9 +289,9 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
                 search.visit_group(member)
                 continue
             for call in search.calls[member]:
-                if not keeps_shape(call, leading=False):
+                if not adds and not keeps_shape(call, leading=False):
                     raise ValueError(
-                        f"{search.names[member]} maps {_listed(call.arguments)} to {_listed(call.results)}: a block "
+                        f"{search.names[member]} maps {listed(call.arguments)} to {listed(call.results)}: a block "
                         "that changes the shape of its input cannot be switched off"
                     )
             found.blocks[search.names[member]] = member
@@ -256,7 +300,13 @@ def named_blocks(model: nn.Module, calls: Sequence[Call], block_list: str | Sequ
     return found
 
 
-def _listed(shapes: dict[str, torch.Size]) -> str:
+def holds_blocks(module: nn.Module, calls: Sequence[Call]) -> bool:
+    """Whether a module is a stage: it has a list of modules that could be blocks."""
+    listed = {m for part in module.modules() if isinstance(part, nn.ModuleList) for m in part if is_substantial(m)}
+    return any(call.module in listed and keeps_shape(call) for call in calls)
+
+
+def listed(shapes: dict[str, torch.Size]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes.values()) or "nothing"
 
 

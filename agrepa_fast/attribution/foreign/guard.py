@@ -28,7 +28,20 @@ def refuse_caches(model: nn.Module) -> None:
                     "forward depends on earlier calls: call disable_cache() before, enable_cache(...) after"
                 )
         if getattr(module, "_is_cached", False) is True:  # cache-dit
-            raise ValueError(f"{name or type(model).__name__} has an active cache (cache-dit): disable it before")
+            raise ValueError(
+                f"{name or type(model).__name__} has an active cache (cache-dit): call cache_dit.disable_cache(...) "
+                "before"
+            )
+
+
+def kept_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{dotted name: (identity, version)} of the tensors that modules keep as attributes or buffers."""
+    kept = {}
+    for name, module in model.named_modules():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_inference():
+                kept[f"{name}.{key}".lstrip(".")] = id(value), value._version
+    return kept
 
 
 @contextlib.contextmanager

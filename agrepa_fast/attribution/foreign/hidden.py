@@ -6,8 +6,8 @@ asked for them.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,96 +17,10 @@ from ...models.dit import DiT
 from ..runner import probing
 from .drive import BlockModel
 from .guard import quiet
-from .intercept import Intercept, records
 from .lists import block_lists
 from .register import adapter_of
-from .wrapped import reshard, resharded, unwrap
-
-
-class BlockTap(Intercept):
-    """Keeps what a block returns, and which of its results go on to the next block under which argument's name."""
-
-    def __init__(self, module: nn.Module, before: BlockTap | None) -> None:
-        super().__init__(module)
-        self.before = before
-        self.keep = False
-        self.copy = False
-        self.parameters: list[str] = []
-        self.clear()
-
-    def install(self) -> None:
-        self.parameters = list(inspect.signature(self.module.forward).parameters)
-        super().install()
-
-    def clear(self) -> None:
-        self.output: Any = None
-        self.copies: dict[Any, Tensor] = {}
-        self.versions: dict[Any, int] = {}
-        self.goes_on: dict[str, Any] = {}
-        self.with_grad = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recording = self.on and records()
-        if recording and self.before is not None:
-            self.before.note({**dict(zip(self.parameters, args)), **kwargs})
-        output = self.own(*args, **kwargs)
-        if recording and self.keep:
-            self.output, self.with_grad = output, torch.is_grad_enabled()
-            if self.copy:
-                self.copies = {key: value.clone() for key, value in _results(output).items()}
-            elif not torch.compiler.is_compiling():
-                self.versions = {key: _version(value) for key, value in _results(output).items()}
-        return output
-
-    def note(self, arguments: Mapping[str, Any]) -> None:
-        """Which of the results kept are the next block's arguments."""
-        results = _results(self.output)
-        if len(results) > 1:
-            self.goes_on = {
-                name: key
-                for name, value in arguments.items()
-                for key, result in results.items()
-                if isinstance(value, Tensor) and value is result
-            }
-
-
-class NetworkTap(Intercept):
-    """Asks a `DiT`, which returns hidden states itself, for those of some layers."""
-
-    def __init__(self, module: DiT, layers: Sequence[int]) -> None:
-        super().__init__(module)
-        self.layers = tuple(layers)
-        self.clear()
-
-    def clear(self) -> None:
-        self.states: dict[int, Tensor] = {}
-        self.with_grad = False
-
-    def __call__(self, *args: Any, hidden_layers: Sequence[int] | None = None, **kwargs: Any) -> Any:
-        if len(args) > 4:
-            *args, hidden_layers = args  # type: ignore[assignment]
-        if not self.on:
-            return self.own(*args, hidden_layers=hidden_layers, **kwargs)
-        velocity, states = self.own(*args, hidden_layers=(*self.layers, *(hidden_layers or ())), **kwargs)
-        self.states, self.with_grad = {layer: states[layer] for layer in self.layers}, torch.is_grad_enabled()
-        if hidden_layers is None:
-            return velocity
-        return velocity, {layer: states[layer] for layer in hidden_layers}
-
-
-def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version
-
-
-def _results(output: Any) -> dict[Any, Any]:
-    """The tensors that a block returns, by position or key."""
-    if isinstance(output, Tensor):
-        return {0: output}
-    if isinstance(output, Mapping):
-        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
-    if isinstance(output, tuple | list):
-        return {key: value for key, value in enumerate(output) if isinstance(value, Tensor)}
-    return {}
+from .taps import BlockTap, ForwardStart, ListTap, NetworkTap, results_of, version_of
+from .wrapped import bare, prefix_of, reshard, resharded, unwrap
 
 
 def _scored_blocks(model: nn.Module, inputs: Any, block_list: Any) -> list[tuple[str, nn.Module]]:
@@ -114,10 +28,13 @@ def _scored_blocks(model: nn.Module, inputs: Any, block_list: Any) -> list[tuple
     reshard(model)
     with probing(model), quiet(model), resharded(model):
         blocks = BlockModel(model, inputs, block_list).blocks
+    named = []
     for block in blocks:
-        if len(block.sites) > 1:
+        module = block.sites[0].module if len(block.sites) == 1 else model.get_submodule(block.name)
+        if len(block.sites) > 1 and not isinstance(module, nn.ModuleList):
             raise ValueError(f"{block.name}: the forward takes it apart, so it has no state")
-    return [(block.name, block.sites[0].module) for block in blocks]
+        named.append((block.name, module))
+    return named
 
 
 class HiddenStates:
@@ -134,7 +51,8 @@ class HiddenStates:
     Args:
         model: a `DiT`, or any module whose forward runs a list of blocks; wrappers are looked through.
         layers: which blocks, by number (0-based, as `attribute_layers` counts them) or by the model's own name
-            ("transformer_blocks.3"); None: all.
+            ("transformer_blocks.3"); None: all. Where a layer is a list of modules that the forward calls one by one,
+            its state is what the first module of the next layer takes; the last such layer has none.
         state: where a block returns several tensors, which one is wanted: the name of the argument under which the next
             block takes it ("hidden_states"), or its position in the result. None: the only one that goes on.
         block_list: dotted name(s) of the block lists, in the order in which they run; None: those registered for the
@@ -166,12 +84,13 @@ class HiddenStates:
             raise TypeError(f"state: expected the name of an argument or a position, got {state!r:.60}")
         if isinstance(model, nn.DataParallel):
             raise ValueError("model: nn.DataParallel copies the network in every forward: use DistributedDataParallel")
-        self.model = unwrap(model)
+        self.model, self._prefix = unwrap(model), prefix_of(model)
         self.state, self.copy = state, copy
         self.attached = False
         self.block_list: list[str] | None = None
         self._native: NetworkTap | None = None
         self._taps: list[BlockTap] = []
+        self._start = ForwardStart(self.model, self._taps)
         if isinstance(self.model, DiT):
             self.names = {layer: str(layer) for layer in range(self.model.depth)}
             self._native = NetworkTap(self.model, ())
@@ -185,32 +104,53 @@ class HiddenStates:
                 named = _scored_blocks(self.model, inputs, block_list)
                 self.block_list = [name for name, _ in named]
             self.names = {layer: name for layer, (name, _) in enumerate(named)}
-            for _, block in named:
-                self._taps.append(BlockTap(unwrap(block), self._taps[-1] if self._taps else None))
-        self.select(list(self.names) if layers is None else layers)
+            place = [-1]
+            for number, (_, block) in enumerate(named):
+                block, before = unwrap(block), self._taps[-1] if self._taps else None
+                if isinstance(block, nn.ModuleList):
+                    self._taps.append(ListTap(block, before, number, place))
+                else:
+                    self._taps.append(BlockTap(block, before))
+        if layers is None:
+            layers = list(self.names)[: -1 if self._taps and isinstance(self._taps[-1], ListTap) else None]
+        self.select(layers)
 
     def select(self, layers: Sequence[int | str]) -> None:
         """Keep the states of these layers from now on. A compiled model is compiled once more for each set."""
+        self.layers = tuple(sorted(set(self.numbers(layers))))
+        if not self.layers:
+            raise ValueError("layers: expected at least one layer")
+        last = len(self._taps) - 1
+        if last in self.layers and isinstance(self._taps[last], ListTap):
+            raise ValueError(
+                f"layers: {self.names[last]!r} is a list of modules that the forward calls one by one, and no layer "
+                f"follows that would take its state: choose among 0 to {last - 1}"
+            )
+        if self._native is not None:
+            self._native.layers = self.layers
+        for number, tap in enumerate(self._taps):
+            # Nothing follows the last block: which of its results is which, the block before it tells.
+            tap.keep = number in self.layers or (number == last - 1 and last in self.layers)
+            tap.copy = self.copy
+        self.clear()
+
+    def numbers(self, layers: Sequence[int | str]) -> list[int]:
+        """The numbers of layers that are given by number or name.
+
+        Raises:
+            TypeError, ValueError: no sequence, or a layer that does not exist; names what there is.
+        """
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected a list of numbers or names, got {layers!r:.60}")
         numbers = {name: layer for layer, name in self.names.items()} | {layer: layer for layer in self.names}
-        # PEFT's wrapper, in whose names `attribute_layers` scores, puts this before those of the network.
-        layers = [x.removeprefix("base_model.model.") if isinstance(x, str) else x for x in layers]
+        layers = [bare(x, self._prefix) if isinstance(x, str) else x for x in layers]
         for layer in layers:
             if isinstance(layer, bool) or layer not in numbers:
                 raise ValueError(
                     f"layers: {type(self.model).__name__} has no layer {layer!r}, only 0 to {len(self.names) - 1} "
                     f"({self.names[0]!r} to {self.names[len(self.names) - 1]!r})"
                 )
-        self.layers = tuple(sorted({numbers[layer] for layer in layers}))
-        if not self.layers:
-            raise ValueError("layers: expected at least one layer")
-        if self._native is not None:
-            self._native.layers = self.layers
-        last = len(self._taps) - 1
-        for number, tap in enumerate(self._taps):
-            # Nothing follows the last block: which of its results is which, the block before it tells.
-            tap.keep = number in self.layers or (number == last - 1 and last in self.layers)
-            tap.copy = self.copy
-        self.clear()
+        return [numbers[layer] for layer in layers]
 
     @property
     def on(self) -> bool:
@@ -240,6 +180,14 @@ class HiddenStates:
             self.attached = False
         self.clear()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.attached:  # the copy would take part in the forward of a copied model that nobody detaches
+            raise TypeError(
+                "HiddenStates and Aligner cannot be copied or pickled while they are attached: detach first, or make a "
+                "new one for the copy, and save Aligner.state_dict()"
+            )
+        return super().__reduce_ex__(protocol)
+
     def __enter__(self) -> HiddenStates:
         return self.attach()
 
@@ -248,15 +196,23 @@ class HiddenStates:
 
     def clear(self) -> None:
         """Forget the states of the last forward."""
-        for intercept in self._intercepts():
-            intercept.clear()
+        for tap in self._taps if self._native is None else [self._native]:
+            tap.clear()
+
+    def _check_thread(self) -> None:
+        taps = [self._native] if self._native is not None else [self._taps[layer] for layer in self.layers]
+        if {tap.thread for tap in taps} - {None, threading.get_ident()}:
+            raise ValueError(
+                "hidden states: another thread has run the model's forward since: run forward and read (or the "
+                "aligner's loss) in one thread, and no other forward between them"
+            )
 
     def read(self) -> dict[int, Tensor]:
         """{layer: state} of the last forward, once: the next read needs another forward.
 
         Raises:
-            ValueError: no forward since the last read; states recorded without gradient where gradients are recorded
-                now; several results of a block without `state`, or none that it names.
+            ValueError: no forward since the last read; a forward without gradient, where gradients are recorded now, or
+                in another thread; several results of a block without `state`, or none that it names.
         """
         if self._native is not None:
             states, with_grad = dict(self._native.states), self._native.with_grad
@@ -265,30 +221,42 @@ class HiddenStates:
         else:
             states = {layer: self._pick(layer) for layer in self.layers}
             with_grad = all(self._taps[layer].with_grad for layer in self.layers)
+        if not torch.compiler.is_compiling():
+            self._check_thread()
         if torch.is_grad_enabled() and not with_grad:
             raise ValueError(
-                "the hidden states were recorded without gradient: run the forward outside torch.no_grad(), and "
-                "activation checkpointing with use_reentrant=False"
+                "hidden states: the last forward recorded no gradient: read them (or ask for the aligner's loss) right "
+                "after the training forward; activation checkpointing needs use_reentrant=False"
             )
         self.clear()
         return states
 
     def _intercepts(self) -> list[Any]:
-        return self._taps if self._native is None else [self._native]
+        return [self._start, *self._taps] if self._native is None else [self._native]
 
     def _refuse_missing(self, layer: int) -> None:
         if not self.attached:
             raise ValueError("hidden states: not attached; use `with states:` around the forward, or states.attach()")
+        if self._native is None and self._replaced(layer):
+            raise ValueError(
+                f"hidden states: another module has taken the place of {self.names[layer]} (layer {layer}): make a new "
+                f"HiddenStates (or Aligner) of the changed model"
+            )
         raise ValueError(
             f"hidden states: none of {self.names[layer]} (layer {layer}) since the last read: run the model's forward "
             "before each read"
         )
 
+    def _replaced(self, layer: int) -> bool:
+        """Whether the block that was tapped is no longer a part of the model."""
+        block = self._taps[layer].module
+        return all(unwrap(module) is not block for module in self.model.modules())
+
     def _pick(self, layer: int) -> Tensor:
         tap = self._taps[layer]
         if tap.output is None:
             self._refuse_missing(layer)
-        results = _results(tap.output)
+        results = results_of(tap.output)
         if len(results) == 1 and (self.state is None or isinstance(tap.output, Tensor)):
             return self._unchanged(tap, *results)
         names = tap.goes_on
@@ -307,8 +275,8 @@ class HiddenStates:
         """A result as the block returned it."""
         if self.copy:
             return tap.copies[key]
-        state = _results(tap.output)[key]
-        if tap.versions and tap.versions[key] != _version(state):
+        state = results_of(tap.output)[key]
+        if tap.versions and tap.versions[key] != version_of(state):
             raise ValueError(
                 f"{self.names[self._taps.index(tap)]}: what follows it writes into its result: use "
                 "HiddenStates(..., copy=True)"

@@ -7,7 +7,7 @@ tell (a table may have N rows by coincidence), so each choice is a hypothesis th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 TIME_NAMES = ("t", "time", "timestep", "timesteps", "sigma")
 CONDITIONS = ("encoder", "text", "context", "caption", "cross", "memory")  # in names of masks that are not the frames'
+SEED = 0x5EED_F06A  # of what is added to a user's values, which are often drawn with seed 0: they must differ
 TRIALS = 48  # hypotheses tried before the user is asked
 
 
@@ -59,6 +60,8 @@ class Inputs:
             raise TypeError("inputs: expected at least one tensor with the samples first")
         if isinstance(batched, str):
             batched = [batched]
+        if batched is not None and not isinstance(batched, Iterable):
+            raise TypeError(f"batched: expected names of inputs that carry the samples, got {batched!r:.60}")
         self._complete = batched is not None and not isinstance(batched, Mapping)
         self._fixed = dict(batched) if isinstance(batched, Mapping) else dict.fromkeys(batched or (), True)
         for path in self._fixed:
@@ -159,12 +162,33 @@ class Inputs:
         floating = [path for path in self.nodes if self.batched.get(path) == 0 and shape_of(self.nodes[path])[1]]
         return max(floating, key=likeness, default=None)
 
+    def token_path(self, velocity: torch.Size) -> str | None:
+        """Path of integer tokens that are the state, as of a masked or a causal model: they come before every floating
+        input and none of those has the velocity's shape."""
+        state = self.state_path(velocity)
+        if state is not None and getattr(self.nodes[state].value, "shape", (0,))[1:] == velocity:
+            return None
+        for path, node in self.nodes.items():
+            if path == state:
+                return None
+            value = node.value
+            if self.batched.get(path) == 0 and isinstance(value, Tensor) and value.dim() > 1:
+                whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+                if whole and not ((value == 0) | (value == 1)).all():
+                    return path
+        return None
+
     def disturbed(self, path: str, rows: Tensor, which: int) -> Any:
-        """The input `path` of the samples `rows`, with sample number `which` of them replaced by random values."""
+        """The input `path` of the samples `rows`, with sample number `which` of them replaced by random values; of
+        integers by its own in another order."""
         value = self.nodes[path].value
         parts = [value[row] for row in rows.tolist()]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(SEED)
         old = parts[which]
+        if not old.is_floating_point():
+            order = torch.randperm(old.numel(), generator=generator).to(old.device)
+            parts[which] = old.flatten()[order].view_as(old)
+            return torch.stack(parts) if isinstance(value, Tensor) else type(value)(parts)
         fresh = torch.randn(old.shape, generator=generator, dtype=torch.float32).to(old.device)
         scale = old.float().abs().mean() + 1e-3
         parts[which] = (fresh * scale).to(old.dtype)

@@ -23,6 +23,20 @@ _CHECKPOINT_FLAG = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 _flag_before = False
 
 
+def forward_signature(module: nn.Module, forward: Callable[..., Any] | None = None) -> inspect.Signature:
+    """The parameters of a module's forward, or of `forward` in its place, without `self`.
+
+    A wrapper on the instance (nnsight's, or one made with functools.wraps) may name the class's function as what it
+    wraps, which has `self`.
+    """
+    signature = inspect.signature(module.forward if forward is None else forward)
+    parameters = list(signature.parameters.values())
+    has_self = parameters[:1] and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    if has_self and signature == inspect.signature(type(module).forward):
+        return signature.replace(parameters=parameters[1:])
+    return signature
+
+
 class Intercept:
     """Called in place of a module's `forward`. Copies and pickles of the module get the module's own forward."""
 
@@ -64,11 +78,19 @@ class Intercept:
     def __wrapped__(self) -> Callable[..., Any]:  # where `inspect.signature` looks
         return self.own
 
+    @property
+    def __code__(self) -> Any:  # where `torch.export` looks
+        return self.own.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.own, memo)  # of a bound method: bound to the copy of its module
+        if "own" in vars(self):
+            return copy.deepcopy(self.own, memo)  # of a bound method: bound to the copy of its module
+        memo[id(self)] = copied = object.__new__(type(self))  # never installed, so it is part of no module
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def __reduce__(self) -> Any:
         return _itself, (self.own,)
@@ -121,7 +143,7 @@ class CallCapture(Intercept):
                 "training step first"
             )
         args, kwargs, autocast = self.last
-        bound = inspect.signature(self.own).bind(*args, **kwargs)
+        bound = forward_signature(self.module, self.own).bind(*args, **kwargs)
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             kind = bound.signature.parameters[name].kind

@@ -1,4 +1,4 @@
-"""What a model cannot be asked, registered once for its class."""
+"""Facts about a class of models that a probe cannot find out by running, registered once by the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a model cannot be asked: see `register_adapter`.
+    """Facts about a class of models that a probe cannot find out by running; `register_adapter` keeps them.
 
     Attributes:
         block_list: dotted name(s) of block lists or single blocks; None: what one forward calls.

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .inputs import Inputs
+from .intercept import forward_signature
 from .register import Adapter
 
 
 class NoVelocity(TypeError):
-    """What a forward returns is no velocity."""
+    """The result of a forward cannot be read as a velocity."""
 
 
 class Subject:
@@ -25,6 +26,7 @@ class Subject:
         self, model: nn.Module, inputs: Any, adapter: Adapter, batched: Sequence[str] | Mapping[str, bool] | None
     ) -> None:
         self.model, self.adapter, self.kind = model, adapter, type(model).__name__
+        self.eps = 0.0  # of the coarsest dtype that a module returned: a forward may use autocast inside
         args, kwargs = arguments(inputs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             raise TypeError("inputs: expected at least one tensor with the samples first")
@@ -41,7 +43,7 @@ class Subject:
         if velocity.dim() < 2 or velocity.shape[0] != batch or velocity.numel() == 0:
             raise ValueError(
                 f"velocity of {self.kind}: expected [{batch}, ...] with at least one value for each "
-                f"sample, got {list(velocity.shape)}"
+                f"sample, got {list(velocity.shape)}; pick it with register_adapter(..., Adapter(velocity=...))"
             )
         return velocity
 
@@ -58,8 +60,8 @@ class Subject:
                     "shape, or max_samples=1"
                 )
             return torch.stack(list(parts))
-        if len(parts) == 1:
-            output = parts[0]
+        if isinstance(output, tuple | list) and [part for part in output if part is not None] == [output[0]]:
+            output = output[0]
         if not isinstance(output, Tensor):
             raise NoVelocity(
                 f"{self.kind} returns {type(output).__name__}: expected a tensor or an object with "
@@ -68,7 +70,14 @@ class Subject:
         return output
 
     def same(self, expected: Tensor, velocity: Tensor) -> bool:
-        return not expected.isfinite().all() or difference(expected, velocity) <= tolerance(self.model, expected)
+        return not expected.isfinite().all() or difference(expected, velocity) <= self._tolerance(expected)
+
+    def _tolerance(self, velocity: Tensor) -> float:
+        """Relative difference that rounding may make between batch sizes."""
+        eps = max(self.eps, eps_of(self.model, velocity))
+        if torch.is_autocast_enabled(velocity.device.type) or eps > 1e-4:
+            return 0.1
+        return 1e-3 if eps > 1e-10 else 1e-6  # some models compute parts of a float64 forward in float32
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -88,7 +97,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by the names of the forward's parameters."""
     try:
-        signature = inspect.signature(model.forward).bind(*args, **kwargs)
+        signature = forward_signature(model).bind(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise TypeError(f"inputs do not fit {type(model).__name__}.forward: {error}") from None
     named: dict[str, Any] = {}
@@ -109,11 +118,3 @@ def difference(expected: Tensor, got: Tensor) -> float:
 def eps_of(model: nn.Module, velocity: Tensor) -> float:
     dtypes = {velocity.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def tolerance(model: nn.Module, velocity: Tensor) -> float:
-    """Relative difference that rounding may make between batch sizes."""
-    eps = eps_of(model, velocity)
-    if torch.is_autocast_enabled(velocity.device.type) or eps > 1e-4:
-        return 0.1
-    return 1e-3 if eps > 1e-10 else 1e-6  # some models compute parts of a float64 forward in float32

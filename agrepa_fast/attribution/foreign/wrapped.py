@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 # By name: importing them would load packages that most programs do not use.
+PEFT = {"PeftModel", "PeftMixedModel", "BaseTuner"}
 WRAPPERS = {
     "AveragedModel",
     "DataParallel",
@@ -19,22 +20,36 @@ WRAPPERS = {
 }
 
 
-def unwrap(model: nn.Module, peft: bool = True) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The network inside `DistributedDataParallel`, `torch.compile`, PEFT's and others' wrappers; or the model itself.
 
-    peft: look into a PEFT model too, whose names for the blocks are then lost. LoRA layers stay: PEFT puts them into
+    LoRA layers stay: PEFT puts them into the network. So does a wrapper that learns prompts, which computes more than
     the network."""
     while True:
         inner: Any = None
+        kinds = _kinds(model)
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
-        elif _kinds(model) & WRAPPERS:
+        elif kinds & WRAPPERS:
             inner = model._modules.get("module", model._modules.get("_fsdp_wrapped_module"))
-        elif peft and "PeftModel" in _kinds(model):
-            inner = model.get_base_model()  # type: ignore[operator]
+        elif kinds & PEFT:
+            configs = model.peft_config.values()  # type: ignore[operator]
+            if not any(getattr(config, "is_prompt_learning", False) for config in configs):
+                inner = model._modules.get("base_model", model._modules.get("model"))
         if inner is None or inner is model:
             return model
         model = inner
+
+
+def prefix_of(model: nn.Module) -> str:
+    """What the wrappers of a network put before the names of its modules: "module.", say."""
+    network = unwrap(model)
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
+
+
+def bare(name: str, prefix: str = "") -> str:
+    """The name of a module without what wrappers put before it: `prefix`, or PEFT's."""
+    return name.removeprefix(prefix).removeprefix("base_model.model.").replace("._orig_mod", "")
 
 
 def reshard(model: nn.Module) -> None:

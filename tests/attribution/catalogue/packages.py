@@ -34,19 +34,20 @@ def f5_tts(file: str, name: str) -> type[nn.Module]:
         return getattr(importlib.import_module(f"f5_tts.model.backbones.{file}"), name)
 
 
-@functools.cache
-def voicebox(name: str) -> type[nn.Module]:
-    """A class of voicebox-pytorch, without its codecs, samplers and run-time type checks."""
+def voicebox_stand_ins() -> dict[str, types.ModuleType]:
+    """What voicebox-pytorch imports and its network does not need: codecs, samplers and run-time type checks."""
     missing = "torchode torchdiffeq audiolm_pytorch spear_tts_pytorch gateloop_transformer vocos naturalspeech2_pytorch"
     parts = "aligner utils utils.tokenizer naturalspeech2_pytorch"
-    names = [*missing.split(), *(f"naturalspeech2_pytorch.{part}" for part in parts.split())]
+    names = [*missing.split(), *(f"naturalspeech2_pytorch.{part}" for part in parts.split()), "beartype.door"]
     beartype = types.ModuleType("beartype")
     beartype.beartype = lambda function: function  # type: ignore[attr-defined]
+    return {**{name: MagicMock() for name in names}, "beartype": beartype, "beartype.typing": typing}
+
+
+@functools.cache
+def voicebox(name: str) -> type[nn.Module]:
+    """A class of voicebox-pytorch."""
     with pytest.MonkeyPatch.context() as patch:
-        for module_name in names:
-            patch.setitem(sys.modules, module_name, MagicMock())
-        patch.setitem(sys.modules, "beartype", beartype)
-        patch.setitem(sys.modules, "beartype.typing", typing)
-        patch.setitem(sys.modules, "beartype.door", MagicMock())
-        module = importlib.import_module("voicebox_pytorch.voicebox_pytorch")
-    return getattr(module, name)
+        for module_name, module in voicebox_stand_ins().items():
+            patch.setitem(sys.modules, module_name, module)
+        return getattr(importlib.import_module("voicebox_pytorch.voicebox_pytorch"), name)

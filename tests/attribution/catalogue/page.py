@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from agrepa_fast import LayerScores, attribute_layers
 from agrepa_fast.attribution.foreign import register
 
-from . import audio, encoders, images, more, videos
+from . import audio, encoders, images, more, others, videos
 from .entry import Entry, scores_by_loop
 
 NAMED = "names" in LayerScores.__dataclass_fields__  # until scores carry the model's own names
@@ -26,6 +27,7 @@ ROOMS = {
     "Videos": [*videos.ENTRIES, *more.VIDEOS],
     "Audio": audio.ENTRIES,
     "Encoders": encoders.ENTRIES,
+    "Others": others.ENTRIES,
 }
 ENTRIES = [entry for entries in ROOMS.values() for entry in entries]
 
@@ -39,6 +41,9 @@ must equal a loop's that switches one block off at a time, and every block that 
 the model's own name.
 
 - **Blocks**: what `attribute_layers(model, inputs)` scores without being told anything.
+- **Branches**: what `branches="auto"` finds in the blocks and scores apart; "-" where what a block adds to its state is
+  no sum of its modules' results (a Linear joins a long skip, say), and is refused.
+- **Streams**: the states of a joint block that `branches=["parts"]` scores apart.
 - **How**: *staircase* where a block runs on those ablations alone that differ from the baseline by then, so that L
   blocks cost L(L+1)/2 block evaluations; *dense* where a block cannot run on a part of the batch, so that it runs on
   all. The scores are the same.
@@ -58,7 +63,7 @@ class Measured:
     warnings: list[str]
 
 
-def probe(entry: Entry, model: nn.Module, inputs: object) -> tuple[LayerScores, list[str]]:
+def probe(entry: Entry, model: nn.Module, inputs: object, **options: Any) -> tuple[LayerScores, list[str]]:
     """`attribute_layers` as its users call it; and the texts of its warnings."""
     adapters = dict(register._ADAPTERS)
     if entry.output is not None:
@@ -66,7 +71,7 @@ def probe(entry: Entry, model: nn.Module, inputs: object) -> tuple[LayerScores, 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            scores = attribute_layers(model, inputs)  # type: ignore[arg-type]
+            scores = attribute_layers(model, inputs, **options)  # type: ignore[arg-type]
     finally:
         register._ADAPTERS.clear()
         register._ADAPTERS.update(adapters)
@@ -80,6 +85,21 @@ def measured(name: str) -> Measured:
     expected = scores_by_loop(entry, model, inputs)
     scores, caught = probe(entry, model.train(), inputs)
     return Measured(scores, expected, caught)
+
+
+@functools.cache
+def branches(name: str, which: str) -> LayerScores | None:
+    """The scores of the parts of an entry's blocks; None where its blocks have none that can be scored apart.
+
+    which: "auto" for branches, "parts" for streams."""
+    entry = next(entry for entry in ENTRIES if entry.name == name)
+    model, inputs = entry.made()
+    try:
+        return probe(entry, model, inputs, branches="auto" if which == "auto" else ["parts"])[0]
+    except ValueError as error:
+        if not str(error).startswith("branches: "):
+            raise
+        return None
 
 
 def short(names: Sequence[str]) -> str:
@@ -101,7 +121,21 @@ def following(name: str) -> str:
 def cells(entry: Entry) -> list[str]:
     """The page's row of one entry."""
     scores = measured(entry.name).scores
-    return [entry.name, str(len(scores.layers)), short(scores.names), engine(scores)]
+    return [
+        entry.name,
+        str(len(scores.layers)),
+        short(scores.names),
+        listed(branches(entry.name, "auto")),
+        listed(branches(entry.name, "parts"), several=True),
+        engine(scores),
+    ]
+
+
+def listed(scores: LayerScores | None, several: bool = False) -> str:
+    """The names of branches, each once; "-" where there are none, or (several) one in each block."""
+    if scores is None or scores.branches is None or (several and len(set(scores.layers)) == len(scores.layers)):
+        return "-"
+    return ", ".join(f"`{branch}`" for branch in dict.fromkeys(scores.branches))
 
 
 def engine(scores: LayerScores) -> str:
@@ -111,7 +145,7 @@ def engine(scores: LayerScores) -> str:
 def page() -> str:
     tables = []
     for room, entries in ROOMS.items():
-        rows = [f"\n## {room}\n", "| class | units | blocks | how |", "|---|---:|---|---|"]
+        rows = [f"\n## {room}\n", "| class | units | blocks | branches | streams | how |", "|---|---:|---|---|---|---|"]
         tables += [*rows, *(f"| {' | '.join(cells(entry))} |" for entry in entries)]
     return PAGE.format(count=len(ENTRIES), tables="\n".join(tables) + "\n")
 

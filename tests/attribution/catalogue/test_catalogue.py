@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .entry import Entry, call, plain
-from .page import ENTRIES, NAMED, engine, measured, page
+from .page import ENTRIES, NAMED, branches, engine, measured, page
+from .test_parts import scored, zeros
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "attribution" / "catalogue.md"
 
@@ -30,6 +31,31 @@ def test_complete_by_name_and_equal_to_the_loop(entry: Entry) -> None:
     assert engine(result.scores) == entry.engine
     if entry.engine == "staircase":
         assert result.scores.block_evaluations == len(entry.units) * (len(entry.units) + 1) / 2
+
+
+# Their blocks do not add the results of modules to the state: a Linear joins a long skip, a block adds a function of
+# its modules' results, or the first block makes a second state. In x-transformers the layers are branches already.
+WITHOUT_BRANCHES = {
+    "HunyuanDiT2DModel",
+    "x_transformers ContinuousTransformerWrapper",
+    "MMAudio-like network",
+    "WavLMModel",
+    "x_transformers Encoder, scaled residuals",
+}
+
+
+@pytest.mark.parametrize("entry", rows(ENTRIES))
+def test_branches_are_found_and_equal_to_the_loop(entry: Entry) -> None:
+    scores = branches(entry.name, "auto")
+    assert (scores is None) == (entry.name in WITHOUT_BRANCHES)
+    if scores is None:
+        return
+    assert list(dict.fromkeys(scores.layers)) == list(range(len(entry.units))), "a block without a branch"
+    model, inputs = entry.made()
+    rtol = 1e-5 if entry.single else 1e-7
+    for name, row in zip(scores.names, scores.by_sample.tolist()):
+        expected = scored(entry, model, inputs, model.get_submodule(name), zeros)
+        np.testing.assert_allclose(row, expected, rtol=rtol, err_msg=name)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name.replace(" ", "_"))

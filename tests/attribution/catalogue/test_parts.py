@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from agrepa_fast import attribute_layers
 
 from .entry import Entry, call, plain, velocity
-from .page import ENTRIES
+from .page import ENTRIES, branches
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 # For each class the parts of a block in the order of its results; the place among them that a part is.
@@ -122,18 +122,59 @@ def test_branches_of_blocks(name: str, engine: str) -> None:
         np.testing.assert_allclose(one.by_sample, scores.by_sample[3:6], rtol=1e-9)
 
 
+FOUND = {
+    "FluxTransformer2DModel": {
+        "FluxTransformerBlock": "attn ff ff_context",
+        "FluxSingleTransformerBlock": "proj_mlp attn",
+    },
+    "WanTransformer3DModel": {"WanTransformerBlock": "attn1 attn2 ffn"},
+    "StableAudioDiTModel": {"StableAudioDiTBlock": "attn1 attn2 ff"},
+    "Lumina2Transformer2DModel": {"Lumina2TransformerBlock": "attn feed_forward"},  # norms behind the branches
+    "MochiTransformer3DModel": {"MochiTransformerBlock": "attn1 ff ff_context"},
+    "HiDreamImageTransformer2DModel": {"HiDreamBlock": "block.attn1 block.ff_i block.ff_t"},
+    "timm VisionTransformer": {"Block": "attn mlp"},
+    "WhisperEncoder": {"WhisperEncoderLayer": "self_attn fc2"},
+    "f5_tts UNetT": {"ModuleList": "2 4"},
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_branches_that_are_found(name: str) -> None:
+    scores, entry = branches(name, "auto"), BY_NAME[name]
+    assert scores is not None
+    model, _ = entry.made()
+    found: dict[str, dict[str, None]] = {}
+    for layer, branch in zip(scores.layers, scores.branches):
+        found.setdefault(type(model.get_submodule(entry.units[layer])).__name__, {})[branch] = None
+    assert {kind: " ".join(names) for kind, names in found.items()} == FOUND[name]
+
+
+def test_a_part_of_the_branches() -> None:
+    model, inputs = BY_NAME["WanTransformer3DModel"].made()
+    scores, every = attribute_layers(model, inputs, branches=["attn1"]), branches("WanTransformer3DModel", "auto")
+    assert scores.names == ("blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1")
+    np.testing.assert_allclose(scores.by_sample, every.by_sample[::3], rtol=1e-9)
+
+
+def test_branches_of_an_iterator_are_those_of_a_list() -> None:
+    model, inputs = BY_NAME["WanTransformer3DModel"].made()
+    scores = attribute_layers(model, inputs, branches=iter(BRANCHES["WanTransformer3DModel"]))
+    assert scores.names[:3] == ("blocks.0.attn1", "blocks.0.attn2", "blocks.0.ffn")
+    with pytest.raises(TypeError, match=r"^batched: expected names of inputs that carry the samples, got 7$"):
+        attribute_layers(model, inputs, batched=7)
+
+
 @pytest.mark.parametrize(
-    "branches, error, message",
+    "given, error, message",
     [
         (["attention"], ValueError, "no block has a module 'attention'; the modules of blocks.0 are: norm1, attn1"),
         (["norm1", "attn1", "attn2", "ffn"], ValueError, "norm1 changes nothing in what blocks.0 returns"),
         (["attn1.to_q", "attn2", "ffn"], ValueError, "blocks.0 does not add the result of blocks.0.attn1.to_q"),
-        (["attn1"], ValueError, "name all of its branches"),
         ([], TypeError, "names of modules inside the blocks"),
-        ("attn1", TypeError, "names of modules inside the blocks"),
+        (7, TypeError, "'auto' or names of modules inside the blocks"),
     ],
 )
-def test_what_is_no_branch_is_refused(branches: Any, error: type[Exception], message: str) -> None:
+def test_what_is_no_branch_is_refused(given: Any, error: type[Exception], message: str) -> None:
     model, inputs = BY_NAME["WanTransformer3DModel"].made()
     with pytest.raises(error, match=message):
-        attribute_layers(model, inputs, branches=branches)
+        attribute_layers(model, inputs, branches=given)

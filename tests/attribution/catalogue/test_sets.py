@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_a_metric_of_the_users_own(entry: Entry) -> None:
     assert scores.metric == "largest"
     assert scores.floor == 0
     assert torch.isfinite(scores.by_sample).all()
+
+
+@pytest.mark.parametrize("entry", CASES)
+def test_the_noise_floor_of_a_metric_of_the_users_own(entry: Entry) -> None:
+    """It is the metric between two velocities whose states differ by rounding."""
+    model, inputs = entry.made()
+    wide = attribute_layers(model, inputs, metric=largest).noise_floor
+    single = dataclasses.replace(entry, single=True)
+    model, inputs = single.made()
+    narrow = attribute_layers(model, inputs, metric=largest).noise_floor
+    assert wide < 1e-12
+    assert 1e-8 < narrow < 1e-4
 
 
 def test_an_unknown_block_is_named() -> None:

@@ -6,6 +6,7 @@ Each wrapper's scores equal a loop's over the wrapped model, and the model compu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 
-from agrepa_fast import attribute_layers
+from agrepa_fast import attribute_layers, export, select_layers
 
 from .entry import Entry, call, plain, scores_by_loop, velocity
 from .page import ENTRIES, NAMED, probe
@@ -109,6 +110,19 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def wrapped_forwards(model: nn.Module) -> nn.Module:
+    """Every forward wrapped on its instance, by functions that name the class's function, as nnsight's do."""
+
+    def wrap(module: nn.Module) -> None:
+        forward = module.forward
+        own = type(module).forward
+        module.forward = functools.wraps(own)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+    for module in model.modules():
+        wrap(module)
+    return model
+
+
 # Wrappers that leave the function as it is: the scores are those of the model inside.
 SAME: dict[str, Wrap] = {
     "accelerate's hooks": hooked,
@@ -116,6 +130,7 @@ SAME: dict[str, Wrap] = {
     "gradient checkpointing of diffusers": checkpointed_by_diffusers,
     "checkpoint_wrapper": checkpointed_by_torch,
     "DataParallel": nn.DataParallel,
+    "wrapped forwards": wrapped_forwards,
     "weight norm": weight_norm(torch.nn.utils.parametrizations.weight_norm),
     "weight norm, old form": weight_norm(torch.nn.utils.weight_norm),
 }
@@ -126,11 +141,12 @@ COMPILED: dict[str, Wrap] = {
     "compiled blocks": compiled_blocks,
 }
 IN_A_GROUP: dict[str, Wrap] = {"DDP": nn.parallel.DistributedDataParallel, "FSDP2": sharded}
-# Those that change it, and what they put in front of the names of the model's modules.
-OTHER: dict[str, tuple[Wrap, str]] = {
-    "PEFT": (lora, "base_model.model."),
-    "diffusers' add_adapter": (adapter_of_diffusers, ""),
-    "torchao int8": (int8, ""),
+# Those that change it.
+OTHER: dict[str, Wrap] = {
+    "PEFT": lora,
+    "PEFT in DataParallel": lambda model: nn.DataParallel(lora(model)),
+    "diffusers' add_adapter": adapter_of_diffusers,
+    "torchao int8": int8,
 }
 
 
@@ -144,7 +160,7 @@ def check(entry: Entry, model: nn.Module, inputs: Any, expected: np.ndarray, rto
     with plain():
         before = velocity(entry, call(model, inputs))
     scores, _ = probe(entry, model, inputs)
-    assert not NAMED or all(name.endswith(unit) for name, unit in zip(scores.names, entry.units, strict=True))
+    assert not NAMED or list(scores.names) == entry.units
     np.testing.assert_allclose(scores.by_sample.numpy(), expected, rtol=rtol)
     with plain():
         assert torch.equal(velocity(entry, call(model, inputs)), before)
@@ -166,14 +182,41 @@ def test_scores_are_those_of_the_model_inside_in_a_group(name: str, entry: Entry
 
 @pytest.mark.parametrize("name, entry", cases(OTHER))
 def test_equals_the_loop_over_the_changed_model(name: str, entry: Entry) -> None:
-    wrap, prefix = OTHER[name]
     model, inputs = entry.made()
-    model = wrap(model).eval()
+    wrapped = OTHER[name](model).eval()
     single = next(model.parameters()).dtype == torch.float32
     if single:
         inputs = {k: v.float() if torch.is_tensor(v) and v.dtype == torch.float64 else v for k, v in inputs.items()}
-    named = dataclasses.replace(entry, blocks=" ".join(f"{prefix}{unit}" for unit in entry.units))
-    check(named, model, inputs, scores_by_loop(named, model, inputs), rtol=1e-4 if single else 1e-8)
+    # LoRA layers are put into the model itself.
+    check(entry, wrapped, inputs, scores_by_loop(entry, model.eval(), inputs), rtol=1e-4 if single else 1e-8)
+
+
+@pytest.mark.parametrize(
+    "wrap, prefix",
+    [
+        (lora, "base_model.model."),
+        (nn.DataParallel, "module."),
+        (lambda model: torch.compile(model, backend="eager"), ""),
+        (lambda model: nn.DataParallel(lora(model)), "module.base_model.model."),
+    ],
+)
+def test_names_are_the_models_own_and_read_back_from_the_wrapper(wrap: Wrap, prefix: str) -> None:
+    model, inputs = WAN.made()
+    blocks = list(model.blocks)
+    wrapped = wrap(model).eval()
+    scores = attribute_layers(wrapped, inputs)
+    assert scores.names == tuple(WAN.units)
+    selection = select_layers(scores, k=2)
+    assert [blocks.index(block) for block in selection.modules(wrapped).values()] == list(selection.layers)
+    assert [blocks.index(block) for block in selection.modules(model).values()] == list(selection.layers)
+    # By the wrapper's names, too: what its users read in named_modules().
+    longer = f"{prefix}blocks"
+    assert longer in dict(wrapped.named_modules()) or not prefix
+    given = attribute_layers(wrapped, inputs, block_list=longer, sets=[[f"{longer}.1"]])
+    np.testing.assert_allclose(given.by_sample[0], scores.by_sample[1], rtol=1e-9)
+    kept = dataclasses.replace(selection, names=tuple(f"{prefix}{name}" for name in selection.names))
+    assert list(kept.modules(wrapped)) == list(selection.names)
+    assert export.lora_layers(selection, ["to_q"], wrapped)
 
 
 def test_dynamic_quantisation_couples_samples_and_is_named() -> None:

@@ -127,12 +127,12 @@ def test_transformer_encoder(engine, batch_first):
 
 
 def test_evaluations_as_counted_by_hooks():
-    """The staircase; before it runs on one and four samples, one for the noise, and an ablation to compare with."""
+    """The staircase; beside it a run of one sample, one of four (one of them for the noise), and an ablation."""
     model, rows = build(Chain), [0] * DEPTH
     for i, block in enumerate(model.blocks):
         block.mix.register_forward_hook(lambda _, args, __, i=i: rows.__setitem__(i, rows[i] + args[0].shape[0]))
     attribute_layers(model, draw())
-    assert rows == [1 + 4 + 1 + (i > 0) + (i + 1) * SAMPLES for i in range(DEPTH)]
+    assert rows == [1 + 4 + 1 + (i + 1) * SAMPLES for i in range(DEPTH)]
 
 
 def test_a_velocity_that_is_not_finite_names_the_layer():

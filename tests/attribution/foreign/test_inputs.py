@@ -291,3 +291,30 @@ def of_whole_batch_of_samples(model):
     inner = model.forward
     model.forward = lambda **inputs: inner(**inputs).sample
     return of_whole_batch(model, draw())
+
+
+class Tokens(nn.Module):
+    """A model of tokens under a floating condition, which only the last block sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.tail = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True) for _ in range(3)
+        )
+
+    def forward(self, ids, condition):
+        x = self.embed(ids)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.tail(self.blocks[-1](x + condition[:, None]))
+
+
+def test_tokens_that_come_before_a_condition_are_the_state():
+    """Blocks that the condition does not reach were left out without a word."""
+    torch.manual_seed(0)
+    model, ids = Tokens().double().eval(), torch.randint(0, 9, (SAMPLES, FRAMES))
+    inputs = {"ids": ids, "condition": torch.randn(SAMPLES, WIDTH).double()}
+    scores = attribute_layers(model, inputs)
+    assert scores.names == ("blocks.0", "blocks.1", "blocks.2")
+    np.testing.assert_allclose(scores.by_sample.numpy(), scores_by_loop(model, "blocks", inputs), rtol=1e-9)
