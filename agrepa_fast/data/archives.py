@@ -1,4 +1,4 @@
-"""WebDataset: `wds:shards-{000..099}.tar`, tar archives whose members of one key are one sample.
+"""WebDataset: `wds:shards-{000..099}.tar`, tar archives in which the members of one key form a sample.
 
 An archive is listed once, without reading its sounds; the list is kept in the cache folder with the archive's size and
 time of change.
@@ -19,12 +19,17 @@ from typing import Any
 
 from ..errors import UserError
 from .clip import Clip, check_domain
-from .columns import ALIASES, CAPTIONS
+from .columns import ALIASES, CAPTIONS, check_spelling
+from .latents import NAME as LATENTS
+from .latents import SUFFIXES as LATENT_SUFFIXES
 from .layouts import AUDIO_SUFFIXES
 from .packs import Member
 from .verdicts import cache_folder, load_checked, save_checked
 
-VERSION = 1
+VERSION = 3  # of a kept list
+TOKEN_KINDS = ("npy", "pt", "tokens.npy", "tokens.pt")
+LATENT_KINDS = tuple(f"{LATENTS}{suffix}" for suffix in LATENT_SUFFIXES)
+FILES = {"tokens": "a second token file of one key", "latents": "a second file of latents of one key"}
 MOST_TEXT = 1 << 20  # bytes of a .txt or .json member
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -32,11 +37,12 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 def read_archives(pattern: str) -> list[Clip]:
     """The clips of all archives of a pattern, in order.
 
-    pattern: a path with ranges {000..099} and the wildcards of a shell. A sample is a sound file with, of the same key,
-    `.txt` (the text) or `.json` (an object with the names of columns that a list has: text, caption, domain, speaker).
+    pattern: a path with ranges {000..099} and the wildcards of a shell. A sample is a sound file and, under
+    the same key, a `.txt` (the text) or a `.json` (an object with columns of a list: text, caption, domain, speaker);
+    it may have a token file (`TOKEN_KINDS`) and a file of latents (`LATENT_KINDS`) too.
 
     Raises:
-        UserError: no such archive, a compressed or damaged one, a sample without text or with two sounds.
+        UserError: an archive is missing, compressed or damaged, or a sample has no text, or two files for one thing.
     """
     clips = [clip for archive in _expand(pattern) for clip in _clips(archive)]
     if not clips:
@@ -70,14 +76,17 @@ def _clips(archive: Path) -> Iterator[Clip]:
             text=row["text"],
             domain=check_domain(place, row["domain"]),
             speaker=row["speaker"] or None,
-            tokens=None,
+            tokens=archive / row["tokens"][0] if row["tokens"] else None,
             source=place,
             pack=Member(archive.absolute(), row["offset"], row["size"]),
+            token_pack=Member(archive.absolute(), *row["tokens"][1:]) if row["tokens"] else None,
+            latents=archive / row["latents"][0] if row["latents"] else None,
+            latent_pack=Member(archive.absolute(), *row["latents"][1:]) if row["latents"] else None,
         )
 
 
 def _listed(archive: Path) -> list[dict[str, Any]]:
-    """One row for each sample, from the cache where the archive has not changed."""
+    """One row for each sample; from the cache if the archive has not changed."""
     try:
         facts = os.stat(archive)
         stamp = [VERSION, str(archive.absolute()), facts.st_size, facts.st_mtime_ns]
@@ -96,7 +105,7 @@ def _listed(archive: Path) -> list[dict[str, Any]]:
 
 
 def _scan(archive: Path) -> Iterator[dict[str, Any]]:
-    """The samples of an archive, read from its headers and small members."""
+    """Read the samples of an archive from its headers and small members."""
     samples: dict[str, dict[str, Any]] = {}
     try:
         with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -113,6 +122,11 @@ def _scan(archive: Path) -> Iterator[dict[str, Any]]:
                     if "name" in sample:
                         raise UserError(f"{archive}: {member.name}: a second sound of one key, after {sample['name']}")
                     sample |= {"name": member.name, "offset": member.offset_data, "size": member.size}
+                elif kind in TOKEN_KINDS or kind.endswith(LATENT_KINDS):
+                    meaning = "tokens" if kind in TOKEN_KINDS else LATENTS
+                    if meaning in sample:
+                        raise UserError(f"{archive}: {member.name}: {FILES[meaning]}, after {sample[meaning][0]}")
+                    sample[meaning] = (member.name, member.offset_data, member.size)
                 elif kind in ("txt", "json"):
                     if member.size > MOST_TEXT:
                         raise UserError(f"{archive}: {member.name}: {member.size} bytes are no text of a clip")
@@ -128,27 +142,34 @@ def _scan(archive: Path) -> Iterator[dict[str, Any]]:
     for key, sample in samples.items():
         if "name" in sample:
             facts = {"text": "", "domain": "", "speaker": ""} | _described(archive, key, sample)
-            yield {name: sample[name] for name in ("name", "offset", "size")} | facts
+            files = {name: sample.get(name) for name in FILES}
+            yield {name: sample[name] for name in ("name", "offset", "size")} | facts | files
 
 
 def _described(archive: Path, key: str, sample: dict[str, Any]) -> dict[str, str]:
-    """text, domain and speaker of a sample, as far as its .txt and .json say."""
+    """Text, domain and speaker of a sample, if its .txt and .json have them."""
     facts: dict[str, str] = {}
     if "json" in sample:
+        place = f"{archive}: {key}.json"
         try:
-            given = json.loads(sample["json"])
+            values = json.loads(sample["json"])
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{archive}: {key}.json: not JSON ({error})") from error
-        if not isinstance(given, dict):
-            raise UserError(f"{archive}: {key}.json: expected an object, got {type(given).__name__}")
+            raise UserError(f"{place}: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{place}: expected an object, got {type(values).__name__}")
+        for meaning in FILES:
+            if values.get(meaning) is not None:
+                raise UserError(f"{place}: {meaning} are not read from here: write {key}.{meaning}.npy")
         for meaning in ("text", "domain", "speaker"):
             for name in ALIASES[meaning]:
-                if given.get(name) is not None and meaning not in facts:
-                    if not isinstance(given[name], (str, int)):
-                        raise UserError(f"{archive}: {key}.json: {name} is {type(given[name]).__name__}, expected text")
-                    facts[meaning] = str(given[name])
+                if values.get(name) is not None and meaning not in facts:
+                    if type(values[name]) not in (str, int):
+                        raise UserError(f"{place}: {name} is {type(values[name]).__name__}, expected text")
+                    facts[meaning] = str(values[name])
                     if name in CAPTIONS:
                         facts.setdefault("domain", "audio")
+        present = {"audio_file", *facts, *sample, *(["text"] if "txt" in sample else [])}
+        check_spelling(list(values), present, place)
     if "txt" in sample:
         facts["text"] = sample["txt"].decode("utf-8", "surrogateescape").strip()
     if "text" not in facts:

@@ -1,4 +1,4 @@
-"""Read and write sound files: any format and rate in, mono float32 [S] at the wanted rate out.
+"""Read sound files of any format and rate as mono float32 [S] at a given rate, and write WAV files.
 
 A file that cannot be used raises a UserError that names the file and the reason.
 """
@@ -9,16 +9,16 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .libraries import first_line, import_soundfile
 from .packs import Pack, open_sound
+from .resampling import resample, resampled_length
 
 if TYPE_CHECKING:
     import soundfile
@@ -28,7 +28,10 @@ SILENCE = 1e-4
 # 18 dB above full scale. No mix is as loud; integer samples that were written as floats are.
 LOUDEST = 8.0
 CANCELLED = 0.01
-# A file may lack so much of what its header claims, because some writers count a few bytes too many.
+AVERAGE = -1  # a mix of all channels
+# In these formats, what is read after a seek has the bits of the same samples when the whole file is decoded.
+SEEKABLE = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG")
+# A file may be shorter than its header claims by this much, because some writers count a few bytes too many.
 ENOUGH_SECONDS = 0.01
 LONGEST_SECONDS = 360_000
 UNKNOWN_SIZE = 0x7FFFF000
@@ -38,43 +41,12 @@ _CLAIM = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(
 LOWEST_RATE, HIGHEST_RATE = 2000, 768000
 
 
-def import_torchaudio() -> ModuleType:
-    """torchaudio, imported on first use.
-
-    Raises:
-        UserError: it is not installed, or it was built for another torch.
-    """
-    try:
-        import torchaudio.functional
-    except ModuleNotFoundError as error:
-        raise UserError(f"torchaudio is not installed ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise UserError(
-            f"torchaudio does not fit torch {torch.__version__} ({_line(error)}): "
-            "install the two together, in versions built for each other, from one index"
-        ) from error
-    return torchaudio
-
-
-def import_soundfile() -> ModuleType:
-    """soundfile, imported on first use.
-
-    Raises:
-        UserError: it or its C library is missing.
-    """
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:
-        raise UserError(f"soundfile cannot be imported ({_line(error)}): pip install 'agrepa-fast[audio]'") from error
-    return soundfile
-
-
 class Header(NamedTuple):
-    """What the header of a file says, before decoding."""
+    """The header of a sound file, read without decoding."""
 
     frames: int  # samples of each channel
     rate: int  # Hz
-    exact: bool  # whether decoding gives exactly so many; the header of an MP3 may only estimate it
+    exact: bool  # whether decoding gives exactly so many frames; the header of an MP3 may only estimate them
 
 
 def read_header(path: str | Path, pack: Pack | None = None) -> Header:
@@ -99,50 +71,85 @@ def read_audio(
     """One sound file as mono float32 [S] at `sample_rate` Hz. pack: where the file lies in a larger one.
 
     Reads WAV, FLAC, Ogg, MP3 and the other formats of libsndfile. Channels are averaged; if they cancel out (the
-    average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc; a
-    ratio with a denominator above 1000 becomes the nearest one below, which is off by less than one part in a million.
+    average has less than 1 % of their power), the loudest one is taken. Other rates are resampled by a windowed sinc
+    (`resampling`).
 
     Raises:
         UserError: the file is missing, empty, unreadable, truncated, without samples, shorter than `minimum_samples`
             after resampling, holds NaN or infinity, is silent (every |x| < 1e-4; `silent` allows it) or
             beyond full scale (an |x| > 8).
     """
+    return read_sound(path, sample_rate, minimum_samples=minimum_samples, silent=silent, pack=pack).waveform
+
+
+class Sound(NamedTuple):
+    """A decoded file, and how its channels were mixed: `AVERAGE`, or the number of the channel that was taken."""
+
+    waveform: Tensor
+    mix: int
+
+
+def read_sound(
+    path: str | Path, sample_rate: int, *, minimum_samples: int = 1, silent: bool = False, pack: Pack | None = None
+) -> Sound:
+    """`read_audio`, with the mix."""
     path = Path(path)
     with _opened(path, pack) as file:
         frames, rate, _ = _header(path, pack, file)
-        try:
-            samples = file.read(frames, dtype="float32", always_2d=True)
-        except (import_soundfile().LibsndfileError, OSError) as error:
-            raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error
-        except (MemoryError, ValueError) as error:
-            # A damaged header can claim any length.
-            raise UserError(f"{path}: the header claims more samples than memory holds") from error
+        samples = _decoded(path, file, frames)
     _check_length(path, frames, samples.shape[0], rate)
-    waveform = _mono(path, torch.from_numpy(samples), silent)
-    if rate != sample_rate:
-        ratio = _ratio(sample_rate, rate)
-        waveform = import_torchaudio().functional.resample(waveform, ratio.denominator, ratio.numerator)
+    if _loudest(path, samples) < SILENCE and not silent:
+        raise UserError(f"{path}: silent (no sample reaches {SILENCE:g})")
+    mix = _mix(samples)
+    mono = _mono(samples, mix)
+    waveform = resample(lambda first, last: mono[first:last], len(mono), rate, sample_rate)
     check_minimum(path, waveform.shape[0], sample_rate, minimum_samples)
-    return waveform.contiguous()
+    return Sound(waveform.contiguous(), mix)
 
 
-def resampled_length(frames: int, rate: int, sample_rate: int) -> int:
-    """Number of samples that `read_audio` makes of a file's frames."""
-    if rate == sample_rate:
-        return frames
-    ratio = _ratio(sample_rate, rate)
-    # In float32, as torchaudio computes it. Files of 17 minutes and more differ from exact arithmetic.
-    return int(torch.ceil(torch.as_tensor(ratio.numerator * frames / ratio.denominator)).long())
+def read_part(
+    path: Path,
+    sample_rate: int,
+    start: int,
+    stop: int,
+    *,
+    length: int,
+    mix: int | None = None,
+    pack: Pack | None = None,
+) -> Tensor | None:
+    """Samples start to stop - 1 of what `read_audio` gives, with the same bits, without decoding the rest.
+
+    length: of the whole, in samples. mix: that of `read_sound`, for a file of several channels.
+
+    Returns:
+        None where `read_audio` must decide: the file has another length, the part is silent, which an error is only if
+        all of the file is, the mix of its channels is not known, or its format does not seek to a sample.
+
+    Raises:
+        UserError: as `read_audio`, for what the part shows.
+    """
+    with _opened(path, pack) as file:
+        frames, rate, _ = _header(path, pack, file)
+        mix = 0 if file.channels == 1 else mix
+        seekable = file.format in SEEKABLE and file.seekable()
+        if mix is None or not seekable or resampled_length(frames, rate, sample_rate) != length:
+            return None
+        chosen, doubtful = mix, False
+
+        def read(first: int, last: int) -> Tensor:
+            nonlocal doubtful
+            samples = _decoded(path, file, last - first, first)
+            doubtful = len(samples) < last - first or _loudest(path, samples) < SILENCE
+            return _mono(samples, chosen)
+
+        part = resample(read, frames, rate, sample_rate, start, stop)
+    return None if doubtful else part.contiguous()
 
 
 def check_minimum(path: Path, samples: int, sample_rate: int, minimum_samples: int) -> None:
     """Raise a UserError if a clip has too few samples."""
     if samples < minimum_samples:
         raise UserError(f"{path}: too short ({samples} samples at {sample_rate} Hz, {minimum_samples} needed)")
-
-
-def _ratio(sample_rate: int, rate: int) -> Fraction:
-    return Fraction(sample_rate, rate).limit_denominator(1000)
 
 
 @contextmanager
@@ -156,11 +163,11 @@ def _opened(path: Path, pack: Pack | None) -> Iterator[soundfile.SoundFile]:
         size = path.stat().st_size if pack is None else pack.size
         if size == 0:
             raise UserError(f"{path}: the file is empty (0 bytes)")
-        # As bytes: soundfile cannot encode a name that is not UTF-8.
+        # Pass the name as bytes: soundfile cannot encode a name that is not UTF-8.
         file = library.SoundFile(os.fsencode(path) if pack is None else open_sound(path, pack))
     except (library.LibsndfileError, OSError, TypeError) as error:
         # soundfile raises TypeError for header-less formats, which need settings that a file cannot give.
-        raise UserError(f"{path}: cannot be decoded ({_line(error)})") from error
+        raise UserError(f"{path}: cannot be decoded ({first_line(error)})") from error
     with file:
         yield file
 
@@ -219,22 +226,40 @@ def _cut_ogg(path: Path, pack: Pack | None) -> bool:
     return len(page) < header or len(page) < header + page[26] + sum(page[header : header + page[26]])
 
 
-def _mono(path: Path, channels: Tensor, silent: bool) -> Tensor:
-    """[S, C] to [S]. It checks the samples before resampling, which would spread a bad one over its neighbours."""
+def _decoded(path: Path, file: soundfile.SoundFile, count: int, start: int = 0) -> Tensor:
+    """`count` frames [S, C] of an open file, or fewer if it has fewer."""
+    try:
+        if start:
+            file.seek(start)
+        return torch.from_numpy(file.read(count, dtype="float32", always_2d=True))
+    except (import_soundfile().LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be decoded ({first_line(error)})") from error
+    except (MemoryError, ValueError) as error:
+        # A damaged header can claim any length.
+        raise UserError(f"{path}: the header claims more samples than memory holds") from error
+
+
+def _loudest(path: Path, channels: Tensor) -> float:
+    """The largest |x| of [S, C], checked before resampling spreads a bad sample over its neighbours."""
     if not bool(torch.isfinite(channels).all()):
         raise UserError(f"{path}: holds NaN or infinite samples")
-    peaks = channels.abs().amax(0)
-    loudest = float(peaks.max())
-    if loudest < SILENCE and not silent:
-        raise UserError(f"{path}: silent (no sample reaches {SILENCE:g})")
+    loudest = float(channels.abs().max()) if channels.numel() else 0.0
     if loudest > LOUDEST:
         raise UserError(f"{path}: beyond full scale (a sample of {loudest:g}): divide the samples, 1 is full scale")
-    waveform = channels.mean(dim=1)
-    if channels.shape[1] > 1:
-        power = channels.square().mean(0)
-        if float(waveform.square().mean()) < CANCELLED * float(power.mean()):
-            return channels[:, int(power.argmax())]
-    return waveform
+    return loudest
+
+
+def _mix(channels: Tensor) -> int:
+    """How to mix [S, C]: AVERAGE, or the loudest channel where the channels cancel out."""
+    if channels.shape[1] == 1:
+        return 0
+    power = channels.square().mean(0)
+    cancelled = float(channels.mean(dim=1).square().mean()) < CANCELLED * float(power.mean())
+    return int(power.argmax()) if cancelled else AVERAGE
+
+
+def _mono(channels: Tensor, mix: int) -> Tensor:
+    return channels.mean(dim=1) if mix == AVERAGE else channels[:, mix]
 
 
 def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
@@ -252,9 +277,4 @@ def write_audio(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     try:
         soundfile.write(os.fsencode(path), samples.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16", format="WAV")
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"{path}: cannot write the audio ({_line(error)})") from error
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot write the audio ({first_line(error)})") from error

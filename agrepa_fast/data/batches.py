@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from .buckets import BucketBatches
-from .dataset import ClipDataset, Sample, Skipped
+from .dataset import ClipDataset, Sample
 from .features import FeatureBatch, FeatureSource, collate_features
+from .latents import LatentGrid
 from .manifest import Clip
 from .mel import MelConfig
+from .skipped import Skipped
 
 TOKEN_MULTIPLE = 16
 
@@ -29,7 +31,7 @@ TOKEN_MULTIPLE = 16
 class Batch:
     """One batch of B samples. T is the bucket's length in frames, n = mel_config.samples(T)."""
 
-    mel: Tensor  # [B, T, M] float32, zero where not mask
+    mel: Tensor  # [B, T, M] float32, zero where not mask: mels, or normalised latents
     mask: Tensor  # [B, T] bool, True = real frame
     prompt: Tensor  # [B, T] bool, True = reference-mel frames, a prefix of the crop
     tokens: Tensor  # [B, S, K] int64, zero padded
@@ -70,7 +72,7 @@ def collate(
     samples: Sequence[Sample],
     frames: int,
     domains: tuple[str, ...],
-    mel_config: MelConfig,
+    mel_config: MelConfig | LatentGrid,
     tokens_at_least: int = 1,
     sources: Mapping[str, FeatureSource] | None = None,
 ) -> Batch:

@@ -78,17 +78,23 @@ class BucketBatches:
         if tokens is not None:
             counts = np.asarray(tokens)
             self.tokens = {f: max(int(counts[members].max()) for members, _ in g) for f, g in self._buckets}
-        self.steps_per_epoch = sum(
-            -(-sum(draws for _, draws in groups) // (self.batch_size(frames) * world_size))
-            for frames, groups in self._buckets
-        )
+        self.steps_per_epoch = sum(self.per_epoch.values())
         self._epoch = -1
         self._plan: list[tuple[int, np.ndarray]] = []
 
     @property
+    def per_epoch(self) -> dict[tuple[int, int], int]:
+        """{(clips per batch, frames): how many such batches an epoch has on this rank}."""
+        counts = {}
+        for frames, groups in self._buckets:
+            size = self.batch_size(frames)
+            counts[size, frames] = -(-sum(draws for _, draws in groups) // (size * self.world_size))
+        return counts
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """Every (clips per batch, frames) that can occur."""
-        return [(self.batch_size(frames), frames) for frames, _ in self._buckets]
+        return list(self.per_epoch)
 
     def batch_size(self, frames: int) -> int:
         """Clips of a batch of one rank in the bucket of `frames` frames."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from ..errors import UserError
 
@@ -19,11 +20,12 @@ ALIASES = {
     "domain": ("domain",),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "tokens": ("tokens",),
+    "latents": ("latents",),
     "start": ("offset", "start", "start_time", "start_seconds"),
 }
 CAPTIONS = ("caption", "labels")  # text that describes a sound: its domain is audio unless the list says otherwise
 IDENTIFIER = "id"  # names the stem of a sound file
-EXPECTED = "audio_file and text, or what docs/data.md lists for them, with optional domain, speaker, tokens"
+EXPECTED = "audio_file and text, or what docs/data.md lists for them, with optional domain, speaker, tokens, latents"
 _MEANING = {alias: meaning for meaning, aliases in ALIASES.items() for alias in aliases}
 
 
@@ -54,15 +56,24 @@ def find_columns(names: Sequence[str], place: str) -> dict[str, int]:
         columns[meaning] = position
     if "audio_file" not in columns and IDENTIFIER in lowered:
         columns["audio_file"] = lowered.index(IDENTIFIER)
-    for position, name in enumerate(lowered):
-        close = difflib.get_close_matches(name, _MEANING, n=1, cutoff=0.8)
-        meaning = _MEANING[close[0]] if close else "start"
-        if meaning != "start" and meaning not in columns and position not in columns.values():
-            raise UserError(
-                f"{place}: unknown column {names[position].strip()!r} (did you mean {close[0]!r}?); "
-                f"the columns are {EXPECTED}"
-            )
+    check_spelling(names, columns, place)
     for meaning in ("audio_file", "text"):
         if meaning not in columns:
             raise UserError(f"{place}: the column {meaning!r} is missing; the columns are {EXPECTED}")
     return columns
+
+
+def check_spelling(names: Sequence[str], columns: Collection[str], place: str) -> None:
+    """UserError, beginning with `place`, for a name that looks like a misspelt one of a meaning not in `columns`."""
+    for name in names:
+        close = _closest(name.strip().lower())
+        if close and _MEANING[close] not in ("start", *columns):
+            raise UserError(
+                f"{place}: unknown column {name.strip()!r} (did you mean {close!r}?); the columns are {EXPECTED}"
+            )
+
+
+@lru_cache(maxsize=1024)
+def _closest(name: str) -> str:
+    """The known name that `name` misspells, or empty. The samples of an archive repeat their names."""
+    return "" if name in _MEANING else next(iter(difflib.get_close_matches(name, _MEANING, n=1, cutoff=0.8)), "")

@@ -19,7 +19,7 @@ from .events import EVENTS, sound_event
 from .voice import LEXICON, SPEAKERS, Array, speak
 
 # It is recorded, so that a corpus of an older recipe is not taken for this one.
-RECIPE = 1
+RECIPE = 2
 LONGEST_SECONDS = 2.0
 
 

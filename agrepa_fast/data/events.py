@@ -144,7 +144,9 @@ def whistle(rng: np.random.Generator, samples: int, rate: int) -> tuple[Array, s
     pitch = pitch * (1 + 0.008 * np.sin(2 * np.pi * 5.5 * time))
     breath = _shape(rng.standard_normal(samples), rate, lambda f: np.exp(-0.5 * ((f - 1500) / 500) ** 2))
     tone = np.sin(2 * np.pi * np.cumsum(pitch) / rate) + 0.01 * _unit(breath)
-    return tone * np.sin(np.pi * time / time[-1]) ** 0.5, f"a {'rising' if rising else 'falling'} whistle"
+    # At the last sample rounding can take the sine below zero, and its root would be nan.
+    swell = np.sin(np.pi * time / time[-1]).clip(min=0) ** 0.5
+    return tone * swell, f"a {'rising' if rising else 'falling'} whistle"
 
 
 def applause(rng: np.random.Generator, samples: int, rate: int) -> tuple[Array, str]:

@@ -1,6 +1,6 @@
 """A teacher's extracted features of crops, as the loader's workers read them: frames [F, W], batches [B, F, W].
 
-Features that were stored as int8 stay int8, with the scale of each frame: the device multiplies them out.
+Features that are stored as int8 stay int8, with a scale for each frame; the device converts them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Frames(NamedTuple):
 
     values: Tensor  # [F, W] floating, or int8
     scale: Tensor | None  # [F] float32 with int8 values: a frame stands for values * scale
-    first: int  # which frame of the clip `values` begins with
+    first: int  # index in the clip of the first frame of `values`
 
 
 class FeatureSource(Protocol):
@@ -52,7 +52,7 @@ class FeatureBatch:
     values: Tensor  # [B, F, W] floating, or int8
     scale: Tensor | None  # [B, F] float32 with int8 values
     counts: Tensor  # [B] int64, frames of each sample; the rest is padding
-    first: Tensor  # [B] int64, which frame of its clip a sample begins with
+    first: Tensor  # [B] int64, index in its clip of a sample's first frame
     covered: Tensor  # [B] bool, False where the teacher does not speak for the clip
 
     def dequantised(self) -> Tensor:
@@ -62,8 +62,8 @@ class FeatureBatch:
 
 
 def window(start: float, seconds: float, rate: float) -> tuple[int, int]:
-    """Which frames of a clip (from, up to) its crop needs, neighbours for interpolation included."""
-    # A start that lies on a frame's edge may fall on either side of it by rounding: both neighbours are read.
+    """The frames of a clip (first, end) that its crop needs, with neighbours for interpolation."""
+    # Rounding may move a start on the edge of a frame to either side, so both neighbours are read.
     return max(0, math.floor(start * rate - 1e-6) - 1), math.floor((start + seconds) * rate + 1e-6) + 2
 
 

@@ -47,7 +47,7 @@ def read_manifest(spec: str | Path, *, allow_outside: bool = False) -> list[Clip
     if colon and kind == ARCHIVES:
         return read_archives(rest)
     if colon and kind == HUB:
-        return read_hub(str(spec))
+        return read_hub(str(spec), allow_outside)
     if not colon or kind not in (LJSPEECH, UNQUOTED):
         kind, rest = "", str(spec)
     path = Path(rest)

@@ -6,14 +6,14 @@ The settings are those of the Vocos mel-24khz vocoder (torchaudio defaults: HTK 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..fields import Section, between
-from .audio import import_torchaudio
+from .libraries import import_torchaudio
 
 LOG_FLOOR = 1e-5
 
@@ -24,6 +24,8 @@ class MelConfig(Section, name="mel"):
 
     `mean` and `std` are of the natural log of the mel magnitude; the features are `(log_mel - mean) / std`.
     """
+
+    centre: ClassVar[float] = 0.0  # of frame 0, in frames
 
     sample_rate: Annotated[int, between(1000, 384_000), "samples per second; clips are resampled to it"] = 24000
     n_fft: Annotated[int, between(64, 16_384), "samples of a Fourier transform; even"] = 1024
@@ -79,6 +81,10 @@ class MelConfig(Section, name="mel"):
     def samples(self, frames: int) -> int:
         """The largest number of samples that gives `frames` frames."""
         return frames * self.hop_length - 1
+
+    def first_sample(self, frame: int) -> int:
+        """The sample on which a frame is centred: that of the crop which begins with it."""
+        return frame * self.hop_length
 
 
 MEL_PRESETS: dict[str, MelConfig] = {

@@ -1,6 +1,6 @@
-"""Sound files inside larger files: members of tar archives, rows of data sets; `Clip.pack` says where they lie.
+"""Sound files inside larger files: members of tar archives, rows of data sets. `Clip.pack` locates them.
 
-The path of such a clip names it in messages and tables (`shard.tar/key.flac`); no file lies at it.
+The path of such a clip (`shard.tar/key.flac`) is its name in messages and tables. There is no file at this path.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Pack(Protocol):
         ...
 
     def read(self, start: int, count: int) -> bytes:
-        """Bytes start to start + count - 1; fewer where they are not there any more.
+        """Bytes start to start + count - 1, or fewer if the file has become shorter.
 
-        It must not raise: libsndfile calls it, and finds the sound truncated."""
+        It must not raise an error, because libsndfile calls it. libsndfile then reports a truncated sound."""
         ...
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive that is not compressed: some bytes in its midst."""
+    """A member of an uncompressed archive: a range of its bytes."""
 
     file: Path
     offset: int
@@ -55,12 +55,12 @@ def _opened(file: Path, process: int) -> BinaryIO:
 
 
 def _descriptor(file: Path) -> int:
-    """A descriptor of this process, as positions and closed files must not be shared."""
+    """A file descriptor of this process: processes must not share positions or closed files."""
     return _opened(file, os.getpid()).fileno()
 
 
 class PackFile(io.RawIOBase):
-    """A pack as a file: what reads a header alone touches those bytes alone."""
+    """A pack as a file object. Reading a header reads only the bytes of the header."""
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack

@@ -87,6 +87,11 @@ def csv_rows(path: Path, text: str, delimiter: str, *, quoted: bool = True) -> I
         except StopIteration:
             return
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise UserError(
+                    f"{path}:{number}: a cell from here on has more than {csv.field_size_limit()} characters: give "
+                    "the double quote that ends it, or shorten the text"
+                ) from error
             raise UserError(
                 f"{path}:{number}: {error}: a cell that begins with a double quote must end with one, and those inside "
                 "are doubled; for a list without such quoting give unquoted:PATH"

@@ -10,12 +10,16 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .clip import Clip
+from .npy import read_npy
+from .packs import Pack, open_sound
 
 BYTE_VOCABULARY = 256
 # A few bytes of a file may claim a huge shape (an expanded tensor, a header). More tokens are refused.
@@ -47,12 +51,12 @@ def encode_text(text: str) -> Tensor:
     return torch.tensor(list(data), dtype=torch.int64).reshape(-1, 1)
 
 
-def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
+def read_tokens(path: str | Path, vocabularies: Sequence[int], pack: Pack | None = None) -> Tensor:
     """Tokens of one clip from a .npy or .pt file as int64 [S, K], K = len(vocabularies).
 
     One vocabulary: the file holds S integers (or [S, 1]). Two: [S, 2], or flat and interleaved `[t1, b1, t2, b2, ...]`.
     Stream k holds values from 0 to vocabularies[k] - 1. A .pt file may hold a tensor or a list of integers; neither
-    kind of file may carry pickled objects.
+    kind of file may carry pickled objects. pack: where the file lies in a larger one.
 
     Raises:
         UserError: the file is missing, unreadable, empty, damaged, of the wrong shape or type, out of range, or has
@@ -61,7 +65,7 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     if len(vocabularies) not in (1, 2) or any(size < 1 for size in vocabularies):
         raise ValueError(f"vocabularies must be one or two positive sizes, got {list(vocabularies)}")
     path = Path(path)
-    tokens = _load(path)
+    tokens = _load(path, pack)
     streams = len(vocabularies)
     if tokens.size == 0:
         raise UserError(f"{path}: holds no tokens")
@@ -79,6 +83,19 @@ def read_tokens(path: str | Path, vocabularies: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(tokens, dtype=np.int64, order="C"))
 
 
+def check_text_vocabulary(clip: Clip, name: str, sizes: Sequence[int]) -> None:
+    """Check that a clip without a token file has a vocabulary of text bytes.
+
+    Raises:
+        UserError: names the clip and the vocabulary.
+    """
+    if clip.tokens is None and tuple(sizes) != (BYTE_VOCABULARY,):
+        raise UserError(
+            f"{clip.source}: {clip.path.name} has no token file, and the vocabulary {name!r} {tuple(sizes)} is not "
+            f"byte text ({BYTE_VOCABULARY},): add the column tokens or use byte text"
+        )
+
+
 def check_range(place: Path, tokens: np.ndarray, vocabularies: Sequence[int]) -> None:
     """UserError, beginning with `place`, unless tokens [S, K] have a stream for each vocabulary and lie within it."""
     if tokens.shape[1] != len(vocabularies):
@@ -89,14 +106,16 @@ def check_range(place: Path, tokens: np.ndarray, vocabularies: Sequence[int]) ->
             raise UserError(f"{place}: token {low if low < 0 else high} in stream {stream} is outside 0 to {size - 1}")
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: Path, pack: Pack | None) -> np.ndarray:
     """The integers of a file, in any width and shape."""
-    if not path.is_file():
+    if pack is None and not path.is_file():
         raise UserError(f"{path}: no such token file")
     if path.suffix not in (".npy", ".pt"):
         raise UserError(f"{path}: tokens are read from .npy or .pt files, not {path.suffix or 'this'}")
     try:
-        return _load_numpy(path) if path.suffix == ".npy" else _load_torch(path)
+        with open_sound(path, pack) as file:
+            size = os.fstat(file.fileno()).st_size if pack is None else pack.size
+            return (_load_numpy if path.suffix == ".npy" else _load_torch)(path, file, size)
     except UserError:
         raise
     except Exception as error:
@@ -110,38 +129,24 @@ def _check_count(path: Path, count: int) -> None:
         raise UserError(f"{path}: claims {count:.3g} tokens, a clip has at most {MOST_TOKENS}: cut it into clips")
 
 
-def _load_numpy(path: Path) -> np.ndarray:
-    """Read a .npy file. Its header is checked against its size before memory is allocated."""
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        # Version 3 exists for field names, which tokens do not have.
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+def _load_numpy(path: Path, file: BinaryIO, size: int) -> np.ndarray:
+    def check(dtype: np.dtype, shape: tuple[int, ...]) -> None:
         if dtype.kind not in "iu":
             raise UserError(f"{path}: tokens must be integers, the file holds {str(dtype)[:60]}")
-        count = math.prod(shape)
-        _check_count(path, count)
-        size = os.fstat(file.fileno()).st_size - file.tell()
-        if size != count * dtype.itemsize or min(shape, default=0) < 0:
-            raise UserError(
-                f"{path}: its header claims {list(shape)} of {dtype}, which does not fit the {size} bytes after it: "
-                "the file is damaged, write it again"
-            )
-        values = np.frombuffer(file.read(size), dtype)
-    return values.reshape(shape, order="F" if fortran else "C")
+        _check_count(path, math.prod(shape))
+
+    return read_npy(path, file, size, check)
 
 
-def _load_torch(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
+def _load_torch(path: Path, file: BinaryIO, size: int) -> np.ndarray:
+    if zipfile.is_zipfile(file):
         # Records may be compressed.
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             size = max(size, sum(record.file_size for record in archive.infolist()))
     if size > MOST_BYTES:
         raise UserError(f"{path}: {size} bytes are more than tokens of one clip take ({MOST_BYTES})")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(loaded, Tensor):
         if loaded.layout != torch.strided or loaded.is_nested or loaded.is_meta or loaded.dtype not in _INTEGERS:
             kind = "a nested tensor" if loaded.is_nested else f"{loaded.layout} {loaded.dtype} on {loaded.device}"

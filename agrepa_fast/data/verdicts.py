@@ -1,4 +1,4 @@
-"""A memory of files that were fine at an earlier start, by path, size and time of change, so that none is read twice.
+"""Remember files that were valid at an earlier start, by path, size and time of change, so that none is read twice.
 
 The file of verdicts begins with a digest of its content. A damaged one is ignored and written anew; if it cannot be
 written, the next start only takes longer.
@@ -22,7 +22,7 @@ SETTLED_NS = 2_000_000_000
 
 
 def cache_folder() -> Path | None:
-    """The folder of files that only save time: $AGREPA_CACHE, or agrepa-fast in the user's cache.
+    """The cache folder: $AGREPA_CACHE, or agrepa-fast in the user's cache.
 
     None if the user has no such folder.
     """
@@ -63,13 +63,13 @@ class Verdicts:
         return tuple(entry[2:])
 
     def remember(self, path: Path, kind: str, *numbers: int, file: Path | None = None) -> None:
-        """Keep numbers about a file that is fine. Call it with what was read from the file as it is now."""
+        """Remember numbers about a valid file. They must be of the file as it is now."""
         stamp = _stamp(file or path) if self.file is not None else None
         if stamp is not None and stamp[1] < time.time_ns() - SETTLED_NS:
             self._new[_key(path, kind)] = [*stamp, *numbers]
 
     def save(self) -> None:
-        """Write what is new, and keep what others have written meanwhile."""
+        """Write new entries, and keep those that other processes have written meanwhile."""
         if self.file is None or not self._new:
             return
         save_checked(self.file, {"version": VERSION, "files": {**_load(self.file), **self._new}})
@@ -85,7 +85,7 @@ def _load(file: Path | None) -> dict[str, list[int]]:
 
 
 def save_checked(file: Path, value: Any) -> None:
-    """Write JSON behind its digest. Nothing happens where it cannot be written."""
+    """Write a digest and JSON. A failed write is ignored."""
     content = json.dumps(value).encode()
     building = file.with_name(f".{file.name}.{os.getpid()}.{time.time_ns()}")
     try:
@@ -98,7 +98,7 @@ def save_checked(file: Path, value: Any) -> None:
 
 
 def load_checked(file: Path | None) -> Any:
-    """What `save_checked` wrote; None where there is nothing, or something else."""
+    """Read what `save_checked` wrote; None if the file is missing or damaged."""
     try:
         if file is None or not file.is_file():
             return None

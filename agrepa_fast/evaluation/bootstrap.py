@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -58,4 +59,28 @@ def _percentiles(pairs: list[tuple[Tensor, Tensor]], seed: int, resamples: int) 
         drawn.append(difference([n.double()[index].sum(1) / d.double()[index].sum(1) for n, d in pairs]))
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.cat(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high)
+
+
+def nested_mean(groups: Sequence[Tensor], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The mean over groups of each group's mean, groups [N_g] float64, with its percentile interval.
+
+    Hierarchical: a resample draws groups (the seeds of a study), then clips of each drawn group. With one group only
+    its clips are drawn; without a second clip or group there is no interval."""
+    means = torch.stack([group.double().mean() for group in groups])
+    value = means.mean().item()
+    if len(groups) < 2 and groups[0].numel() < 2:
+        return Estimate(value)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=generator)
+    totals = torch.zeros(resamples, dtype=torch.float64)
+    for number, group in enumerate(groups):
+        # A group that is drawn several times in a resample gets other clips each time.
+        rows = (drawn == number).nonzero()[:, 0]
+        block = max(1, BLOCK // group.numel())
+        for part in rows.split(block):
+            index = torch.randint(group.numel(), (len(part), group.numel()), generator=generator)
+            totals.index_add_(0, part, group.double()[index].mean(1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = (totals / len(groups)).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Estimate(value, low, high)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..data.audio import SILENCE, read_audio, read_header
+from ..data.clip import check_domain
 from ..data.layouts import AUDIO_SUFFIXES
 from ..data.manifest import Clip, read_manifest
 from ..errors import UserError
@@ -67,6 +68,19 @@ def duration(clip: Recording) -> float:
     return length if clip.seconds is None else min(length, clip.seconds)
 
 
+def check_readable(recordings: Recordings) -> None:
+    """UserError unless a sound of the set can be read: a table in which every clip is left out says nothing."""
+    reason = ""
+    for clip in recordings.clips:
+        try:
+            duration(clip)
+        except UserError as error:
+            reason = reason or str(error)
+        else:
+            return
+    raise UserError(f"{recordings.name}: none of its {len(recordings.clips)} sound files can be read: {reason}")
+
+
 def is_silent(waveform: Tensor) -> bool:
     """Whether no sample reaches -80 dB of full scale."""
     return bool(waveform.abs().max() < SILENCE)
@@ -84,6 +98,7 @@ def read_set(path: str | Path, domain: str) -> tuple[list[Clip], bool]:
         return read_manifest(path), True
     if not path.is_dir():
         raise UserError(f"{path}: no such folder, list or run")
+    check_domain("--domain", domain)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise UserError(f"{path}: holds no sound files ({', '.join(AUDIO_SUFFIXES)}) and no list of them")

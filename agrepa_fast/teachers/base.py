@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.audio import import_torchaudio
+from ..data.libraries import import_torchaudio
 from ..errors import UserError
 
 

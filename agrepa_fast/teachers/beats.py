@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.audio import import_torchaudio
+from ..data.libraries import import_torchaudio
 from ..errors import UserError
 from .base import LayeredTeacher, Teacher, torch_dtype
 

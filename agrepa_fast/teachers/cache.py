@@ -101,6 +101,8 @@ def read_features(path: str | Path, key: FeatureKey) -> tuple[Tensor, Tensor | N
         raise UserError(f"{path}: not a feature file (features {features.dtype} {list(features.shape)})")
     if scale is not None and scale.shape != features.shape[:-1]:
         raise UserError(f"{path}: not a feature file (scale {list(scale.shape)} for {list(features.shape)})")
+    if not (features if scale is None else scale).isfinite().all():
+        raise UserError(f"{path}: holds features that are not finite: extract them again")
     return features, scale
 
 

@@ -225,6 +225,27 @@ class TransformersTeacher(LayeredTeacher):
             )
 
 
+def without_weights(source: str | Path, *, revision: Any = None, **options: Any) -> TransformersTeacher:
+    """The teacher of a folder or a hub name on the meta device: its sizes, from its configuration alone.
+
+    Raises:
+        UserError: as `TransformersTeacher`, as far as it shows without weights.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise UserError(f"teacher {str(source)!r} needs transformers: pip install 'agrepa-fast[teachers]'") from error
+    try:
+        config = _mert_config(Path(source)) or AutoConfig.from_pretrained(source, revision=revision)
+        _check_architecture(str(source), config)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"teacher {str(source)!r}: its configuration cannot be read ({reason})") from error
+    return TransformersTeacher(model, **options)
+
+
 def _check_architecture(name: str, config: Any) -> None:
     if config.model_type not in SUPPORTED:
         raise UserError(

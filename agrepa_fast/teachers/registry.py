@@ -19,6 +19,9 @@ def _spectral() -> Teacher:
     return SpectralTeacher()
 
 
+# Sources of a run's configuration that are the network itself: no teacher of audio may take their names.
+SELF_SOURCES = ("layersync", "self-flow")
+
 _FACTORIES: dict[str, Callable[..., Teacher]] = {"spectral": _spectral}
 
 
@@ -30,9 +33,24 @@ def register_teacher(name: str, factory: Callable[..., Teacher]) -> None:
     """
     if not name or "/" in name or os.sep in name:
         raise ValueError(f"a teacher's name is one word without slashes, got {name!r}")
-    if name in _FACTORIES:
+    if name in _FACTORIES or name in SELF_SOURCES:
         raise ValueError(f"a teacher named {name!r} is registered already")
     _FACTORIES[name] = factory
+
+
+def is_registered(name: str) -> bool:
+    """Whether `register_teacher` has been called with this name, or it is built in."""
+    return name in _FACTORIES
+
+
+def check_source(name: str) -> None:
+    """Refuse a name that `build_teacher` cannot know: not registered, no folder, no file, and no name on the hub.
+
+    Raises:
+        UserError: names the nearest teacher."""
+    path = Path(name).expanduser()
+    if not (is_registered(name) or path.suffix == ".pt" or path.is_dir() or _is_hub_name(name)):
+        raise UserError(_unknown(name))
 
 
 def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
@@ -48,6 +66,7 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
         UserError: unknown name, no such folder, an option the teacher does not take, unusable weights.
     """
     name = str(name_or_path)
+    check_source(name)
     factory = _FACTORIES.get(name)
     if factory is None:
         path = Path(name).expanduser()
@@ -55,8 +74,6 @@ def build_teacher(name_or_path: str | Path, **options: Any) -> Teacher:
             from .beats import BeatsTeacher
 
             factory = BeatsTeacher
-        elif not path.is_dir() and not _is_hub_name(name):
-            raise UserError(_unknown(name))
         else:
             from .encoders import TransformersTeacher
 
@@ -92,6 +109,8 @@ def _is_hub_name(name: str) -> bool:
 def _unknown(name: str) -> str:
     if "/" in name or os.sep in name:
         return f"teacher {name!r}: no such folder; give the folder that holds config.json and model.safetensors"
+    if name in SELF_SOURCES:
+        return f"teacher {name!r}: it is the network that is trained, and hears no audio: choose another one"
     near = difflib.get_close_matches(name, _FACTORIES, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
     return (

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..data.audio import import_torchaudio
+from ..data.libraries import import_torchaudio
 from .base import Teacher
 
 SAMPLE_RATE = 16_000

@@ -99,6 +99,13 @@ class Store:
         """Why the store has nothing for a sound."""
         return self.lost.get(sound) or self.skipped.get(sound) or f"not in {self.folder}: extract its features"
 
+    def frames(self, sound: int) -> int:
+        """Number of frames of a sound that is in the store; KeyError for another."""
+        at = self._place(sound)
+        if at is None:
+            raise KeyError(sound)
+        return int(self._ends[at] - self._starts[at])
+
     def read(self, sound: int, first: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Frames first to stop - 1 of a sound, [F, W] as stored, and the scales [F] of int8 ones.
 
@@ -113,9 +120,14 @@ class Store:
         last = end if stop is None else min(start + stop, end)
         path = self.folder / self._names[int(self._shards[at])]
         try:
-            return _opened(path, self.info).read(first, max(first, last))
+            values, scale = _opened(path, self.info).read(first, max(first, last))
         except (OSError, import_safetensors().SafetensorError) as error:
             raise UserError(f"{path}: a broken shard ({error}); delete it and extract again") from error
+        if not (values if scale is None else scale).isfinite().all():
+            raise UserError(
+                f"{path}: a broken shard (it holds features that are not finite); delete it and extract again"
+            )
+        return values, scale
 
 
 class StoredFeatures:

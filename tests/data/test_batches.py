@@ -1,65 +1,23 @@
-"""Batches: fixed shapes, coverage, determinism from (seed, step), ranks, crops, prompts, unreadable clips."""
+"""Batches: fixed shapes, determinism from (seed, step), crops, prompts, tokens, the cache of mels."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agrepa_fast.data.batches import collate, load_batch
 from agrepa_fast.data.buckets import BucketBatches
 from agrepa_fast.data.dataset import ClipDataset
 from agrepa_fast.data.loading import iterate
-from agrepa_fast.data.manifest import Clip
-from agrepa_fast.data.mel import LogMel, MelConfig
+from agrepa_fast.data.mel import LogMel
 from agrepa_fast.errors import UserError
 
-CONFIG = MelConfig(sample_rate=8000, n_fft=256, win_length=256, hop_length=64, mels=8, f_max=4000.0)
-HOP = CONFIG.hop_length
-BUCKETS = (20, 40)
-
-
-def make_clip(folder, number, samples, *, text=None, domain="speech", tokens=None):
-    """A clip whose sample i has the value (i + 1) / 20000, so that a crop tells where it was cut."""
-    path = folder / f"{number}.wav"
-    soundfile.write(path, (np.arange(samples) + 1) / 20000, 8000, subtype="FLOAT")
-    return Clip(path, f"clip {number}" if text is None else text, domain, None, tokens, f"list.csv:{number}")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    samples = rng.integers(5 * HOP, 70 * HOP, size=23)
-    return [
-        make_clip(folder, number, int(length), domain="speech" if number < 17 else "audio")
-        for number, length in enumerate(samples)
-    ]
-
-
-def build(clips, **options):
-    dataset = ClipDataset(clips, CONFIG, **{"max_frames": 40, **options})
-    batches = BucketBatches(dataset.lengths, buckets=BUCKETS, frames_per_batch=160, seed=5)
-    return dataset, batches
-
-
-def same(first, second):
-    for field in dataclasses.fields(first):
-        one, two = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(one, torch.Tensor):
-            assert one.dtype == two.dtype, field.name
-            assert torch.equal(one, two), field.name
-        else:
-            assert one == two, field.name
+from .clips import CONFIG, HOP, build, make_clip, same
 
 
 def test_lengths_are_frames_up_to_the_maximum(clips):
@@ -211,91 +169,6 @@ def test_the_same_step_is_the_same_batch_in_any_order_and_process(clips):
     assert not torch.equal(other.prompt, straight[0].prompt)
 
 
-def test_a_clip_that_became_unreadable_is_stood_in_for_and_named(tmp_path):
-    clips = [make_clip(tmp_path, number, 1000) for number in range(3)]
-    dataset, batches = build(clips, cache=False)
-    [whole] = iterate(dataset, batches, start=0, stop=1)
-    clips[1].path.write_bytes(b"")
-    for workers in (0, 1):
-        [batch] = iterate(dataset, batches, start=0, stop=1, workers=workers)
-        drawn = whole.indices.tolist()
-        following = [drawn[place:] + drawn[:place] for place in range(len(drawn))]
-        assert batch.indices.tolist() == [next(index for index in rest if index != 1) for rest in following]
-        [skipped] = batch.skipped
-        assert (skipped.path, skipped.reason) == (clips[1].path, "the file is empty (0 bytes)")
-        kept = whole.indices != 1
-        assert torch.equal(batch.mel[kept], whole.mel[kept])
-
-
-def test_others_of_the_bucket_stand_in_for_a_batch_that_cannot_be_read(tmp_path):
-    clips = [make_clip(tmp_path, number, 1000 + number) for number in range(9)]
-    dataset = build(clips, cache=False)[0]
-    single = BucketBatches(dataset.lengths, buckets=BUCKETS, frames_per_batch=20, seed=5)
-    drawn = [single.batch(step)[1][0] for step in range(9)]
-    assert sorted(drawn) == list(range(9))
-    for number in (2, 3, 4):
-        clips[number].path.write_bytes(b"")
-    taken = []
-    for step in range(9):
-        batch = load_batch(dataset, single, step, seed=5)
-        same(batch, load_batch(dataset, single, step, seed=5))
-        [index] = batch.indices.tolist()
-        if drawn[step] in (2, 3, 4):
-            assert batch.skipped[0].path == clips[drawn[step]].path
-            taken.append(index)
-        else:
-            assert index == drawn[step]
-    assert len(taken) == 3
-    assert not set(taken) & {2, 3, 4}
-    # Clips of shorter buckets fit, longer ones do not.
-    lengths = [15, 15, 35]
-    plan = BucketBatches(lengths, buckets=BUCKETS, frames_per_batch=20, seed=0)
-    for step in range(3):
-        frames, [index] = plan.batch(step)
-        assert set(plan.stand_ins(step)) == {other for other in range(3) if other != index and lengths[other] <= frames}
-
-
-def test_a_batch_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path):
-    clips = [make_clip(tmp_path, number, 1000) for number in range(3)]
-    dataset, batches = build(clips, cache=False)
-    for clip in clips:
-        clip.path.write_bytes(b"")
-    for workers in (0, 1):
-        with pytest.raises(UserError) as error:
-            list(iterate(dataset, batches, start=0, stop=1, workers=workers))
-        assert str(error.value) == "batch 0: none of its clips can be read; the first: the file is empty (0 bytes)"
-
-
-class Deadly(ClipDataset):
-    """Kills its worker process once: at the first item after the file `trap` was made."""
-
-    trap: Path
-
-    def item(self, index, generator):
-        if torch.utils.data.get_worker_info() is not None and self.trap.exists():
-            self.trap.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().item(index, generator)
-
-
-def test_a_dead_worker_is_named_and_survived(clips, tmp_path):
-    dataset, batches = build(clips)
-    straight = list(iterate(dataset, batches, start=0, stop=6))
-    deadly = build(clips)[0]
-    deadly.__class__, deadly.trap = Deadly, tmp_path / "trap"
-    notices: list[str] = []
-    got = []
-    for batch in iterate(deadly, batches, start=0, stop=6, workers=1, notice=notices.append):
-        got.append(batch)
-        if len(got) == 2:
-            deadly.trap.touch()
-    assert len(notices) == 1
-    assert "worker" in notices[0]
-    assert len(got) == 6
-    for one, two in zip(got, straight):
-        same(one, two)
-
-
 def test_the_mel_of_a_whole_clip_is_computed_once(tmp_path, monkeypatch):
     clips = [make_clip(tmp_path, 0, 1000), make_clip(tmp_path, 1, 24_000)]  # the second one is cropped
     cached, plain = build(clips)[0], build(clips, cache=False)[0]
@@ -348,52 +221,8 @@ def test_to_moves_every_tensor(clips):
             assert value == getattr(batch, field.name)
 
 
-def test_check_drops_what_cannot_be_read(tmp_path):
-    clips = [make_clip(tmp_path, number, 1000) for number in range(6)]
-    clips[1].path.write_bytes(b"")
-    clips[3].path.unlink()
-    clips[4] = dataclasses.replace(clips[4], tokens=tmp_path / "gone.npy")
-    with pytest.raises(UserError, match=r"3 of 6 clips cannot be read, at most 40% may be: .*1\.wav") as error:
-        ClipDataset(clips, CONFIG, max_frames=20).check(max_share=0.4)
-    assert "\n" not in str(error.value)
-    dataset = ClipDataset(clips, CONFIG, max_frames=20)
-    skipped = dataset.check(max_share=0.5)
-    assert [(item.path, item.source, item.reason) for item in skipped] == [
-        (clips[1].path, "list.csv:1", "the file is empty (0 bytes)"),
-        (clips[3].path, "list.csv:3", "no such audio file"),
-        (clips[4].path, "list.csv:4", f"{tmp_path / 'gone.npy'}: no such token file"),
-    ]
-    assert dataset.clips == [clips[0], clips[2], clips[5]]
-    assert dataset.lengths == [16, 16, 16]
-    with pytest.raises(UserError, match="1 of 1"):
-        ClipDataset([clips[1]], CONFIG, max_frames=20).check(max_share=1.0)
-    with pytest.raises(ValueError, match="max_share"):
-        dataset.check(max_share=5)
-
-
-def test_a_text_that_is_no_unicode_makes_its_clip_unreadable(tmp_path):
-    texts = ["fine", "hi \ud83d", "\udcff", "\U0001f600"]
-    clips = [make_clip(tmp_path, number, 1000, text=text) for number, text in enumerate(texts)]
-    dataset = ClipDataset(clips, CONFIG, max_frames=40)
-    skipped = dataset.check(0.5)
-    assert [clip.text for clip in dataset.clips] == ["fine", "\U0001f600"]
-    assert [(item.source, item.reason.partition(" (")[0]) for item in skipped] == [
-        ("list.csv:1", "the text is not valid: \\ud83d is half a character"),
-        ("list.csv:2", "the text is not valid: the byte 0xff is not UTF-8"),
-    ]
-    with pytest.raises(UserError, match=r"2 of 4 clips cannot be read.*list\.csv:1"):
-        ClipDataset(clips, CONFIG, max_frames=40).check(0.4)
-
-
-def test_too_short_for_one_window_is_skipped(tmp_path):
-    clips = [make_clip(tmp_path, 0, 128), make_clip(tmp_path, 1, 129)]
-    (skipped,) = ClipDataset(clips, CONFIG, max_frames=20).check(max_share=0.5)
-    assert skipped.path == clips[0].path
-    assert "too short (128 samples at 8000 Hz, 129 needed)" in skipped.reason
-
-
 def test_cache_stops_at_its_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("agrepa_fast.data.dataset.CACHE_BYTES", 9000)
+    monkeypatch.setattr("agrepa_fast.data.sounds.CACHE_BYTES", 9000)
     clips = [make_clip(tmp_path, number, 1000) for number in range(4)]
     dataset = ClipDataset(clips, CONFIG, max_frames=20)
     dataset.check(max_share=0.0)
@@ -429,123 +258,6 @@ def test_settings_that_cannot_work(tmp_path):
     dataset = ClipDataset([clip], CONFIG, max_frames=20)
     with pytest.raises(ValueError, match="has 16 frames, the bucket 10"):
         collate([dataset.item(0, torch.Generator())], 10, dataset.domains, CONFIG)
-
-
-# BucketBatches alone.
-
-
-@given(
-    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
-    frames_per_batch=st.integers(1, 400),
-    seed=st.integers(0, 9),
-    world_size=st.integers(1, 3),
-)
-def test_every_epoch_covers_every_clip_in_its_bucket(lengths, frames_per_batch, seed, world_size):
-    buckets = (25, 50, 100)
-    ranks = [
-        BucketBatches(
-            lengths,
-            buckets=buckets,
-            frames_per_batch=frames_per_batch,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    for epoch in (0, 1):
-        drawn: Counter[int] = Counter()
-        waste: Counter[int] = Counter()
-        for position in range(ranks[0].steps_per_epoch):
-            step = epoch * ranks[0].steps_per_epoch + position
-            parts = [batches.batch(step) for batches in ranks]
-            (frames,) = {frames for frames, _ in parts}
-            waste[frames] += world_size * max(1, frames_per_batch // frames)
-            for _, indices in parts:
-                assert len(indices) == max(1, frames_per_batch // frames)
-                drawn.update(indices)
-                for index in indices:
-                    assert frames == min(size for size in buckets if size >= lengths[index])
-        assert set(drawn) == set(range(len(lengths)))
-        for frames, total in waste.items():
-            shorter = {25: 0, 50: 25, 100: 50}[frames]
-            members = sum(shorter < length <= frames for length in lengths)
-            # No more than one filled batch.
-            assert total - members < world_size * max(1, frames_per_batch // frames)
-
-
-def test_ranks_share_nothing_when_there_is_enough():
-    lengths = [10] * 24
-    ranks = [
-        BucketBatches(lengths, buckets=(10,), frames_per_batch=40, seed=1, rank=rank, world_size=3) for rank in range(3)
-    ]
-    assert ranks[0].steps_per_epoch == 2
-    seen = [index for step in range(2) for batches in ranks for index in batches.batch(step)[1]]
-    assert sorted(seen) == list(range(24))
-
-
-def test_epochs_and_seeds_differ_and_steps_are_random_access():
-    def plan(seed):
-        batches = BucketBatches([10] * 40, buckets=(10,), frames_per_batch=80, seed=seed)
-        return batches, [batches.batch(step) for step in range(10)]
-
-    batches, first = plan(1)
-    assert [batches.batch(step) for step in reversed(range(10))] == first[::-1]
-    assert plan(1)[1] == first
-    assert plan(2)[1] != first
-    assert first[:5] != first[5:]
-
-
-def test_shapes_are_the_buckets_in_use():
-    batches = BucketBatches([5, 60, 61], buckets=(100, 10, 50), frames_per_batch=120, seed=0)
-    assert batches.shapes == [(12, 10), (1, 100)]
-    assert batches.steps_per_epoch == 1 + 2
-    assert {(len(indices), frames) for frames, indices in map(batches.batch, range(3))} == {
-        (12, 10),
-        (1, 100),
-    }
-
-
-@pytest.mark.parametrize("few, many", [(40, 400), (130, 170)])
-def test_balance_draws_domains_equally_and_evenly(few, many):
-    domains = ["speech"] * many + ["audio"] * few
-    lengths = [10 + index % 2 for index in range(many + few)]
-    options = {"buckets": (10, 11), "frames_per_batch": 80, "seed": 2, "domains": domains}
-    batches = BucketBatches(lengths, balance=True, **options)
-    drawn: Counter[int] = Counter()
-    for step in range(batches.steps_per_epoch):
-        indices = batches.batch(step)[1]
-        audio = sum(domains[index] == "audio" for index in indices)
-        assert abs(audio - len(indices) / 2) <= 2
-        drawn.update(indices)
-    counts = Counter(domains[index] for index in drawn.elements())
-    assert counts["audio"] / counts.total() == pytest.approx(0.5, abs=0.02)
-    assert set(drawn) == set(range(many + few))
-    # The repeats are spread over the smaller domain: no clip far more often than another.
-    repeats = [drawn[index] for index in range(many, many + few)]
-    assert max(repeats) - min(repeats) <= 2
-    plain = BucketBatches(lengths, balance=False, **options)
-    shares = Counter(domains[index] for step in range(plain.steps_per_epoch) for index in plain.batch(step)[1])
-    assert shares["audio"] / shares.total() == pytest.approx(few / (few + many), abs=0.03)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"lengths": []}, "lengths is empty"),
-        ({"buckets": ()}, "positive buckets"),
-        ({"frames_per_batch": 0}, "positive buckets"),
-        ({"buckets": (5,)}, "a clip of 10 frames fits no bucket, the longest is 5"),
-        ({"rank": 2, "world_size": 2}, "rank 2 is outside a world of 2"),
-        ({"seed": -1}, "seed"),
-        ({"balance": True}, "needs the domain"),
-        ({"domains": ["a"]}, "1 domains for 2 clips"),
-    ],
-)
-def test_misuse(change, message):
-    options = {"lengths": [10, 10], "buckets": (10,), "frames_per_batch": 10, "seed": 0} | change
-    with pytest.raises(ValueError, match=message):
-        BucketBatches(options.pop("lengths"), **options)
 
 
 def test_steps_must_make_sense(clips):

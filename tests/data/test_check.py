@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from agrepa_fast.data import dataset as module
+from agrepa_fast.data import sounds
 from agrepa_fast.data.batches import load_batch
 from agrepa_fast.data.buckets import BucketBatches
 from agrepa_fast.data.clip import Clip
@@ -62,16 +63,26 @@ def planned(dataset):
     return [load_batch(dataset, plan, step, 0) for step in range(plan.steps_per_epoch)]
 
 
+@pytest.mark.parametrize("most", [11, 12])
+def test_sets_of_many_clips_are_not_decoded_before_they_are_used(clips, monkeypatch, most):
+    """However short the clips are: a start would open every file once more."""
+    assert len(clips) == 12
+    monkeypatch.setattr(module, "SMALL_CLIPS", most)
+    dataset = make_dataset(clips)
+    assert dataset.check(0.0) == []
+    assert len(dataset._sounds._cache) == (12 if most == 12 else 0)
+
+
 def test_headers_give_the_lengths_and_batches_of_decoding(clips, monkeypatch):
     decoded = make_dataset(clips)
     assert decoded.check(0.0) == []
-    assert set(decoded._cache) == {clip.path for clip in clips}
+    assert set(decoded._sounds._cache) == {clip.path for clip in clips}
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
     by_header = make_dataset(clips)
     assert by_header.check(0.0) == []
-    assert not by_header._cache
-    samples = [decoded._cache[clip.path].shape[0] for clip in clips]
-    assert [by_header._samples[clip.path] for clip in clips] == samples
+    assert not by_header._sounds._cache
+    samples = [decoded._sounds._cache[clip.path].shape[0] for clip in clips]
+    assert [by_header._sounds.lengths[clip.path] for clip in clips] == samples
     assert by_header.lengths == [min(40, 1 + count // CONFIG.hop_length) for count in samples]
     assert by_header.token_lengths == decoded.token_lengths
     for one, two in zip(planned(by_header), planned(decoded)):
@@ -83,8 +94,8 @@ def test_headers_give_the_lengths_and_batches_of_decoding(clips, monkeypatch):
 
 def test_only_files_without_an_exact_header_are_decoded(clips, large, monkeypatch):
     read = []
-    original = module.read_audio
-    monkeypatch.setattr(module, "read_audio", lambda path, *a, **o: read.append(path.suffix) or original(path, *a, **o))
+    original = sounds.read_audio
+    monkeypatch.setattr(sounds, "read_audio", lambda path, *a, **o: read.append(path.suffix) or original(path, *a, **o))
     make_dataset(clips).check(0.0)
     assert read == [".mp3"] * 3
 
@@ -114,8 +125,8 @@ def test_the_second_start_reads_nothing(clips, large, tmp_path, monkeypatch):
     memory = tmp_path / "cache" / "memory.json"
     first = make_dataset(clips)
     first.check(0.0, memory=memory)
-    monkeypatch.setattr(module, "read_header", refuse)
-    monkeypatch.setattr(module, "read_audio", refuse)
+    monkeypatch.setattr(sounds, "read_header", refuse)
+    monkeypatch.setattr(sounds, "read_audio", refuse)
     monkeypatch.setattr(module, "read_tokens", refuse)
     second = make_dataset(clips)
     second.check(0.0, memory=memory)
@@ -239,8 +250,8 @@ def test_a_file_that_grew_since_the_check_is_named_and_stood_in_for(clips, large
 def test_a_bar_shows_the_clips(clips, capsys, monkeypatch):
     make_dataset(clips).check(0.0)
     assert capsys.readouterr().err == ""
-    original = module.read_header
-    monkeypatch.setattr(module, "read_header", lambda *file: time.sleep(0.25) or original(*file))
+    original = sounds.read_header
+    monkeypatch.setattr(sounds, "read_header", lambda *file: time.sleep(0.25) or original(*file))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     make_dataset(clips).check(0.0, progress=True)
     error = capsys.readouterr().err

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from agrepa_fast.data.audio import read_audio
 from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.data.events import EVENTS, sound_event
 from agrepa_fast.data.manifest import read_manifest
 from agrepa_fast.data.mel import MEL_PRESETS, LogMel
 from agrepa_fast.data.voice import LEXICON
@@ -77,6 +79,15 @@ def test_a_process_that_finished_first_wins(tmp_path, monkeypatch):
     assert write_corpus(folder, speech=1, audio=1) == folder / "metadata.csv"
     assert digests(folder) == digests(ready)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "ready"]
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_every_sound_event_is_a_sound(kind):
+    for index in range(30):
+        rng = np.random.default_rng(index)
+        waveform, _ = sound_event(kind, rng, rng.uniform(1.0, 2.0), 16000)
+        assert np.isfinite(waveform).all(), f"{kind} {index} is not finite"
+        assert np.abs(waveform).max() > 0.1, f"{kind} {index} is silent"
 
 
 def test_bad_sizes_are_refused(tmp_path):

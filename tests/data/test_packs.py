@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -25,30 +24,9 @@ from agrepa_fast.data.packs import Member, PackFile
 from agrepa_fast.errors import UserError
 from agrepa_fast.training.identity import colliding, file_digest, identify
 
-datasets = pytest.importorskip("datasets")
+from .packed import built, datasets, tar
+
 MEL = MelConfig(sample_rate=16000, n_fft=512, win_length=512, hop_length=256, mels=16, f_max=8000)
-
-
-@pytest.fixture
-def waves(tmp_path):
-    """Six sound files of several kinds with a text each: [(path, text)]."""
-    rng = np.random.default_rng(0)
-    made = []
-    for number, kind in enumerate(("wav", "flac", "ogg", "wav", "flac", "wav")):
-        path = tmp_path / "files" / f"clip{number}.{kind}"
-        path.parent.mkdir(exist_ok=True)
-        soundfile.write(path, 0.1 * rng.standard_normal(9_000 + 3_000 * number), 16000)
-        made.append((path, f"text {number}"))
-    return made
-
-
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
@@ -60,14 +38,6 @@ def shards(waves, tmp_path):
             members += [(f"speech/{path.name}", path.read_bytes()), (f"speech/{path.stem}.txt", text.encode())]
         tar(tmp_path / f"shard-{shard:02d}.tar", members)
     return f"wds:{tmp_path}/shard-{{00..01}}.tar"
-
-
-def built(columns, features):
-    """A data set from plain columns: the library would encode sounds by torchcodec, a real one holds bytes."""
-    import pyarrow
-
-    rows = pyarrow.table(columns, schema=features.arrow_schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(rows), info=datasets.DatasetInfo(features=features))
 
 
 def table(waves, as_arrays=False):
@@ -115,6 +85,36 @@ def test_an_archive_s_clips_are_its_files(shards, waves):
     assert set(colliding(clips, same)) == {clip.path for clip in clips[1:]}
 
 
+@pytest.mark.parametrize("kind", ["npy", "tokens.npy", "pt"])
+def test_token_files_of_an_archive_are_read(waves, tmp_path, kind):
+    members = []
+    for number, (path, text) in enumerate(waves):
+        written = io.BytesIO()
+        tokens = np.arange(number, number + 5)
+        torch.save(torch.from_numpy(tokens), written) if kind == "pt" else np.save(written, tokens)
+        members += [(path.name, path.read_bytes()), (f"{path.stem}.txt", text.encode())]
+        members += [(f"{path.stem}.{kind}", written.getvalue())]
+    spec = f"wds:{tar(tmp_path / 'shard.tar', members)}"
+    for _ in range(2):  # the second time from the kept list
+        clips = read_manifest(spec)
+        packed = ClipDataset(clips, MEL, max_frames=100, vocabularies={"text": (20,)})
+        assert packed.check(0.0) == []
+        assert packed.item(3, None)["tokens"][:, 0].tolist() == [3, 4, 5, 6, 7]
+        few = ClipDataset(clips, MEL, max_frames=100, vocabularies={"text": (9,)})
+        [refused] = few.check(0.5)
+        assert refused.reason == f"{tmp_path}/shard.tar/clip5.{kind}: token 9 in stream 0 is outside 0 to 8"
+    # Other tokens are another clip.
+    other = [
+        (name, data.replace(b"\x07", b"\x08")) if name.startswith("clip3.") else (name, data) for name, data in members
+    ]
+    before, after = identify(clips), identify(read_manifest(f"wds:{tar(tmp_path / 'other.tar', other)}"))
+    changed = [one.identity.whole != two.identity.whole for one, two in zip(before, after)]
+    assert changed[:3] == [False] * 3
+    assert changed[3]
+    with pytest.raises(UserError, match=r"shard.tar: clip0.tokens.pt: a second token file of one key, after clip0"):
+        read_manifest(f"wds:{tar(tmp_path / 'shard.tar', [*members, ('clip0.tokens.pt', b'')])}")
+
+
 def test_a_saved_data_set_s_rows_are_its_files(saved, waves):
     clips = read_manifest(saved)
     check_same(clips, waves)
@@ -130,6 +130,17 @@ def test_arrays_are_sounds_too(waves, tmp_path):
         torch.testing.assert_close(
             read_audio(clip.path, 16000, pack=clip.pack), read_audio(path, 16000), rtol=0, atol=1e-4
         )
+
+
+def test_arrays_of_many_rows_and_channels_are_written_where_they_are_read(tmp_path):
+    """More rows than are cached: soundfile reads them while they are made."""
+    rng = np.random.default_rng(0)
+    sounds = [(0.1 * rng.standard_normal((2, 4000))).astype(np.float32) for _ in range(12)]
+    rows = [{"array": sound.tolist(), "sampling_rate": 22050} for sound in sounds]
+    datasets.Dataset.from_dict({"audio": rows, "text": list("abcdefghijkl")}).save_to_disk(str(tmp_path / "many"))
+    clips = read_manifest(f"hf:{tmp_path / 'many'}:train")
+    for clip, sound in zip(clips, sounds, strict=True):
+        np.testing.assert_allclose(read_audio(clip.path, 22050, pack=clip.pack), sound.mean(0), atol=1e-6)
 
 
 def test_paths_in_a_table_and_splits_of_a_folder(waves, tmp_path, monkeypatch):
@@ -192,7 +203,8 @@ def test_the_second_start_reads_no_archive_again(shards, monkeypatch, tmp_path):
 
 def test_json_beside_a_sound_says_what_it_is(waves, tmp_path):
     sound = waves[0][0].read_bytes()
-    facts = {"caption": "rain", "speaker": 7}
+    # The sound is the clip, wherever it was cut out.
+    facts = {"caption": "rain", "speaker": 7, "start": 3.5, "duration": 2, "tokens": None, "path": "x"}
     tar(tmp_path / "a.tar", [("./1.x.y", b"?"), ("1.wav", sound), ("1.json", json.dumps(facts).encode())])
     [clip] = read_manifest(f"wds:{tmp_path}/*.tar")
     assert (clip.text, clip.domain, clip.speaker) == ("rain", "audio", "7")
@@ -208,9 +220,18 @@ SOUND = b"RIFF"
         ([("a.wav", SOUND), ("a.flac", SOUND), ("a.txt", b"x")], "a.flac: a second sound of one key, after a.wav"),
         ([("a.wav", SOUND), ("a.json", b"{")], "a.json: not JSON"),
         ([("a.wav", SOUND), ("a.json", b"[]")], "a.json: expected an object, got list"),
+        ([("a.wav", SOUND), ("a.json", b'{"text": true}')], "a.json: text is bool, expected text"),
         ([("a.wav", SOUND), ("a.json", b'{"text": [1]}')], "a.json: text is list, expected text"),
         ([("a.wav", SOUND), ("a.json", b'{"text": "x", "domain": "A B"}')], "domain 'A B' must be one lower-case word"),
         ([("a.txt", b"x")], "the archives hold no sound files"),
+        ([("a.wav", SOUND), ("a.json", b'{"text": "x", "tokens": [1]}')], "tokens are not read from here: write a.tok"),
+        ([("a.wav", SOUND), ("a.json", b'{"text": "x", "latents": [[1]]}')], "latents are not read from here: write a"),
+        ([("a.wav", SOUND), ("a.json", b'{"txt": "x"}')], r"a.json: unknown column 'txt' \(did you mean 'text'\?\)"),
+        ([("a.wav", SOUND), ("a.txt", b""), ("a.json", b'{"speeker": "x"}')], "did you mean 'speaker'"),
+        (
+            [("a.wav", SOUND), ("a.latents.npy", b""), ("a.wav.latents.npy", b"")],
+            "a.wav.latents.npy: a second file of latents of one key, after a.latents.npy",
+        ),
     ],
 )
 def test_bad_archives_are_one_line(tmp_path, members, message):
@@ -262,6 +283,12 @@ def test_a_pack_reads_like_a_file(tmp_path):
         ({"text": ["x"]}, "expected one column of sounds .*, found none among text"),
         ({"a": [{"array": [0.1], "sampling_rate": 1}]}, "the column 'text' is missing"),
         ({"a": [{"array": [0.1], "sampling_rate": 1}], "text": [[1]]}, "the column 'text' holds list, expected text"),
+        ({"a": [{"array": [0.1], "sampling_rate": 1}], "text": [True]}, "the column 'text' holds bool, expected text"),
+        ({"a": [{"array": ["x"], "sampling_rate": 1}], "text": ["x"]}, "the column 'a' holds struct.*of numbers and"),
+        ({"a": [{"array": [0.1], "sampling_rate": "x"}], "text": ["x"]}, "the column 'a' holds struct.*of numbers and"),
+        ({"a": [{"array": [0.1], "sampling_rate": float("nan")}], "text": ["x"]}, "x:train:0: the sound is no array"),
+        ({"a": [{"array": [[0.1], [0.1, 0.2]], "sampling_rate": 1}], "text": ["x"]}, "x:train:0: the sound is no arr"),
+        ({"a": [{"array": [[[0.1]]], "sampling_rate": 1}], "text": ["x"]}, r"expected a sound .*got \[1, 1, 1\]"),
     ],
 )
 def test_bad_tables_are_one_line(tmp_path, columns, message):
@@ -292,5 +319,7 @@ def test_a_row_without_a_sound_is_skipped(waves, monkeypatch):
     ]
     data = built({"audio": sounds, "text": ["a", "b", "c"]}, features)
     monkeypatch.setattr(hub, "_load", lambda *_: data)
-    skipped = dataset(read_manifest("hf:somebody/holes:train")).check(0.9)
+    clips = read_manifest("hf:somebody/holes:train")
+    assert len({known.identity.sound for known in identify(clips)}) == 3
+    skipped = dataset(clips).check(0.9)
     assert [item.reason.partition(" (")[0] for item in skipped] == ["the file is empty", "cannot be decoded"]

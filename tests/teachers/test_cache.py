@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -76,3 +77,16 @@ def test_features_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(UserError, match=r"nowhere"):
         write_features(tmp_path / "nowhere" / "a.safetensors", randn(5, 8), KEY)
+
+
+def test_features_that_became_nan_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for int8 in (False, True):
+        write_features(path, torch.ones(5, 8), KEY, int8=int8)
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata = file.metadata()
+        tensors = safetensors.torch.load_file(path)
+        tensors["scale" if int8 else "features"][2] = float("nan")
+        safetensors.torch.save_file(tensors, path, metadata)
+        with pytest.raises(UserError, match=r"a\.safetensors: holds features that are not finite: extract them again"):
+            read_features(path, KEY)

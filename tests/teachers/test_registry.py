@@ -25,12 +25,6 @@ class Frames(Teacher):
         return self.dropout(self.linear(means)), mask
 
 
-@pytest.fixture
-def own_names(monkeypatch):
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-
-
-@pytest.mark.usefixtures("own_names")
 def test_a_registered_teacher_is_built_with_its_options_and_frozen():
     registry.register_teacher("frames", Frames)
     teacher = build_teacher("frames", width=5)
