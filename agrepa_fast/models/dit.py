@@ -1,8 +1,10 @@
 """A compact diffusion transformer (DiT) that predicts the flow-matching velocity of a mel spectrogram.
 
-x_t [B, T, M], t [B], cond [B, T, C] -> velocity [B, T, M]. The network is a list of branches (attention and
-feed-forward in turn) with one op between them, `gated_residual_norm`, which closes one branch and opens the
-next, across block borders. The modulation of all blocks comes from one Linear, once per forward.
+x_t [B, T, M], t [B], cond [B, T, C] -> velocity [B, T, M]. Training decides what it predicts: with another
+`process.Process` the same network predicts v, the noise or the data, where this file says velocity; M are the channels
+of codec latents as well. The network is a list of branches (attention and feed-forward in turn) with one op between
+them, `gated_residual_norm`, which closes one branch and opens the next, across block borders. The modulation of all
+blocks comes from one Linear, once per forward.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,9 +43,12 @@ class DiTConfig:
     max_frames: int = 2048  # length of the position table
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "mels", "ff_ratio", "max_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("depth", "width", "heads", "mels", "cond", "ff_ratio", "max_frames"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name}: expected an integer, got {value!r:.60}")
+            if value < 1 and name != "cond":
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads ({self.heads}), got {self.width}")
         if self.width % 2:
@@ -127,9 +133,13 @@ class Modulation:
 
 
 class DiT(FixedBuffers):
-    """Diffusion transformer with adaLN-zero modulation and a residual stream made of one op.
+    """Diffusion transformer with adaLN-zero modulation (arXiv 2212.09748); its residual stream is made of one op.
 
-    `branches[2 l]` is block l's attention and `branches[2 l + 1]` its feed-forward; layers are 0-based.
+    `branches[2 l]` is the attention of block l and `branches[2 l + 1]` its feed-forward; layers are 0-based. At its
+    initialisation every block is the identity and the velocity is zero.
+
+    Raises:
+        TypeError: config is no `DiTConfig`.
     """
 
     positions: Tensor
@@ -138,6 +148,8 @@ class DiT(FixedBuffers):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        if not isinstance(config, DiTConfig):
+            raise TypeError(f"config: expected a DiTConfig, got {type(config).__name__}")
         self.config = config
         self.recompute = self.packed = False
         width = config.width
@@ -230,7 +242,7 @@ class DiT(FixedBuffers):
         Raises:
             ValueError: a shape or a layer does not fit.
         """
-        wanted = frozenset(hidden_layers or ())
+        wanted = frozenset(() if hidden_layers is None else hidden_layers)
         if not wanted <= frozenset(range(self.depth)):
             raise ValueError(f"hidden_layers: expected 0-based layers below {self.depth}, got {sorted(wanted)}")
         x, modulation = self.open(x_t, t, cond, mask)
@@ -262,6 +274,9 @@ class DiT(FixedBuffers):
 
     def _check_input(self, x_t: Tensor, t: Tensor, cond: Tensor | None, mask: Tensor | None) -> None:
         c = self.config
+        for name, value in (("x_t", x_t), ("t", t), ("cond", cond), ("mask", mask)):
+            if not isinstance(value, Tensor) and (value is not None or name in ("x_t", "t")):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if x_t.dim() != 3 or x_t.shape[2] != c.mels or 0 in x_t.shape:
             raise ValueError(f"x_t: expected non-empty [batch, frames, {c.mels}], got {list(x_t.shape)}")
         batch, frames, _ = x_t.shape

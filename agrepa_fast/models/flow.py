@@ -1,5 +1,6 @@
-"""Flow matching on the straight path: x_t = (1 - t) e + t x, velocity u = x - e, t = 0 noise, t = 1 data.
+"""Loss, probe inputs and sampler of flow matching and diffusion; `process` says which paths and outputs there are.
 
+The default is flow matching on the rectified path: x_t = (1 - t) e + t x, velocity u = x - e, t = 0 noise, t = 1 data;
 x, e, x_t, u [B, T, M]; t [B]. e is N(0, sigma^2) with sigma = 0.5 (arXiv 2603.01006).
 """
 
@@ -7,27 +8,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SIGMA = 0.5
+from .process import SIGMA, Process
+
+__all__ = ["FLOW_MATCHING", "SIGMA", "Process", "flow_matching_loss", "path", "probe_inputs", "sample", "sway"]
+
+FLOW_MATCHING = Process()
 
 
 def path(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Point on the path, and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
-    step = t[:, None, None].to(x.dtype)
-    return torch.lerp(noise, x, step), x - noise
+    """Point on the rectified path, and its velocity: x, noise [B, T, M], t [B] -> x_t, u [B, T, M]."""
+    return FLOW_MATCHING.point(x, noise, t)
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+def flow_matching_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample over its valid frames: [B, T, M], mask [B, T] -> [B], float32 or wider.
+
+    output, target: of whatever the network predicts; the velocity in flow matching.
 
     Masked frames contribute exactly zero loss and gradient, whatever they hold. A sample without valid frames gives 0.
     """
-    error = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target
+    error = output.to(torch.promote_types(output.dtype, torch.float32)) - target
     if mask is None:
         return error.square().mean(dim=(-2, -1))
     # Select before squaring: the gradient of the square at a masked nan would be nan.
@@ -42,7 +49,8 @@ def probe_inputs(
     t_grid: Sequence[float],
     generator: torch.Generator | None = None,
     *,
-    sigma: float = SIGMA,
+    sigma: float | None = None,
+    process: Process = FLOW_MATCHING,
     names: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +60,8 @@ def probe_inputs(
         x: [B, ...] clean data, [B, T, M] for a mel.
         cond, mask: [B, ...], or None.
         t_grid: G values in [0, 1]; 0 is noise.
-        sigma: standard deviation of the noise in training (F5-TTS: 1).
+        sigma: standard deviation of the noise in training (F5-TTS: 1); None for that of the process.
+        process: whose path x_t lies on. Its parametrisation does not matter here.
         names: {"x_t", "t", "cond", "mask": what the model's forward calls it}; others stay.
         extra: further arguments of the forward, by the model's names. Tensors whose first size is B are repeated.
 
@@ -60,12 +69,29 @@ def probe_inputs(
         {name: [G B, ...]}, t-major. A sample keeps one noise draw over the grid, so that only t differs.
 
     Raises:
-        ValueError: the grid is empty, or holds a value outside [0, 1]; an unknown name; a sigma of 0 or less.
+        ValueError, TypeError: the grid is empty or has a value outside [0, 1]; an unknown name; a sigma of 0 or less;
+            an argument of another kind, or of another number of samples.
     """
-    if len(t_grid) == 0 or not all(0 <= t <= 1 for t in t_grid):
-        raise ValueError(f"t_grid: expected at least one value, each in [0, 1], got {list(t_grid)}")
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma: expected a standard deviation above 0, got {sigma}")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected non-empty floating [batch, ...], got {got}")
+    if isinstance(t_grid, str) or not isinstance(t_grid, Iterable):
+        raise TypeError(f"t_grid: expected values in [0, 1], got {t_grid!r:.60}")
+    t_grid = [float(t) for t in t_grid]
+    if not t_grid or not all(0 <= t <= 1 for t in t_grid):
+        raise ValueError(f"t_grid: expected at least one value, each in [0, 1], got {t_grid}")
+    for name, value in (("cond", cond), ("mask", mask)):
+        if value is not None and (not isinstance(value, Tensor) or value.shape[:1] != x.shape[:1]):
+            got = str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected a tensor of x's {x.shape[0]} samples, got {got}")
+    if not isinstance(process, Process) or not isinstance(generator, torch.Generator | None):
+        got = f"{type(process).__name__} and {type(generator).__name__}"
+        raise TypeError(f"process, generator: expected a Process and a torch.Generator or None, got {got}")
+    if not isinstance(names, Mapping | None) or not isinstance(extra, Mapping | None):
+        raise TypeError(f"names, extra: expected mappings, got {type(names).__name__} and {type(extra).__name__}")
+    sigma = process.noise_std if sigma is None else sigma
+    if not isinstance(sigma, Real) or not 0 < sigma < math.inf:
+        raise ValueError(f"sigma: expected a standard deviation above 0, got {sigma!r:.60}")
     own = ("x_t", "t", "cond", "mask")
     names = {name: name for name in own} | dict(names or {})
     if set(names) != set(own):
@@ -78,8 +104,8 @@ def probe_inputs(
         return value.repeat(grid, *[1] * (value.dim() - 1)) if carries else value
 
     t = torch.tensor(t_grid, device=x.device, dtype=torch.float32).repeat_interleave(batch)
-    step = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    inputs = {"x_t": torch.lerp(over_grid(noise), over_grid(x), step), "t": t, "cond": cond, "mask": mask}
+    x_t, _ = process.point(over_grid(x), over_grid(noise), t)
+    inputs = {"x_t": x_t, "t": t, "cond": cond, "mask": mask}
     named = {names[name]: over_grid(value) for name, value in inputs.items() if value is not None}
     return named | {name: over_grid(value) for name, value in (extra or {}).items()}
 
@@ -101,17 +127,19 @@ def sample(
     guidance: float = 3.0,
     method: str = "euler",
     sway_coefficient: float | None = -1.0,
+    process: Process = FLOW_MATCHING,
 ) -> Tensor:
-    """Integrate dx/dt = v from noise to data.
+    """Integrate the ordinary differential equation of a process from noise to data.
 
     Args:
-        model: called as model(x_t, t, cond, mask) -> velocity [B, T, M].
-        noise: [B, T, M], drawn from N(0, sigma^2), the state at t = 0.
+        model: called as model(x_t, t, cond, mask) -> what it predicts [B, T, M], the velocity by default.
+        noise: [B, T, M], drawn from N(0, sigma^2), the state at t = 0. The process says which sigma.
         cond, null_cond: [B, T, C]; with null_cond, classifier-free guidance
-            v = v_null + guidance (v_cond - v_null), both halves in one batch.
+            v = v_null + guidance (v_cond - v_null), both halves in one batch. It is the same for every parametrisation,
+            as each follows linearly from any other.
         mask: [B, T] bool.
-        points: grid points from t = 0 to t = 1, at least 2 (points - 1 steps).
-        method: "euler" or "midpoint" (two evaluations a step).
+        points: grid points from t = 0 to t = 1, at least 2 (points - 1 steps). eps begins at `process.first_t`.
+        method: "euler" (on a curved path `Process.step`, which is DDIM's) or "midpoint" (two evaluations a step).
         sway_coefficient: see `sway`; None for a uniform grid.
 
     Returns:
@@ -129,20 +157,27 @@ def sample(
         mask = None if mask is None else mask.repeat(2, 1)
     batch = noise.shape[0]
 
-    def velocity(x: Tensor, time: Tensor) -> Tensor:
+    def predict(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state, the network's output there, and its time [B]."""
         if not guided:
-            return model(x, time.expand(batch), cond, mask)
+            return x, model(x, time.expand(batch), cond, mask), time.expand(batch)
         with_cond, without = model(x.repeat(2, 1, 1), time.expand(2 * batch), cond, mask).chunk(2)
-        return torch.lerp(without, with_cond, guidance)
+        return x, torch.lerp(without, with_cond, guidance), time.expand(batch)
 
     grid = torch.linspace(0, 1, points, device=noise.device)
     if sway_coefficient is not None:
         grid = sway(grid, sway_coefficient)
+    if process.first_t:
+        grid = process.first_t + (1 - process.first_t) * grid
     x = noise
-    for start, end in itertools.pairwise(grid.unbind()):
+    if process != FLOW_MATCHING:
+        x = x * float(process.coefficients(torch.tensor(process.first_t))[1])
+    intervals = list(itertools.pairwise(grid.unbind()))
+    for number, (start, end) in enumerate(intervals):
         step = end - start
-        v = velocity(x, start)
+        at = predict(x, start)
         if method == "midpoint":
-            v = velocity(x + 0.5 * step * v, start + 0.5 * step)
-        x = x + step * v
+            middle = process.step(x, start, 0.5 * step, at, last=False)
+            at = predict(middle, start + 0.5 * step)
+        x = process.step(x, start, step, at, last=number == len(intervals) - 1)
     return x

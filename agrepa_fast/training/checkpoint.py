@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError, writing
 from .config import RunConfig, dump_config, load_config
+from .sharding import scattered
 from .state import FORMAT, READABLE, check_format, check_state
 
 WEIGHTS = ("model", "ema", "heads")
@@ -346,7 +347,7 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) 
     extra = [key for key in tensors if key not in expected]
     if extra:
         raise UserError(f"{path}: unexpected tensor {extra[0]!r}; is it a checkpoint of another configuration?")
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict({key: scattered(tensors[key], value) for key, value in expected.items()})
 
 
 def _first_line(error: Exception) -> str:

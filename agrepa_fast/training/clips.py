@@ -13,14 +13,17 @@ from torch import Tensor
 
 from ..data.batches import Batch, collate
 from ..data.corpus import write_corpus
-from ..data.dataset import ClipDataset, Sample, Skipped, TokenSource
+from ..data.dataset import ClipDataset, Sample, TokenSource
 from ..data.manifest import Clip, read_manifest
+from ..data.skipped import Skipped
+from ..data.threads import many_objects
 from ..data.verdicts import verdict_file
 from ..errors import UserError, writing
 from .config import RunConfig
 from .distributed import gather, rank
 from .extracted import stored_tokens
 from .identity import Known, compare, drop_duplicates, held_out, identify, list_digest, record
+from .latents import latent_source, with_latents, without_latents
 
 BUILTIN = "builtin"
 
@@ -68,7 +71,7 @@ def read_clips(specs: Sequence[str], run_dir: Path, config: RunConfig) -> list[C
             with writing(run_dir / "corpus"):
                 spec = str(write_corpus(run_dir / "corpus", seed=config.train.seed))
         clips += read_manifest(spec, allow_outside=config.data.allow_outside)
-    return clips
+    return with_latents(clips, config)
 
 
 def split_clips(
@@ -147,20 +150,24 @@ def load_data(
 ) -> RunData:
     """Read, split (`split_clips`) and check the clips. Every rank must call it.
 
-    with_tokens: False leaves out the tokens that data.tokens names, which may have to be extracted yet.
+    with_tokens: False leaves out the tokens and latents that data.tokens and data.latents name, which may have to be
+        extracted yet.
 
     Raises:
         UserError: nothing to train on, too many unreadable files, a manifest that does not fit, clips that are not
             the recorded ones, ranks that do not have the same clips.
     """
-    split = split_clips(config, run_dir, recorded, accept_changes)
-    domains = _domains([*split.train, *split.valid])
-    skipped: list[Skipped] = []
-    tokens = stored_tokens(config) if with_tokens else dict.fromkeys(config.data.tokens, NoTokens(config))
-    train = _dataset(split.train, config, domains, skipped, tokens)
-    if not split.valid:
-        raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
-    data = RunData(train, _dataset(split.valid, config, domains, skipped, tokens), skipped, split)
+    with many_objects():
+        split = split_clips(config, run_dir, recorded, accept_changes)
+        domains = _domains([*split.train, *split.valid])
+        skipped: list[Skipped] = []
+        tokens = stored_tokens(config) if with_tokens else dict.fromkeys(config.data.tokens, NoTokens(config))
+        if not with_tokens:
+            config = without_latents(config)
+        train = _dataset(split.train, config, domains, skipped, tokens)
+        if not split.valid:
+            raise UserError("data.train: too few clips to hold any out for validation; give data.valid")
+        data = RunData(train, _dataset(split.valid, config, domains, skipped, tokens), skipped, split)
     check_ranks(data)
     return data
 
@@ -206,7 +213,7 @@ def _dataset(
     """The clips that can be read; the others go to `skipped`."""
     dataset = ClipDataset(
         [known.clip for known in clips],
-        config.mel,
+        config.grid,
         max_frames=config.max_frames,
         vocabularies=config.data.vocabularies,
         vocabulary_of=config.data.vocabulary_of,
@@ -214,6 +221,7 @@ def _dataset(
         domains=domains,
         sounds={known.clip.path: known.identity.sound for known in clips},
         tokens=tokens,
+        latents=latent_source(config),
     )
     memory = verdict_file(clip.path for clip in dataset.clips)
     skipped.extend(dataset.check(config.data.unreadable_share, memory=memory, progress=rank() == 0))
@@ -246,7 +254,8 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
     turns = (queue[place] for place in range(max(map(len, queues))) for queue in queues if place < len(queue))
     indices = list(itertools.islice(filter(dataset.readable, turns), count))
     if not indices and count:
-        raise UserError(f"data: the sound of none of {len(dataset)} clips can be decoded, see the warnings")
+        first = next(iter(dataset.unreadable.values()), "")
+        raise UserError(f"data: none of {len(dataset)} clips can be decoded and has its features; the first: {first}")
     return indices
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__
-from ..data.audio import import_torchaudio
+from ..data.libraries import import_torchaudio
 from ..errors import UserError
 from ..fields import shown
 from ..ops.dispatch import explain
@@ -28,7 +28,7 @@ USES = {
     "wer": ("jiwer", "pocketsphinx"),
     "mos": ("speechmos", "librosa", "onnxruntime", "requests"),
     "speaker": ("Resemblyzer",),
-    "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum"),
+    "bench": ("pytest", "pytest-benchmark", "nvidia-ml-py", "captum", "nnsight"),
 }
 
 

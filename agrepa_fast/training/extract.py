@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.audio import read_audio
 from ..data.clip import Clip
-from ..data.dataset import Skipped, check_share
+from ..data.skipped import Skipped, check_share
 from ..errors import UserError, writing
 from ..imports import import_module
 from ..teachers.base import Teacher
@@ -107,6 +107,11 @@ class Extraction:
         for name in names:
             if name not in wanted:
                 raise UserError(f"--teacher {name}: the configuration has {', '.join(wanted)} (alignment.teachers)")
+            if wanted[name].own is not None:
+                raise UserError(
+                    f"--teacher {name}: its source {wanted[name].source} is the network itself, whose states change in "
+                    "each step: there is nothing to extract"
+                )
         self.config, self.part, self.pool = config, part, pool
         self.verify = verify
         self.device = pick_device(config.train.device)

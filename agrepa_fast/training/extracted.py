@@ -61,6 +61,22 @@ def open_store(folder: Path, source: str, place: str) -> Store:
     return store
 
 
+def open_named_store(folder: Path, source: str, place: str) -> Store:
+    """`open_store`, where the folder's name says what its content must have been made with.
+
+    Raises:
+        UserError: also where its store.json says something else.
+    """
+    store = open_store(folder, source, place)
+    if store.info.folder_name() != folder.name:
+        made = store.info.key.teacher
+        raise UserError(
+            f"{place}: {folder}/store.json is of another store ({store.info.folder_name()}, made by {made}): "
+            "delete the folder and extract again"
+        )
+    return store
+
+
 def stored_tokens(config: RunConfig) -> dict[str, TokenSource]:
     """{domain: extracted tokens} of data.tokens. UserError where they have not been extracted."""
     sources: dict[str, TokenSource] = {}
@@ -69,5 +85,5 @@ def stored_tokens(config: RunConfig) -> dict[str, TokenSource]:
         folder = features_root(config) / store_name(token_key(source), config.mel.sample_rate, pooled=False)
         if not (folder / "store.json").exists():
             raise UserError(f"data.tokens.{domain}: no tokens in {folder}: run agrepa extract CONFIG --tokens {name}")
-        sources[domain] = StoredTokens(open_store(folder, file, f"data.tokens.{domain}"))
+        sources[domain] = StoredTokens(open_named_store(folder, file, f"data.tokens.{domain}"))
     return sources

@@ -18,14 +18,16 @@ from . import distributed
 from .clips import RunData
 from .config import RunConfig
 from .log import RunLog
-from .objective import StepInputs, teacher_targets
+from .objective import StepInputs
+from .targets import teacher_targets
 
 
 class Feed:
     """The training batches of this rank.
 
     Attributes:
-        plan: which clips make up which batch, for all ranks.
+        clips: what an epoch goes through: the training clips, or their windows (data.long).
+        plan: which of them make up which batch, for all ranks.
 
     Args:
         teachers: by name; domain_tables: {teacher: [number of domains] bool} on the device, as `domain_tables` gives.
@@ -43,7 +45,8 @@ class Feed:
         log: RunLog,
     ) -> None:
         self.config = config
-        self.clips = data.train
+        self.clips = data.train.in_windows() if config.data.long == "windows" else data.train
+        self.recordings = len(data.train)
         self.teachers = teachers
         self.domain_tables = domain_tables
         self.device = device
@@ -100,8 +103,8 @@ class Feed:
                 self.unreadable.add(item.path)
                 self.log.write("skipped", path=str(item.path), source=item.source, reason=item.reason)
         allowed = self.config.data.unreadable_share
-        if len(self.unreadable) / len(self.clips) > allowed:
+        if len(self.unreadable) / self.recordings > allowed:
             raise UserError(
-                f"{len(self.unreadable)} of {len(self.clips)} clips cannot be read, at most "
+                f"{len(self.unreadable)} of {self.recordings} clips cannot be read, at most "
                 f"{allowed:.0%} may be (data.unreadable_share): {min(self.unreadable)}, ..."
             )

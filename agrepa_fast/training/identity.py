@@ -11,7 +11,6 @@ import os
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..data.manifest import Clip
 from ..data.packs import Pack, open_sound
+from ..data.threads import threaded
 
 BLOCK = 1 << 14
 THREADS = 16  # they mostly wait for the disk
@@ -30,7 +30,7 @@ class Identity(NamedTuple):
     """Three signed 64-bit digests of a clip. Clips of a run are sorted by them."""
 
     sound: int  # of the file's size and content, see `file_digest`
-    whole: int  # of the sound, the text, the domain and the token file
+    whole: int  # of the sound, the text, the domain, the token file and the file of latents
     place: int  # of the resolved path
 
 
@@ -60,12 +60,16 @@ def file_digest(path: Path, pack: Pack | None = None) -> int:
         if pack is not None:
             size, read = pack.size, pack.read
             return _digest(str(size).encode(), *(read(start, count) for start, count in _blocks(size)))
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(f"{path}: not a regular file")
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            blocks = (os.pread(file.fileno(), count, start) for start, count in _blocks(size))
-            return _digest(str(size).encode(), *blocks)
+        # Fewer calls of the system than `open` makes: threads wait for each other after each of them.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would block
+        try:
+            facts = os.fstat(file)
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(f"{path}: not a regular file")
+            size = facts.st_size
+            return _digest(str(size).encode(), *(os.pread(file, count, start) for start, count in _blocks(size)))
+        finally:
+            os.close(file)
     except (OSError, ValueError):
         return _digest(b"unreadable", os.fsencode(path))
 
@@ -79,16 +83,26 @@ def _blocks(size: int) -> list[tuple[int, int]]:
 
 def identify(clips: Sequence[Clip]) -> list[Known]:
     """Each clip with its identity, in order."""
+    folders: dict[Path, str] = {}
+
+    def real(path: Path) -> str:
+        """os.path.realpath, which asks the file system for each folder on the way, once for each folder."""
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        folder = path.parent
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        return os.path.join(folders[folder], path.name)
 
     def known(clip: Clip) -> Known:
         sound = file_digest(clip.path, clip.pack)
-        tokens = b"" if clip.tokens is None else str(file_digest(clip.tokens)).encode()
+        tokens = b"" if clip.tokens is None else str(file_digest(clip.tokens, clip.token_pack)).encode()
         text = clip.text.encode("utf-8", "surrogatepass")
-        whole = _digest(str(sound).encode(), text, clip.domain.encode(), tokens)
-        return Known(Identity(sound, whole, _digest(os.fsencode(os.path.realpath(clip.path)))), clip)
+        latents = () if clip.latents is None else (str(file_digest(clip.latents, clip.latent_pack)).encode(),)
+        whole = _digest(str(sound).encode(), text, clip.domain.encode(), tokens, *latents)
+        return Known(Identity(sound, whole, _digest(os.fsencode(real(clip.path)))), clip)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(known, clips))
+    return list(threaded(known, clips, THREADS))
 
 
 def drop_duplicates(clips: Iterable[Known]) -> tuple[list[Known], list[tuple[Known, Known]]]:

@@ -28,11 +28,16 @@ PATIENCE = 1.0  # seconds in which a new holder writes its name into the file
 class RunLock:
     """A lock of `run_dir`, held from its construction to `release` or to the end of the process.
 
+    Args:
+        work, instead: what the message says of the holder's work, and what to do instead of waiting for it.
+
     Raises:
         UserError: another process holds it (the message names the process), or the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(
+        self, run_dir: Path, work: str = "writes this run", instead: str = "start another run with train.name=ANOTHER"
+    ) -> None:
         path = run_dir / NAME
         with writing(path):
             self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -47,8 +52,7 @@ class RunLock:
             else:
                 self._close()
                 raise UserError(
-                    f"{run_dir}: {_holder(path)} writes this run; wait for its end or stop it, "
-                    "or start another run with train.name=ANOTHER"
+                    f"{run_dir}: {_holder(path)} {work}; wait for its end or stop it, or {instead}"
                 ) from None
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         try:

@@ -6,7 +6,7 @@ The backbone (network and token conditioner) and the alignment heads are apart: 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,20 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.interface import InterfaceLoss
-from ..alignment.loss import AlignmentLoss
-from ..alignment.resample import align_time
-from ..alignment.schedule import SimilarityStop, timestep_weight
-from ..alignment.selection import LayerSelection
+from ..alignment.schedule import timestep_weight
 from ..data.batches import Batch
-from ..data.features import FeatureSource
-from ..errors import UserError
 from ..models.conditioning import TokenConditioner, assemble_condition
 from ..models.dit import DiT
-from ..models.flow import SIGMA, flow_matching_loss, path
-from ..ops import masked_mean
-from ..teachers.base import Teacher
-from ..teachers.passes import encode_together
+from ..models.flow import flow_matching_loss
+from .aligning import build_aligner
 from .config import RunConfig
+from .targets import pool_target
 
 
 class Backbone(nn.Module):
@@ -37,6 +31,7 @@ class Backbone(nn.Module):
         super().__init__()
         sizes = {name: streams[0] for name, streams in config.data.vocabularies.items()}
         second = {streams[1] for streams in config.data.vocabularies.values() if len(streams) == 2}
+        self.config = config
         self.conditioner = TokenConditioner(sizes, config.model.token_width, second.pop() if second else 0)
         self.network = DiT(config.dit)
 
@@ -120,15 +115,18 @@ class Draws(NamedTuple):
     """The random numbers of a step, except those of dropout."""
 
     t: Tensor  # [B] in [0, 1)
-    noise: Tensor  # [B, T, M], of standard deviation SIGMA
+    noise: Tensor  # [B, T, M], of the standard deviation that the process has
     keep_tokens: Tensor  # [B] bool
     keep_prompt: Tensor  # [B] bool
+    clean_t: Tensor | None = None  # [B] in [t, 1): the times at which Self-Flow's teacher sees the clips
 
 
 class Objective(nn.Module):
-    """Loss and metrics of a batch.
+    """Loss and metrics of a batch. Alignment is that of `aligner`, whose heads are parts of this module.
 
     Args:
+        teachers: {name: width} of those whose features come with the inputs. Those that are the network itself
+            (`SelfTeacher`) are in the configuration.
         generator: draws t, noise and condition dropout on the batch's device. It is the same on every rank: a rank
             takes its rows of the numbers for the global batch, so that they do not depend on the number of ranks.
     """
@@ -143,20 +141,17 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.process = config.flow.process
         self.generator = generator or torch.Generator()
         self.rank, self.world_size = rank, world_size
         self.backbone = Backbone(config)
+        self._average: tuple[Backbone, ...] = ()
         a = config.alignment
-        # The same head of every layer in every run, so that a later probe may choose any of them.
-        t_grid = sorted(set(config.probe.t_grid)) if a.weights == "by-time" else ()
-        every_layer = LayerSelection.uniform(range(config.model.depth), t_grid=t_grid)
-        self.alignment = AlignmentLoss(
-            config.model.width, teachers, every_layer, a.pool, a.head, a.objective, a.standardise_targets
-        )
+        self.aligner = build_aligner(config, self.backbone.network, teachers)
+        self.alignment, self.stop = self.aligner.loss_fn, self.aligner.stop  # parts of this module
         # The paper's weights, unless the configuration gives others.
-        bitc_weights = {"speech": 0.5} | a.bitc_weights
+        bitc_weights = {name: 0.5 for name in teachers if name == "speech"} | a.bitc_weights
         self.interface = InterfaceLoss(config.model.token_width, teachers, bitc_weights) if a.bitc else None
-        self.stop = None if a.stop_similarity is None else SimilarityStop(a.stop_similarity)
 
     def heads(self) -> nn.ModuleDict:
         """The alignment heads, and whether alignment has stopped. They are trained and saved apart from the model."""
@@ -166,6 +161,11 @@ class Objective(nn.Module):
         if self.stop is not None:
             parts["stop"] = self.stop
         return nn.ModuleDict(parts)
+
+    def follow(self, average: nn.Module) -> None:
+        """Take the moving average of the backbone, whose states are Self-Flow's targets."""
+        assert isinstance(average, Backbone)
+        self._average = (average,)  # in a tuple, so that it is no part of this module
 
     def draw(self, inputs: StepInputs, generator: torch.Generator | None = None) -> Draws:
         """The random numbers of a step, on the device; from `self.generator` unless another one is given."""
@@ -179,34 +179,43 @@ class Objective(nn.Module):
         total = size * self.world_size
         rows = slice(self.rank, None, self.world_size)
         noise = torch.randn(total, frames, mels, generator=generator, device=inputs.mel.device)
-        return Draws(
-            t=uniform(total)[rows],
-            noise=SIGMA * noise[rows],
+        position = uniform(total)[rows]
+        draws = Draws(
+            t=self.process.times(position),
+            noise=self.process.noise_std * noise[rows],
             keep_tokens=uniform(total)[rows] >= flow.token_dropout,
             keep_prompt=uniform(total)[rows] >= flow.prompt_dropout,
         )
+        if not self.aligner.averaged_layers:
+            return draws
+        # The low half of the 24 random bits behind t says where the cleaner time is. One more draw would give a run
+        # with Self-Flow other noise than a run without it, which studies compare in pairs.
+        cleaner = (4096 * position).frac()
+        return draws._replace(clean_t=torch.lerp(draws.t, torch.ones_like(draws.t), cleaner))
 
     def forward(
         self, inputs: StepInputs, draws: Draws, align_weight: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar) and detached metrics, on the device.
 
-        align_weight: a scalar; None skips alignment and its forward. The metrics "flow_loss_t/0-0.25" and so on are the
-        flow-matching losses of the samples whose t is in that quarter of [0, 1); nan if there is none.
+        align_weight: a scalar; None skips alignment and its forward. The metric "flow_loss" is the mean squared error
+        of what the network predicts, without `flow.weighting`; "flow_loss_t/0-0.25" and so on are those of the samples
+        whose t is in that quarter of [0, 1), nan if there is none.
         """
-        x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
+        x_t, target = self.process.point(inputs.mel, draws.noise, draws.t)
         embedding = self.backbone.embed_tokens(inputs)
         cond = assemble_condition(embedding, inputs.mel, inputs.prompt, draws.keep_tokens, draws.keep_prompt)
-        layers = self.alignment.active if align_weight is not None else ()
-        velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
-        by_sample = flow_matching_loss(velocity, velocity_target, inputs.mask)
-        loss = flow_loss = by_sample.mean()
-        metrics = {"flow_loss": flow_loss.detach(), **_by_time(by_sample.detach(), draws.t)}
+        layers = self.aligner.layers if align_weight is not None else ()
+        output, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
+        by_sample = flow_matching_loss(output, target, inputs.mask)
+        metrics = {"flow_loss": by_sample.detach().mean(), **_by_time(by_sample.detach(), draws.t)}
+        loss = self._weighted(by_sample, draws.t)
         if align_weight is not None:
             kind = self.config.alignment.timestep_weight
             weight = None if kind == "uniform" else timestep_weight(draws.t, kind)
-            aligned, cosines = self.alignment(
-                hidden, inputs.targets, inputs.target_mask, inputs.domains, weight, draws.t
+            averaged = self._averaged(inputs, draws)
+            aligned, cosines = self.aligner.evaluate(
+                hidden, inputs.targets, inputs.target_mask, inputs.domains, weight, draws.t, averaged=averaged
             )
             metrics |= {"align_loss": aligned.detach(), **cosines}
             if self.stop is not None:
@@ -222,30 +231,42 @@ class Objective(nn.Module):
         metrics["loss"] = loss.detach()
         return loss, metrics
 
-    def observe(self, metrics: Mapping[str, Tensor]) -> None:
-        """Note the cosines of an aligned step, which decide whether alignment goes on (alignment.stop_similarity)."""
-        if self.stop is not None:
-            self.stop(self.alignment.similarity(metrics))
+    def _averaged(self, batch: Batch | StepInputs, draws: Draws) -> dict[int, Tensor] | None:
+        """The hidden states of the network's average that are targets, at the cleaner times of the draws."""
+        layers, clean_t = self.aligner.averaged_layers, draws.clean_t
+        if not layers:
+            return None
+        [average] = self._average
+        assert clean_t is not None
+        with torch.no_grad():
+            x_t, _ = self.process.point(batch.mel, draws.noise, clean_t)
+            embedding = average.embed_tokens(batch)
+            cond = assemble_condition(embedding, batch.mel, batch.prompt, draws.keep_tokens, draws.keep_prompt)
+            return average.network(x_t, clean_t, cond, batch.mask, hidden_layers=layers)[1]
+
+    def _weighted(self, by_sample: Tensor, t: Tensor) -> Tensor:
+        """The mean of the samples' losses [B], weighted by their t [B] as `flow.weighting` says."""
+        weight = self.process.weight(t)
+        return (by_sample if weight is None else weight * by_sample).mean()
 
     def gradient_cosines(self, inputs: StepInputs, draws: Draws) -> dict[str, Tensor]:
-        """Cosine of the gradients of the two losses at each aligned hidden state: {"gradient_cosine/<layer>": scalar}.
+        """`Aligner.gradient_cosines` of the flow loss, without condition dropout.
 
-        It is nan for a layer on which no aligned target depends. Parameters' gradients and flags stay as they are. Call
-        it in evaluation mode, since dropout would draw random numbers.
+        Call it in evaluation mode, since dropout would draw random numbers.
         """
-        x_t, velocity_target = path(inputs.mel, draws.noise, draws.t)
+        x_t, target = self.process.point(inputs.mel, draws.noise, draws.t)
         cond, _ = self.backbone.condition(inputs)
-        layers = self.alignment.active
-        velocity, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=layers)
-        flow = flow_matching_loss(velocity, velocity_target, inputs.mask).mean()
-        aligned, _ = self.alignment(hidden, inputs.targets, inputs.target_mask, inputs.domains, t=draws.t)
-        states = [hidden[layer] for layer in layers]
-        pairs = [torch.autograd.grad(loss, states, retain_graph=True) for loss in (flow, aligned)]
-        cosines = {}
-        for layer, one, two in zip(layers, *pairs):
-            one, two = one.flatten().float(), two.flatten().float()
-            cosines[f"gradient_cosine/{layer}"] = torch.dot(one, two) / (one.norm() * two.norm())
-        return cosines
+        output, hidden = self.backbone.network(x_t, draws.t, cond, inputs.mask, hidden_layers=self.aligner.layers)
+        flow = self._weighted(flow_matching_loss(output, target, inputs.mask), draws.t)
+        return self.aligner.gradient_cosines(
+            flow,
+            hidden,
+            inputs.targets,
+            inputs.target_mask,
+            inputs.domains,
+            draws.t,
+            averaged=self._averaged(inputs, draws),
+        )
 
     @torch.no_grad()
     def validate(
@@ -257,14 +278,16 @@ class Objective(nn.Module):
         t: Tensor,
         noise: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow-matching loss of each sample [B] at the given t and noise, without condition dropout; and the raw
-        cosines.
+        """Mean squared error of each sample's output [B] at the given t and noise, without condition dropout and
+        `flow.weighting`; and the raw cosines. Self-Flow's teacher sees the clips half way from t to 1.
         """
-        x_t, velocity_target = path(batch.mel, noise, t)
+        x_t, target = self.process.point(batch.mel, noise, t)
         cond, _ = self.backbone.condition(batch)
-        velocity, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=self.alignment.active)
-        _, cosines = self.alignment(hidden, targets, target_mask, domains, t=t)
-        return flow_matching_loss(velocity, velocity_target, batch.mask), cosines
+        output, hidden = self.backbone.network(x_t, t, cond, batch.mask, hidden_layers=self.aligner.layers)
+        kept = torch.ones_like(t, dtype=torch.bool)
+        averaged = self._averaged(batch, Draws(t, noise, kept, kept, (1 + t) / 2))
+        _, cosines = self.aligner.evaluate(hidden, targets, target_mask, domains, t=t, averaged=averaged)
+        return flow_matching_loss(output, target, batch.mask), cosines
 
 
 TIME_BINS = 4
@@ -276,80 +299,3 @@ def _by_time(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
     means = torch.where(inside, loss, 0).sum(1) / inside.sum(1)
     edges = [number / TIME_BINS for number in range(TIME_BINS + 1)]
     return {f"flow_loss_t/{edges[n]:g}-{edges[n + 1]:g}": mean for n, mean in enumerate(means.unbind())}
-
-
-def pool_target(target: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [B, T, W] over the mask; [B, W] is pooled already and stays as it is."""
-    return target if target.dim() == 2 else masked_mean(target, mask)
-
-
-def teacher_targets(
-    teachers: Mapping[str, Teacher | FeatureSource], batch: Batch, config: RunConfig
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of the batch's clean audio, {teacher: [B, W] or [B, T, W]}, and the frames to align [B, T].
-
-    Extracted features come with the batch; live teachers hear its audio, and those that share an encoder run in one
-    pass. Pooled targets are means over the frames in which the teacher heard audio. Extracted features are those of
-    whole clips: frames are read at the times of the crop, and a pooled vector is used for any crop of its clip.
-    """
-    mask = batch.mask & ~batch.prompt if config.alignment.mask == "span" else batch.mask
-    live = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, Teacher)}
-    heard_now = encode_together(live, batch.audio, batch.audio_lengths, config.mel.sample_rate)
-    targets = {}
-    for name, teacher in teachers.items():
-        # Seconds from the teacher's first frame at hand to the beginning of the crop; in float64, as a recording may
-        # be hours long.
-        start = torch.zeros(batch.mel.shape[0], device=batch.mel.device, dtype=torch.float64)
-        covered = None
-        if name in live:
-            features, valid = heard_now[name]
-        else:
-            stored = batch.features[name]
-            features = stored.dequantised()
-            valid = torch.arange(features.shape[1], device=features.device) < stored.counts.unsqueeze(1)
-            covered = stored.covered
-            if teacher.rate:
-                start = batch.starts.double() / config.mel.frame_rate - stored.first.double() / teacher.rate
-                valid = valid & _heard(batch, start, features.shape[1], teacher.rate, config.mel.sample_rate)
-        if config.alignment.pool is not None:
-            targets[name] = masked_mean(features, valid)
-            continue
-        targets[name], heard = align_time(
-            features,
-            teacher_rate=teacher.rate,
-            student_rate=config.mel.frame_rate,
-            frames=batch.mel.shape[1],
-            # The mel's frames are centred on j / rate, half a frame before align_time's convention.
-            offset=(start - 0.5 / config.mel.frame_rate).float(),
-            teacher_mask=valid,
-            student_mask=batch.mask,
-        )
-        # The mask is one for all teachers: where one has nothing to say, the others may.
-        mask = mask & (heard if covered is None else heard | ~covered.unsqueeze(1))
-    return targets, mask
-
-
-def _heard(batch: Batch, start: Tensor, frames: int, rate: float, sample_rate: int) -> Tensor:
-    """[B, frames] bool: a frame begins within the crop; `start` [B] is the crop's, in seconds after frame 0."""
-    begin = torch.arange(frames, device=start.device) / rate
-    stop = start + batch.audio_lengths / sample_rate
-    # The margin keeps a frame that begins with the crop, whatever the rounding of the division.
-    return (begin >= start.unsqueeze(1) - 1e-4) & (begin < stop.unsqueeze(1) - 1e-4)
-
-
-def domain_tables(config: RunConfig, domains: Sequence[str]) -> dict[str, Tensor]:
-    """{teacher: [number of domains] bool}: whether the teacher is used for each domain.
-
-    Raises:
-        UserError: a teacher names a domain that no clip has.
-    """
-    tables = {}
-    for name, teacher in config.alignment.teachers.items():
-        unknown = set(teacher.domains) - set(domains)
-        if unknown:
-            raise UserError(
-                f"alignment.teachers.{name}.domains: no clip of domain {sorted(unknown)[0]!r}, "
-                f"the clips have {', '.join(domains)}"
-            )
-        tables[name] = torch.tensor([not teacher.domains or domain in teacher.domains for domain in domains])
-    return tables

@@ -26,11 +26,15 @@ def start_run(config: RunConfig) -> Trainer:
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir) as lock:
-        if distributed.gather((run_dir / "log.jsonl").exists())[0]:
-            raise UserError(
-                f"{run_dir}: holds a run already; resume it (--resume {run_dir}) or give train.name=ANOTHER"
-            )
+        check_new(config)
         return Trainer(config, run_dir, lock=lock)
+
+
+def check_new(config: RunConfig) -> None:
+    """UserError where the run's folder holds a run already. Every rank must call it."""
+    run_dir = Path(config.train.out) / config.train.name
+    if distributed.gather((run_dir / "log.jsonl").exists())[0]:
+        raise UserError(f"{run_dir}: holds a run already; resume it (--resume {run_dir}) or give train.name=ANOTHER")
 
 
 def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_changes: bool = False) -> Trainer:
@@ -59,12 +63,30 @@ def resume_run(path: str | Path, overrides: Sequence[str] = (), accept_data_chan
             return Trainer(config, run_dir, lock=lock)
         checkpoint = load_checkpoint(path)
         config = override_config(checkpoint.config, overrides)
+        _check_same_process(checkpoint.config, config)
         before, now = checkpoint.config.data, config.data
         if before.valid_share != now.valid_share and not now.valid:
             raise UserError(
                 f"data.valid_share: the run has held out its clips with {before.valid_share:g}, and they stay held out"
             )
         return Trainer(config, run_dir, checkpoint, lock=lock, accept_changes=accept_data_changes)
+
+
+def _check_same_process(before: RunConfig, now: RunConfig) -> None:
+    """Refuse to resume with another meaning of the network's output.
+
+    Raises:
+        UserError: names the field and both values.
+    """
+    for name in ("path", "parametrisation"):
+        old, new = getattr(before.flow, name), getattr(now.flow, name)
+        if old != new:
+            raise UserError(f"flow.{name}: the run was trained with {old}, and goes on with it; got {new}: train anew")
+    if bool(before.data.latents) != bool(now.data.latents):
+        raise UserError("data.latents: the run models mels or latents, and goes on with the same: train anew")
+    for name in ("rate", "channels", "mean", "std"):
+        if getattr(before.latents, name) != getattr(now.latents, name):
+            raise UserError(f"latents.{name}: the run was trained with another value, and goes on with it: train anew")
 
 
 def _device(path: Path, run_dir: Path, overrides: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from .. import __version__
 from ..alignment.reselect import ALL
-from ..alignment.selection import selection_from_state, selection_state
+from ..alignment.selection import described, selection_from_state, selection_state
 from ..attribution.scores import METRICS, LayerScores
 from ..errors import UserError
+from ..fields import shown
 from .distributed import gather, rank, world_size
+from .sharding import gathered, scattered
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .config import RunConfig
     from .trainer import Trainer
 
 # The number of the checkpoint format; raise it for a change that an older version cannot read.
@@ -53,14 +57,14 @@ def check_format(header: Mapping[str, Any], file: Path) -> None:
 
 def capture(trainer: Trainer) -> dict[str, Any]:
     """The state of a run after a step, with the random state of all ranks. Every rank must call it."""
-    device = trainer.device
+    device, choice = trainer.device, trainer.aligner.choice.state_dict()
     rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
     return {
         "format": FORMAT,
         "version": __version__,
         "step": trainer.step,
         "steps": trainer.config.train.steps,
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": gathered(trainer.optimizer.state_dict()),
         "skipped": trainer.train_step.skipped.tolist(),
         "seconds": trainer.seconds(),
         "probe_seconds": trainer.probe_seconds,
@@ -68,16 +72,45 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "device": device.type,
         "generator": trainer.objective.generator.get_state(),
         "rng": [list(states) for states in rng],
-        "selection": None if trainer.selection is None else selection_state(trainer.selection),
-        "scores": None if trainer.choice.scores is None else trainer.choice.scores.state(),
-        "average": trainer.choice.chooser.state_dict(),
-        "probed": trainer.choice.probed,
+        "selection": choice["selection"],
+        "scores": choice["scores"],
+        "average": choice["averages"],
+        "probed": choice["probed"],
         "clips": trainer.data.split.record,
     }
 
 
-def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
+TRAINED = ("alignment.pool", "alignment.head", "alignment.objective", "alignment.standardise_targets")
+CHOSEN = ("alignment.policy", "alignment.weights", "alignment.selection_per", "probe.k")
+
+
+def check_alignment(checkpoint: Checkpoint, config: RunConfig, given: bool) -> None:
+    """Refuse to go on with heads that were trained otherwise, or with layers that were chosen otherwise.
+
+    Before the layers are chosen all of it may change. given: the configuration names the layers from now on.
+
+    Raises:
+        UserError: names the field and both values.
+    """
+    if checkpoint.state["selection"] is None or not checkpoint.weights["heads"]:
+        return
+    for name in (*TRAINED, *(() if given else CHOSEN)):
+        section, _, field = name.partition(".")
+        before, now = (getattr(getattr(part, section), field) for part in (checkpoint.config, config))
+        if before != now:
+            raise UserError(
+                f"{name}: the run has aligned with {shown(before)} by {checkpoint.path.name}, and goes on with it; "
+                f"got {shown(now)}: train anew, or resume from a checkpoint before the first probe"
+            )
+
+
+def apply(trainer: Trainer, state: Mapping[str, Any], file: Path, fresh: Sequence[str] = ()) -> list[str]:
     """Give a trainer a state that has passed `check_state`.
+
+    fresh: the parts of `Objective.heads` that begin here, so that the state knows nothing of them.
+
+    Returns:
+        What the run does otherwise than the state, a line each.
 
     Raises:
         UserError: it does not fit the trainer's configuration; names the key.
@@ -89,28 +122,32 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
         )
     depth = trainer.config.model.depth
     if state["scores"] is not None:
-        scores = trainer.choice.scores = LayerScores.from_state(state["scores"])
-        if scores.layers != tuple(range(depth)):
-            raise UserError(f"{file}: scores are of the layers {list(scores.layers)}, the model has {depth}")
-    _apply_optimizer(trainer, state["optimizer"], file)
+        layers = LayerScores.from_state(state["scores"]).layers
+        if layers != tuple(range(depth)):
+            raise UserError(f"{file}: scores are of the layers {list(layers)}, the model has {depth}")
+    _apply_optimizer(trainer, state["optimizer"], file, fresh)
     trainer.train_step.skipped.copy_(torch.tensor(state["skipped"]))
     trainer.step = state["step"]
     trainer.seconds_before = state["seconds"]
     trainer.probe_seconds = state["probe_seconds"]
-    trainer.choice.probed = state["probed"]
     average = state["average"]
     if not isinstance(average, dict):  # format 1: one vector for the run, or None
         average = {} if average is None else {ALL: [average]}
     try:
-        trainer.choice.chooser.load_state_dict(average)
-        if state["selection"] is not None:
-            trainer.select(selection_from_state(state["selection"]))
+        choice, notes = trainer.aligner.choice, []
+        configured = choice.selection if choice.given else None
+        choice.load_state_dict({**state, "averages": average})
+        if configured is not None and state["selection"] not in (None, selection_state(configured)):
+            notes.append(f"the configuration's layers, {described(configured)}, replace the checkpoint's")
+        selection = configured or choice.selection
+        if selection is not None:
+            trainer.select(selection)
     except ValueError as error:
         raise UserError(f"{file}: {error}; go on with the run's own configuration of alignment and probe") from error
     if state["device"] != trainer.device.type:
         # Generators of different devices draw different numbers, so the run goes on, but not exactly.
         trainer.objective.generator.manual_seed(trainer.config.train.seed + trainer.step)
-        return
+        return notes
     try:
         trainer.objective.generator.set_state(state["generator"])
         if len(state["rng"]) == world_size():
@@ -121,12 +158,19 @@ def apply(trainer: Trainer, state: Mapping[str, Any], file: Path) -> None:
     except (RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file}: generator or rng is no random state of this torch ({reason})") from error
+    return notes
 
 
-def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> None:
+def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path, fresh: Sequence[str]) -> None:
     optimizer = trainer.optimizer
     groups = optimizer.state_dict()["param_groups"]
-    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in groups]:
+    # Parts that begin here are the last of their group, so that the numbers of the others are those of the state.
+    trained = [p for name, part in trainer.objective.heads().items() if name not in fresh for p in part.parameters()]
+    expected = [group["params"][: len(trained)] if group["name"] == "heads" else group["params"] for group in groups]
+    listed = [group.get("params") for group in saved["param_groups"]]
+    if not trained:  # the heads of a warm-up may be those of other teachers
+        expected, listed = expected[:-1], listed[:-1]
+    if listed != expected:
         raise UserError(f"{file}: the optimizer has other groups of parameters than this configuration")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entry in saved["state"].items():
@@ -139,8 +183,12 @@ def _apply_optimizer(trainer: Trainer, saved: Mapping[str, Any], file: Path) -> 
                     f"{file}: optimizer.state.{number}.{name} is {entry[name].dtype} {list(entry[name].shape)}, "
                     f"its parameter {expected.dtype} {list(expected.shape)}"
                 )
+    entries = {
+        number: entry | {name: scattered(entry[name], parameters[number]) for name in MOMENTS}
+        for number, entry in saved["state"].items()
+    }
     # Keep this run's groups: their settings depend on the device and on the configuration.
-    optimizer.load_state_dict({"state": dict(saved["state"]), "param_groups": groups})
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 # --- checks of what was read --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .config import RunConfig
 from .ema import Ema
 from .meter import Meter
 from .objective import Objective, StepInputs
+from .sharding import is_shard, is_sharded
 
 # Real steps on the static inputs of a shape before it is recorded. They compile the kernels and make the optimizer's
 # state.
@@ -52,7 +53,9 @@ def pick_engine(config: RunConfig, device: torch.device, ranks: int) -> str:
 
 
 class TrainStep:
-    """`step(inputs, align_weight, lr)` trains on one batch, or on several whose gradients are averaged.
+    """`step(inputs, lr)` trains on one batch, or on several whose gradients are averaged.
+
+    The objective's aligner says how strong alignment is. Without it the step skips alignment and its forward.
 
     A step whose gradient norm is not finite is dropped on the device by AdamW's own `found_inf`. All ranks drop it
     alike, because the norm is that of the averaged gradients. `skipped` counts such steps.
@@ -73,76 +76,77 @@ class TrainStep:
         engine: str,
     ) -> None:
         self.objective = objective
+        self.aligner = objective.aligner
         self.optimizer = optimizer
         self.ema = ema
         self.clip = config.optimizer.clip
+        self.sharded = is_sharded(objective)
         self.device = device
         self.bf16 = bf16
         self.engine = engine
         self.meter = Meter()
         # Number of steps without finite gradients: the present row of them, the longest row, and all.
         self.skipped = torch.zeros(3, device=device)
-        self.align_weight = torch.zeros((), device=device)
         self.captures = 0
         self._shapes: dict[Hashable, _Shape] = {}
         self._topology: Hashable = None
-        # There is one compiled graph for each batch shape, with and without alignment, and no graph break.
+        # There is one compiled graph for each batch shape, with and without alignment, and no graph break. Branches
+        # that are compiled apart have one for each shape, with and without gradient.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * config.data.buckets + 8)
         self._compiled: Any = objective
-        if engine != "eager":
+        if engine != "eager" and self.sharded:
+            # The hooks that gather weights cannot be traced, so the branches between them are compiled.
+            for branch in objective.backbone.network.branches:
+                branch.forward = torch.compile(branch.forward, dynamic=False, fullgraph=True)
+        elif engine != "eager":
             self._compiled = torch.compile(objective, dynamic=False, fullgraph=True)
         self._forward: Any = self._compiled
 
-    def __call__(self, inputs: Sequence[StepInputs], align_weight: float, lr: float) -> None:
-        """Train on the batches `inputs`. align_weight 0 skips alignment and its forward."""
+    def __call__(self, inputs: Sequence[StepInputs], lr: float) -> None:
+        """Train on the batches `inputs`."""
         self.objective.train()
-        self.align_weight.fill_(align_weight)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        aligned = align_weight > 0
-        topology = (aligned, self.objective.alignment.active_heads if aligned else ())
-        if topology != self._topology:
-            self._enter(topology, aligned)
+        if self.aligner.topology != self._topology:
+            self._enter()
         if self.engine == "graph":
             [only] = inputs
-            self._replay(only, aligned)
+            self._replay(only)
         else:
-            self._run(inputs, aligned)
+            self._run(inputs)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
         """Mean metrics since the last call, and `skipped`. Waits for the device."""
         return self.meter.read(self.skipped)
 
-    def _enter(self, topology: Hashable, aligned: bool) -> None:
+    def _enter(self) -> None:
         """Prepare for another set of active heads: freeze the other heads, and build DDP anew.
 
         The loss would give inactive heads zero gradients, and DDP would average those zeros over the ranks in every
         step. With frame-wise heads on every layer that is more traffic than the network's own gradients.
         """
-        self._topology = topology
-        active = self.objective.alignment.active_heads if aligned else ()
-        for name, heads in self.objective.alignment.heads.named_children():
-            for layer, head in heads.named_children():
-                head.requires_grad_((name, int(layer)) in active)
+        self._topology = self.aligner.topology
+        self.aligner.freeze_idle()
         self._forward = self._compiled
-        if distributed.is_available() and distributed.is_initialized():
+        if distributed.is_available() and distributed.is_initialized() and not self.sharded:
             self._forward = DistributedDataParallel(self._compiled)
 
-    def _run(self, inputs: Sequence[StepInputs], aligned: bool) -> None:
+    def _run(self, inputs: Sequence[StepInputs]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         last = len(inputs) - 1
+        strength = self.aligner.strength if self.aligner.on else None
         for number, batch in enumerate(inputs):
             local = isinstance(self._forward, DistributedDataParallel) and number < last
             with self._forward.no_sync() if local else contextlib.nullcontext():
                 draws = self.objective.draw(batch)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, metrics = self._forward(batch, draws, self.align_weight if aligned else None)
+                    loss, metrics = self._forward(batch, draws, strength)
                 (loss / len(inputs)).backward()
-            if aligned:
-                self.objective.observe(metrics)
+            if strength is not None:
+                self.aligner.observe(metrics)
             if number < last:
                 self.meter.add(metrics)
         self._update(metrics)
@@ -152,6 +156,8 @@ class TrainStep:
         """Clip the gradients, then update parameters and EMA."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        if is_shard(norm):
+            norm = norm.full_tensor()
         bad = (~norm.isfinite()).to(self.skipped.dtype)
         # The fused AdamW divides by grad_scale as it reads a gradient, and does nothing where found_inf is 1.
         self.optimizer.grad_scale = (norm / self.clip).clamp_min(1).float()  # type: ignore[attr-defined]
@@ -162,7 +168,7 @@ class TrainStep:
         self.skipped.copy_(torch.stack([row, torch.maximum(row, self.skipped[1]), self.skipped[2] + bad]))
         self.meter.add({**metrics, "grad_norm": norm})
 
-    def _replay(self, inputs: StepInputs, aligned: bool) -> None:
+    def _replay(self, inputs: StepInputs) -> None:
         """Run the step on the static inputs of this shape: eagerly WARMUP times, then recorded, then replayed."""
         key = (inputs.layout(), self._topology)
         shape = self._shapes.get(key)
@@ -174,13 +180,13 @@ class TrainStep:
         # which arguments are the same tensor; if these differed, it would compile during the recording.
         if shape.warm < WARMUP:
             shape.warm += 1
-            run_aside(lambda: self._run([shape.static], aligned), self.device)
+            run_aside(lambda: self._run([shape.static]), self.device)
             return
         if shape.recording is None:
-            shape.recording = self._record(shape.static, aligned)
+            shape.recording = self._record(shape.static)
         shape.recording.replay()
 
-    def _record(self, static: StepInputs, aligned: bool) -> Recording:
+    def _record(self, static: StepInputs) -> Recording:
         # Shapes of other active heads will not come back soon, and their recordings hold memory.
         self._shapes = {key: shape for key, shape in self._shapes.items() if key[1] == self._topology}  # type: ignore[index]
         living = [shape.recording for shape in self._shapes.values() if shape.recording is not None]
@@ -188,7 +194,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.captures += 1
         return Recording(
-            lambda: self._run([static], aligned),
+            lambda: self._run([static]),
             self.device,
             # Only a recording that is still alive can share its memory.
             pool=living[0] if living else None,

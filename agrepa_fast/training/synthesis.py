@@ -67,6 +67,11 @@ def open_run(path: Path, changes: Sequence[str]) -> Run:
     folder = checkpoint.path.parent.parent
     name = folder.resolve().name if path.resolve() == folder.resolve() else f"{folder.resolve().name}-{path.name}"
     config = override_config(checkpoint.config, changes)
+    if config.data.latents:
+        raise UserError(
+            f"{path}: the run generates latents, and evaluation needs sound: decode samples into a folder "
+            "(agrepa sample --decoder), and give that folder"
+        )
     return Run(name, path, checkpoint.path, checkpoint.state["step"], config, sounds_and_places, recorded)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..data.dataset import ClipDataset, Skipped, check_share
+from ..data.dataset import ClipDataset
 from ..data.features import FeatureSource
+from ..data.skipped import Skipped, check_share
 from ..errors import UserError
 from ..teachers.base import Teacher
 from ..teachers.cache import FilesBesideAudio, feature_path
@@ -16,7 +17,7 @@ from ..teachers.registry import build_teachers as build_live
 from ..teachers.shards import store_name
 from ..teachers.store import StoredFeatures
 from .config import RunConfig, TeacherConfig
-from .extracted import feature_key, features_root, open_store
+from .extracted import feature_key, features_root, open_named_store
 from .identity import colliding
 
 
@@ -25,6 +26,8 @@ def build_teachers(
 ) -> tuple[dict[str, Teacher | FeatureSource], list[Skipped]]:
     """The teachers of `alignment.teachers` by name, live ones on `device`; and the clips that are left out.
 
+    Teachers that are the network itself (`self_targets`) are left out: they hear nothing.
+
     Extracted features are read with the samples of the datasets from now on. A clip whose features a store lacks is
     left out like one whose sound cannot be read.
 
@@ -32,7 +35,7 @@ def build_teachers(
         UserError: a teacher cannot be built, or its features are missing, were made by another teacher or with other
             options, or are pooled where frames are aligned; or more clips lack them than data.unreadable_share.
     """
-    wanted = config.alignment.teachers
+    wanted = {name: teacher for name, teacher in config.alignment.teachers.items() if teacher.own is None}
     first = datasets[0].clips[0].path
     sources = {name: _extracted(name, teacher, config, first) for name, teacher in wanted.items() if teacher.cached}
     live = build_live({name: (t.source, t.options) for name, t in wanted.items() if not t.cached})
@@ -78,7 +81,7 @@ def _extracted(name: str, teacher: TeacherConfig, config: RunConfig, first: Path
     if config.alignment.pool is None and existing == stores[1:]:
         raise UserError(f"{place}: its cached features are pooled; alignment.pool=null needs frames")
     if existing:
-        return StoredFeatures(open_store(existing[0], teacher.source, place), teacher.domains)
+        return StoredFeatures(open_named_store(existing[0], teacher.source, place), teacher.domains)
     if not feature_path(first, name).exists():
         raise UserError(f"{place}: no features in {stores[0]}: run agrepa extract CONFIG --teacher {name}")
     beside = FilesBesideAudio(name, key, first, teacher.domains)

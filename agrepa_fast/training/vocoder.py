@@ -1,4 +1,7 @@
-"""From a normalised log-mel [T, M] to a waveform [S]: Griffin-Lim, or Vocos if it is installed and fits the mel."""
+"""From a normalised log-mel [T, M] to a waveform [S]: Griffin-Lim, or Vocos if it is installed and fits the mel.
+
+Latents are decoded by a function of the user's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from ..data.mel import MEL_PRESETS, LogMel
 from ..errors import UserError
+from .config import RunConfig
+from .latents import load_decoder
 
 VOCOS = "charactr/vocos-mel-24khz"
 
@@ -36,6 +41,17 @@ def build_vocoder(choice: str, log_mel: LogMel) -> Callable[[Tensor], Tensor]:
     if not fits:
         raise UserError(f"train.vocoder: {choice!r} needs the mel settings of Vocos mel-24khz; use griffin-lim")
     return _vocos(choice, log_mel)
+
+
+def build_decoder(config: RunConfig) -> Callable[[Tensor], Tensor] | None:
+    """What makes a waveform of a run's mels or latents; None for latents without `latents.decoder`.
+
+    Raises:
+        UserError: the vocoder or the decoder cannot be used.
+    """
+    if not config.data.latents:
+        return build_vocoder(config.train.vocoder, LogMel(config.mel))
+    return load_decoder(config.latents.decoder, "latents.decoder") if config.latents.decoder else None
 
 
 def _griffin_lim(log_mel: LogMel) -> Callable[[Tensor], Tensor]:

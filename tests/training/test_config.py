@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
 from agrepa_fast.errors import UserError
+from agrepa_fast.fields import Plain
 from agrepa_fast.models.dit import DiTConfig
-from agrepa_fast.training.config import RUN_PRESETS, dump_config, load_config
+from agrepa_fast.training.config import RUN_PRESETS, dump_config, load_config, parse
 
 
 @pytest.mark.parametrize("name", sorted(RUN_PRESETS))
@@ -19,6 +23,22 @@ def test_what_is_dumped_is_read_back(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(RUN_PRESETS))
 def test_presets_hold_the_network_of_their_name(name):
     assert load_config(name).dit == DiTConfig.preset(name, max_frames=load_config(name).dit.max_frames)
+
+
+def test_one_word_is_read_as_yaml_reads_it(monkeypatch):
+    """Most changes on the command line; they need no PyYAML, which a machine for measuring may lack."""
+    words = ["3", "-0.5", ".5", "+1e-3", "null", "yes", "2020-01-01", "a.b-c+d", "0x1F", "1_000", "sha256", "007"]
+    short = [parse.parse(word, "key", is_file=False) for word in words]
+    monkeypatch.setattr(parse, "_WORD", re.compile("(?!)"))  # fits nothing
+    assert [parse.parse(word, "key", is_file=False) for word in words] == short
+    assert {type(value) for value in short} == {Plain}
+    monkeypatch.undo()
+    for text in ("- 1", "-", "[a,b]", "{a: b}", "'a'", "a b", "a#b", "a: b", "...", "~", "*a", "é", "a\n", ""):
+        assert parse._WORD.fullmatch(text) is None
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert load_config("demo", ["model.width=16", "optimizer.lr=1e-3"]).model.width == 16
+    with pytest.raises(UserError, match="PyYAML is not installed"):
+        load_config("demo", ["data.train=[a]"])
 
 
 def test_changes_by_dots_and_by_file(tmp_path):

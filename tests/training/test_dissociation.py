@@ -88,3 +88,11 @@ def test_too_few_clips_of_a_domain_are_left_out(tiny_config, backbone, tmp_path)
     config = tiny_config()  # one or two clips of each domain held out
     data = load_data(config, tmp_path).valid
     assert stored_by_layer(backbone, {"spectral": build_teacher("spectral")}, data, config, DEVICE) == []
+
+
+@pytest.mark.parametrize("changes", [["model.depth=1", "probe.k=1"], ["probe.samples=1"]])
+def test_a_run_goes_on_where_there_is_little_to_compare(tiny_config, halves, changes):
+    """One layer has no order, and a probe of one clip scores one domain of two."""
+    run_dir = start_run(tiny_config(*halves, "train.steps=4", "probe.start=2", "probe.every=1", *changes)).run()
+    assert (run_dir / "report.html").is_file()
+    assert len((run_dir / "foga_layers.csv").read_text().splitlines()) == (2 if "probe.k=1" in changes else 4)

@@ -242,6 +242,9 @@ BAD = {
     "out is inside": ["sounds", "--out", "sounds/out"],
     "two references": ["sounds", "--reference", "sounds", "empty"],
     "no such module": ["sounds", "--imports", "nosuchmodule"],
+    "nothing to read": ["broken"],
+    "no reference to read": ["sounds", "--reference", "broken"],
+    "no domain": ["sounds", "--domain", "A B"],
 }
 
 
@@ -250,6 +253,9 @@ def test_bad_input_is_one_line(case, capsys, monkeypatch) -> None:
     Path("empty").mkdir()
     Path("sounds").mkdir()
     soundfile.write("sounds/a.wav", np.full(8000, 0.1), 16_000)
+    Path("broken").mkdir()
+    for name in "ab":
+        Path("broken", f"{name}.wav").write_bytes(b"no sound")
     chosen = {word for word in BAD[case] if word.startswith("--")}
     rest = ["--fad", "none", "--asr", "none", "--mos", "none", "--speaker", "none"]
     light = [word for name, none in zip(rest[::2], rest[1::2]) if name not in chosen for word in (name, none)]

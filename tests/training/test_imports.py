@@ -23,7 +23,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "broken.py").write_text("def (:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
     yield tmp_path
     sys.modules.pop("my_teachers", None)
 

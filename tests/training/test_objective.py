@@ -15,10 +15,12 @@ from agrepa_fast.models.flow import SIGMA, path
 from agrepa_fast.ops import masked_mean
 from agrepa_fast.teachers.cache import FeatureKey, FilesBesideAudio, feature_path, write_features
 from agrepa_fast.teachers.registry import build_teacher
-from agrepa_fast.training.choice import choose, layer_choice
+from agrepa_fast.training.aligning import build_aligner
+from agrepa_fast.training.choice import choose
 from agrepa_fast.training.clips import fixed_batches, load_data, spread
 from agrepa_fast.training.inference import layer_values
-from agrepa_fast.training.objective import Draws, Objective, StepInputs, domain_tables, teacher_targets
+from agrepa_fast.training.objective import Draws, Objective, StepInputs
+from agrepa_fast.training.targets import domain_tables, teacher_targets
 from agrepa_fast.training.trainer import Trainer
 
 
@@ -204,7 +206,7 @@ def test_given_layers_are_aligned_from_the_start(tiny_config, tmp_path):
     trainer = Trainer(tiny_config("alignment.layers=[2,0]", "alignment.policy=deepest"), tmp_path / "run")
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
     assert trainer.objective.alignment.weights.tolist() == [[0.5, 0, 0.5]]
-    assert trainer.schedule(0) > 0
+    assert trainer.aligner.strength_at(0) > 0
     choose(trainer)  # writes the policy's choice, and leaves the one that was given
     assert trainer.selection == LayerSelection((0, 2), (0.5, 0.5), "fixed")
     assert LayerSelection.from_json(tmp_path / "run" / "selection.json").layers == (1, 2)
@@ -312,7 +314,7 @@ def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
     assert expected.std() > 1e-4
     before = network.state_dict()
     warm.config = dataclasses.replace(warm.config, alignment=dataclasses.replace(warm.config.alignment, policy=policy))
-    warm.choice = layer_choice(warm.config)
+    warm.aligner.choice = build_aligner(warm.config, network, {"spectral": 60}).choice
     choose(warm)
     assert warm.selection == LayerSelection.uniform(expected.topk(2).indices.tolist(), policy)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
@@ -321,7 +323,7 @@ def test_how_the_loss_reacts_decides_at_the_probe(warm, policy):
 def test_lasp_says_when_a_teacher_has_too_few_clips(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     trainer = Trainer(tiny_config("alignment.teachers={spectral: {domains: [audio]}}"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"probe.samples: policy 'stored' .* 'spectral' .* of 1 it cannot"):
+    with pytest.raises(UserError, match=r"probe.samples: what a layer stores .* 'spectral' .* of 1 it cannot"):
         values_of(trainer, "stored")
 
 
@@ -355,9 +357,9 @@ def test_alignment_stops_by_similarity(setup):
     domains = {"spectral": torch.ones(2, dtype=torch.bool)}
     nobody = {"spectral": torch.zeros(2, dtype=torch.bool)}
     none = run(objective, batch, targets, mask, nobody, 0.5)[1]
-    objective.observe(none)  # no cosine: passed over
+    objective.aligner.observe(none)  # no cosine: passed over
     first, before = run(objective, batch, targets, mask, domains, 0.5)
-    objective.observe(before)
+    objective.aligner.observe(before)
     after_loss, after = run(objective, batch, targets, mask, domains, 0.5)
     assert [m["align_factor"].item() for m in (none, before, after)] == [1, 1, 0]
     torch.testing.assert_close(first.detach(), before["flow_loss"] + 0.5 * before["align_loss"])
@@ -369,3 +371,9 @@ def test_alignment_stops_by_similarity(setup):
     objective.zero_grad()
     after_loss.backward()
     assert not any(parameter.grad.any() for parameter in objective.alignment.parameters())
+
+
+@pytest.mark.parametrize(("teacher", "weight"), [("speech", 0.5), ("sounds", 1.0)])
+def test_the_weight_of_bitc_is_the_papers_by_name(tiny_config, teacher, weight):
+    config = tiny_config("alignment.bitc=true", f"alignment.teachers={{{teacher}: {{}}}}")
+    assert Objective(config, {teacher: 5}).interface.weights == {teacher: weight}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
-from agrepa_fast import read_selection
+from agrepa_fast import LayerScores, read_selection
 from agrepa_fast.report import read_log
 from agrepa_fast.training.checkpoint import load_checkpoint
 
@@ -29,7 +30,9 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
     changes += ["optimizer.lr=1e-4", "optimizer.initial_lr=1e-5"]
     # Probes while training; domains that are absent from some batches of some ranks.
     changes += ["probe.start=4", "probe.every=4", "train.checkpoint_every=6"]
-    changes += ["alignment.teachers={voice: {domains: [speech]}, sound: {domains: [audio]}}"]
+    # The network itself is a teacher as well, with a target layer that is given and one that is measured.
+    own = "sync: {source: layersync, target_layer: 2}, flow: {source: self-flow}"
+    changes += [f"alignment.teachers={{voice: {{domains: [speech]}}, sound: {{domains: [audio]}}, {own}}}"]
     changes += ["alignment.selection_per=teacher", "alignment.weights=by-time"]
     # Samples whose tokens were dropped count for nothing there, and are not as many on both ranks.
     changes += ["alignment.bitc=true", "flow.token_dropout=0.4"]
@@ -48,9 +51,14 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
         assert abs(a["flow_loss"] - b["flow_loss"]) < 1e-5  # the mean over ranks
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-5
     chosen = [read_selection(runs / name / "selection.json") for name in ("one", "two")]
-    for name in ("voice", "sound"):
+    assert [part["flow"].target for part in chosen] == [2, 2]
+    for name in ("voice", "sound", "sync", "flow"):
         assert chosen[0][name].layers == chosen[1][name].layers
         assert torch.tensor(chosen[0][name].scores).allclose(torch.tensor(chosen[1][name].scores), rtol=1e-3)
+    scores = [LayerScores.from_state(checkpoint.state["scores"]) for checkpoint in (one, two)]
+    for name in ("clips", "t", "domains"):
+        assert list(getattr(scores[0], name)) == list(getattr(scores[1], name)), name
+    torch.testing.assert_close(scores[0].by_sample, scores[1].by_sample, rtol=1e-3, atol=1e-6)
     # From the middle again: the same ranks end where they did.
     newest = runs / "two" / "checkpoints" / "step_00000012"
     newest.rename(runs / "two" / "held")
@@ -58,3 +66,20 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tiny, tmp_path):
     again = load_checkpoint(runs / "two")
     for part, weights in two.weights.items():
         assert all(torch.equal(again.weights[part][name], value) for name, value in weights.items()), part
+
+
+def test_shards_train_as_ddp_does(tiny, tmp_path):
+    script = Path(__file__).with_name("sharded.py")
+    changes = ["train.device=cpu", "train.log_every=1", "probe.start=3", "train.diagnose_every=5"]
+    changes += ["optimizer.lr=1e-4", "optimizer.initial_lr=1e-5", "alignment.bitc=true", "flow.token_dropout=0.4"]
+    changes += ["alignment.teachers={voice: {domains: [speech]}, sound: {domains: [audio]}}"]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), *tiny(*changes)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    for scenario in ("as_ddp", "ddp_goes_on_sharded", "resumed", "in_bfloat16"):
+        assert f"passed {scenario}\n" in done.stdout, done.stderr[-3000:]

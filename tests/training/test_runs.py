@@ -149,7 +149,11 @@ def test_a_hang_up_ends_the_run_with_a_checkpoint(tiny_config, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(TrainStep, "__call__", hang_up)
-    run_dir = trainer.run()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves that so
+    try:
+        run_dir = trainer.run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert load_checkpoint(run_dir).state["step"] == 3
 
 

@@ -26,6 +26,7 @@ def make(config, engine="eager") -> TrainStep:
     for parameter in objective.backbone.network.parameters():  # away from the zeros of adaLN-zero
         torch.nn.init.normal_(parameter, std=0.1)
     objective.backbone.network.recompute = config.train.recompute
+    objective.aligner.align(0.5)
     optimizer = build_optimizer(objective, config)
     ema = Ema(objective.backbone, 0.9)
     return TrainStep(objective, optimizer, ema, config, torch.device("cpu"), False, engine)
@@ -101,10 +102,11 @@ def test_nothing_in_a_step_waits_for_the_device(tiny_config, no_sync, monkeypatc
     config = tiny_config(f"alignment.pool={pool}", *changes[0 if pool == "mean" else 1 :])
     step = make(config)
     batch = inputs(config, pooled=pool == "mean")
-    step([batch], weight, LR)  # the optimizer's state is made
+    step.aligner.align(weight)
+    step([batch], LR)  # the optimizer's state is made
     before = values(step)
     with monkeypatch.context(), no_sync():
-        step([batch], weight, LR)
+        step([batch], LR)
     monkeypatch.undo()
     changed = values(step)
     assert any(not torch.equal(before[name], changed[name]) for name in before)
@@ -121,12 +123,12 @@ def test_the_guard_finds_what_waits(no_sync, monkeypatch, wait):
 def test_gradients_that_are_not_finite_are_dropped_and_counted(tiny_config):
     config = tiny_config()
     step = make(config)
-    step([inputs(config)], 0.5, LR)
+    step([inputs(config)], LR)
     before = values(step)
     broken = inputs(config)
     broken.mel[1, 2, 3] = float("inf")
     for _ in range(3):
-        step([broken], 0.5, LR)
+        step([broken], LR)
     after = values(step)
     same(
         {k: v for k, v in after.items() if k[:3] != "ema"},
@@ -137,7 +139,7 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(tiny_config):
     metrics, (row, longest, total) = step.read()
     assert (row, longest, total) == (3, 3, 3)
     assert metrics["loss"] < 1e3  # the mean over the steps that have one
-    step([inputs(config)], 0.5, LR)
+    step([inputs(config)], LR)
     assert step.read()[1] == [0, 3, 3]
     assert any(not torch.equal(before[name], value) for name, value in values(step).items())
 
@@ -161,7 +163,7 @@ def test_a_step_clips_and_applies_adamw(tiny_config):
         batch = inputs(config, seed=seed)
         draws = Objective.draw(step.objective, batch, torch.Generator().manual_seed(seed))
         step.objective.draw = lambda given, draws=draws: draws
-        step([batch], 0.5, LR)
+        step([batch], LR)
         double = {
             f.name: v.double() if isinstance(v := getattr(batch, f.name), torch.Tensor) and v.is_floating_point() else v
             for f in dataclasses.fields(batch)
@@ -194,10 +196,10 @@ def test_accumulated_batches_are_one_batch(tiny_config):
             for f in dataclasses.fields(batch)
         }
         halves.append(StepInputs(**cut))
-    pieces = iter([Draws(*(d[:4] for d in draws)), Draws(*(d[4:] for d in draws))])
+    pieces = iter(Draws(*(None if d is None else d[rows] for d in draws)) for rows in (slice(0, 4), slice(4, 8)))
     parts.objective.draw = lambda given: next(pieces)
-    whole([batch], 0.5, LR)
-    parts(halves, 0.5, LR)
+    whole([batch], LR)
+    parts(halves, LR)
     same(values(parts), values(whole), rtol=1e-4, atol=1e-6)
 
 
@@ -211,7 +213,7 @@ def test_recomputed_activations_change_nothing(tiny_config):
     for step in (plain, thrifty):
         torch.manual_seed(2)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            step([inputs(config)], 0.5, LR)
+            step([inputs(config)], LR)
         kept.append(-1)
     same(values(thrifty), values(plain), rtol=0, atol=0)
     border = kept.index(-1)
@@ -246,12 +248,14 @@ def test_reselection_of_pooled_layers_compiles_nothing(tiny_config, compiled):
     for number in range(200):
         if number in (50, 100, 150):
             chosen = LayerSelection((number // 50 - 1,), (1.0,))
-            step.objective.alignment.select(chosen)
-            eager.objective.alignment.select(chosen)
+            step.aligner.select(chosen)
+            eager.aligner.select(chosen)
         frames = 12 + 4 * (number % 2)
-        step([inputs(config, frames=frames, seed=number)], 0.5 if number >= 4 else 0.0, LR)
+        for one in (step, eager):
+            one.aligner.align(0.5 if number >= 4 else 0.0)
+        step([inputs(config, frames=frames, seed=number)], LR)
         if number < 60:
-            eager([inputs(config, frames=frames, seed=number)], 0.5 if number >= 4 else 0.0, LR)
+            eager([inputs(config, frames=frames, seed=number)], LR)
         if number == 59:
             same(values(step), values(eager), rtol=1e-3, atol=1e-4)
         if number == 5:
@@ -266,8 +270,9 @@ def test_reselection_of_frame_wise_layers_compiles_once_for_a_changed_set(tiny_c
     batch = inputs(config, pooled=False)
     seen = []
     for layers in ((0, 1), (0, 2), (0, 1), (0, 2), (1, 2)):
-        step.objective.alignment.select(LayerSelection.uniform(layers))
+        step.aligner.select(LayerSelection.uniform(layers))
         for weight in (0.5, 0.25):
-            step([batch], weight, LR)
+            step.aligner.align(weight)
+            step([batch], LR)
         seen.append(compiled())
     assert seen == [1, 2, 2, 2, 3]

@@ -1,5 +1,6 @@
 """A run's configuration: dataclasses that check themselves, presets, YAML files and `section.field=value` changes."""
 
+from ...data.latents import LatentConfig
 from ...data.mel import MelConfig
 from .alignment import AlignmentConfig, ProbeConfig, TeacherConfig
 from .data import DataConfig
@@ -14,6 +15,7 @@ __all__ = [
     "AlignmentConfig",
     "DataConfig",
     "FlowConfig",
+    "LatentConfig",
     "MelConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -9,6 +9,7 @@ from ...alignment.heads import HEADS
 from ...alignment.policy import POLICIES
 from ...alignment.schedule import TIMESTEP_WEIGHTS
 from ...alignment.selection import WEIGHTINGS
+from ...alignment.self_targets import SOURCES, SelfTeacher
 from ...alignment.similarity import OBJECTIVES
 from ...errors import UserError
 from ...fields import AT_LEAST_ONE, DISTINCT, NOT_EMPTY, Allowed, Section, between, from_below, one_of
@@ -40,7 +41,12 @@ class ProbeConfig(Section, name="probe"):
         AT_MOST_100,
         "values of t to score at; 0 is noise, 1 is data",
     ] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    metric: Annotated[str, one_of(("rms", "squared")), "distance between velocities (docs/concepts.md)"] = "rms"
+    metric: Annotated[str, one_of(("rms", "squared")), "distance between outputs (docs/concepts.md)"] = "rms"
+    output: Annotated[
+        str,
+        one_of(("network", "velocity")),
+        "what a layer must change to score: the network's own output, or the velocity that it stands for",
+    ] = "network"
     k: Annotated[int, between(1, 512), "number of layers to align; at most model.depth"] = 3
     every: Annotated[int, STEPS, "steps between later probes, each of which chooses again; 0: one probe"] = 0
     momentum: Annotated[float, from_below(0, 1), "decay of the moving average of the scores over probes"] = 0.5
@@ -53,7 +59,11 @@ class ProbeConfig(Section, name="probe"):
 class TeacherConfig(Section, name="teacher"):
     """One teacher, and the domains whose clips it is used for."""
 
-    source: Annotated[str, NOT_EMPTY, "a registered name, or a transformers model by folder or name"] = "spectral"
+    source: Annotated[
+        str,
+        NOT_EMPTY,
+        "a registered name, a transformers model by folder or name, or the network itself (layersync, self-flow)",
+    ] = "spectral"
     domains: Annotated[
         tuple[Annotated[str, NOT_EMPTY], ...], DISTINCT, "domains whose clips it is used for; empty: all"
     ] = ()
@@ -61,6 +71,16 @@ class TeacherConfig(Section, name="teacher"):
         dict[Annotated[str, OPTION], str | int | float | bool], "arguments of the teacher, e.g. {layer: 12}"
     ] = field(default_factory=dict)
     cached: Annotated[bool, "true: read its extracted features (agrepa extract), do not load it"] = False
+    target_layer: Annotated[
+        Annotated[int, between(1, 511)] | None,
+        "only for layersync and self-flow: the layer that is the target, after all aligned ones; null: the probe "
+        "measures it",
+    ] = None
+
+    @property
+    def own(self) -> SelfTeacher | None:
+        """The network as its own teacher; None for any other source."""
+        return SOURCES[self.source](self.target_layer) if self.source in SOURCES else None
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,9 @@ class AlignmentConfig(Section, name="alignment"):
     selection: Annotated[
         str, "file of a selection to align instead of the probe's choice, such as a run's selection.json"
     ] = ""
+    wait: Annotated[
+        bool, "true: align given layers or a given selection from probe.start on, not from the first step on"
+    ] = False
     ramp: Annotated[int, STEPS, "steps over which the weight rises from zero, after the first probe"] = 100
     decay_start: Annotated[float, between(0, 1), "share of train.steps at which the weight begins to fall"] = 0.6
     stop: Annotated[float, between(0, 1), "share of train.steps at which the weight is zero"] = 0.9
@@ -125,6 +148,11 @@ class AlignmentConfig(Section, name="alignment"):
         dict[str, Annotated[float, between(0, 1_000_000)]],
         "weight of a teacher's BiT-C term; default: 0.5 for a teacher named speech, 1 for others",
     ] = field(default_factory=dict)
+
+    @property
+    def self_teachers(self) -> dict[str, SelfTeacher]:
+        """The teachers that are the network itself, by name."""
+        return {name: own for name, teacher in self.teachers.items() if (own := teacher.own) is not None}
 
     def check(self) -> None:
         """Check the fields that depend on each other.
@@ -155,6 +183,7 @@ class AlignmentConfig(Section, name="alignment"):
             raise UserError("alignment.layers, alignment.selection: expected one of the two, got both")
         if self.policy == "fixed" and not self.layers:
             raise UserError("alignment.policy: expected alignment.layers with it, got fixed without any")
+        self._check_self_teachers()
         if self.decay_start > self.stop:
             raise UserError(
                 f"alignment.decay_start: expected at most alignment.stop ({self.stop:g}), got {self.decay_start:g}"
@@ -163,3 +192,44 @@ class AlignmentConfig(Section, name="alignment"):
             if name not in self.teachers:
                 known = ", ".join(self.teachers)
                 raise UserError(f"alignment.bitc_weights: expected names of alignment.teachers ({known}), got {name!r}")
+
+    def _check_self_teachers(self) -> None:
+        own = self.self_teachers
+        for name, teacher in self.teachers.items():
+            place = f"alignment.teachers.{name}"
+            if name not in own:
+                if teacher.target_layer is not None:
+                    raise UserError(
+                        f"{place}.target_layer: expected null with source {teacher.source}, as only the sources "
+                        f"{' and '.join(SOURCES)} have one, got {teacher.target_layer}"
+                    )
+                continue
+            if teacher.cached:
+                raise UserError(
+                    f"{place}.cached: expected false with {teacher.source}: its targets change in each step"
+                )
+            if teacher.options:
+                raise UserError(
+                    f"{place}.options: expected none with {teacher.source} (target_layer is a field of the teacher "
+                    f"itself), got {', '.join(teacher.options)}"
+                )
+            if name in self.bitc_weights:
+                raise UserError(
+                    f"alignment.bitc_weights: expected no {name!r}, as BiT-C leaves out source {teacher.source}"
+                )
+            if self.layers:
+                target = teacher.target_layer
+                if target is None:
+                    raise UserError(
+                        f"{place}.target_layer: expected a layer after {max(self.layers)}, as alignment.layers leaves "
+                        "nothing to measure, got null"
+                    )
+                if target <= max(self.layers):
+                    raise UserError(
+                        f"{place}.target_layer: expected a layer after all of alignment.layers "
+                        f"({', '.join(map(str, self.layers))}), got {target}"
+                    )
+        if self.bitc and len(own) == len(self.teachers):
+            raise UserError(
+                f"alignment.bitc: expected false without a teacher other than {' and '.join(SOURCES)}, got true"
+            )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...errors import UserError
-from ...fields import AT_LEAST_ONE, NOT_EMPTY, Allowed, Section, between, from_below, inside
+from ...fields import AT_LEAST_ONE, NOT_EMPTY, Allowed, Section, between, from_below, inside, one_of
 from ...teachers.tokenizers import split_source
 from .names import MODULE_NAME
 
@@ -28,7 +28,13 @@ class DataConfig(Section, name="data"):
         tuple[Source, ...], "manifests or folders for validation; empty: valid_share of train is held out"
     ] = ()
     valid_share: Annotated[float, inside(0, 1), "share of each domain's clips that is held out"] = 0.1
-    max_seconds: Annotated[float, between(0.001, 3600), "length of a crop; longer clips are cropped at random"] = 10.0
+    max_seconds: Annotated[float, between(0.001, 3600), "length of a crop; longer clips: see long"] = 10.0
+    long: Annotated[
+        str,
+        one_of(("crop", "windows")),
+        "clips longer than max_seconds: a random crop of each in an epoch (crop), or all of it in windows of equal "
+        "length (windows); held-out clips are cropped",
+    ] = "crop"
     buckets: Annotated[int, between(1, 256), "number of batch lengths, evenly spaced up to max_seconds"] = 4
     frames_per_batch: Annotated[int, between(1, 262_144), "mel frames of a batch, padding included"] = 4096
     prompt_share: Annotated[
@@ -51,6 +57,11 @@ class DataConfig(Section, name="data"):
     unreadable_share: Annotated[float, between(0, 1), "more unreadable files than this share stop the run"] = 0.05
     allow_outside: Annotated[bool, "a manifest may name files outside its folder"] = False
     features: Annotated[str, "folder of what `agrepa extract` writes; empty: features in train.out"] = ""
+    latents: Annotated[
+        str,
+        "latents in place of mels: beside (files beside the audio), column (of the manifest) or a store's folder; "
+        "empty: mels (docs/paradigms.md)",
+    ] = ""
     workers: Annotated[int, between(0, 128), "processes that read ahead; 0: the training process reads"] = 0
 
     def check(self) -> None:

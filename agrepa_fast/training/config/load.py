@@ -46,8 +46,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The configuration with `section.field=value` changes, checked as a whole.
+def override_config(config: RunConfig, overrides: Sequence[str | tuple[str, Any]]) -> RunConfig:
+    """The configuration with changes, checked as a whole: `section.field=value`, or ("section.field", value).
 
     Raises:
         UserError: an unknown section or field, or a value that does not fit, by name.
@@ -60,7 +60,7 @@ def dump_config(config: RunConfig) -> str:
     return import_yaml().dump(_plain(config), Dumper=_dumper(), sort_keys=False, allow_unicode=True)
 
 
-def _build(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def _build(values: dict[str, Any], overrides: Sequence[str | tuple[str, Any]]) -> RunConfig:
     for override in overrides:
         values = _merge(RunConfig, values, _change(override), "")
     return build(RunConfig, values, "")
@@ -70,11 +70,14 @@ class _Entry(dict[str, Any]):
     """A change to one entry of a mapping, written with dots. A plain dict replaces the whole mapping."""
 
 
-def _change(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"{shown(override)}: expected section.field=value")
-    value = parse(text, join("", key), is_file=False)
+def _change(override: str | tuple[str, Any]) -> dict[str, Any]:
+    if isinstance(override, str):
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"{shown(override)}: expected section.field=value")
+        value = parse(text, join("", key), is_file=False)
+    else:
+        key, value = override
     for part in reversed(key.split(".", 20)):
         value = _Entry({part: value})
     return value

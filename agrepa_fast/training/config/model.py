@@ -1,4 +1,4 @@
-"""Sections `model` and `flow`: the network's sizes, condition dropout and the sampler."""
+"""Sections `model` and `flow`: the network's sizes, what it predicts, condition dropout and the sampler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...errors import UserError
-from ...fields import Section, between, from_below, one_of
+from ...fields import Allowed, Section, between, from_below, one_of
+from ...models.process import PARAMETRISATIONS, WEIGHTINGS, Process
+
+SWAY = Allowed("null or at least -1, at most 1.75", lambda value: -1 <= value <= 1.75)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,17 @@ class ModelConfig(Section, name="model"):
 
 @dataclass(frozen=True)
 class FlowConfig(Section, name="flow"):
-    """Condition dropout while training, and how samples are drawn."""
+    """The generative process, condition dropout while training, and how samples are drawn."""
 
+    path: Annotated[str, one_of(PARAMETRISATIONS), "path from noise to data (docs/paradigms.md)"] = "rectified"
+    parametrisation: Annotated[
+        str,
+        one_of(("velocity", "v", "eps", "x0")),
+        "what the network predicts: velocity on the rectified path, v on the others, or the noise or the data on any",
+    ] = "velocity"
+    weighting: Annotated[str, one_of(WEIGHTINGS), "weight of a sample in the loss by its t (docs/paradigms.md)"] = (
+        "none"
+    )
     token_dropout: Annotated[float, from_below(0, 1), "probability to train a sample without its tokens"] = 0.1
     prompt_dropout: Annotated[float, from_below(0, 1), "probability to train a sample without its reference"] = 0.1
     points: Annotated[int, between(2, 1000), "grid points of the sampler"] = 32
@@ -44,5 +56,29 @@ class FlowConfig(Section, name="flow"):
     method: Annotated[str, one_of(("euler", "midpoint")), "solver of the sampler"] = "euler"
     # Outside these bounds the grid of t would run backwards somewhere.
     sway: Annotated[
-        float, between(-1, 1.75), "sway of the sampler's grid of t: below 0 more of its points are near noise"
-    ] = -1.0
+        float | None,
+        SWAY,
+        "sway of the sampler's grid of t: below 0 more of its points are near noise; null: -1 on the rectified path, "
+        "0 on the others",
+    ] = None
+
+    def check(self) -> None:
+        """Check that path, parametrisation and weighting fit together."""
+        try:
+            _ = self.process
+        except ValueError as error:
+            names, _, problem = str(error).partition(": ")
+            fields = ", ".join(f"flow.{name}" for name in names.split(", "))
+            raise UserError(f"{fields}: {problem}") from None
+
+    @property
+    def process(self) -> Process:
+        """The path, what is predicted on it, and the weighting of the loss."""
+        return Process(self.path, self.parametrisation, self.weighting)
+
+    @property
+    def sway_coefficient(self) -> float | None:
+        """The coefficient of `flow.sway` that the sampler uses; None for a uniform grid."""
+        if self.sway is None:
+            return -1.0 if self.path == "rectified" else None
+        return self.sway

@@ -6,6 +6,7 @@ twice is an error. Input that could exhaust the machine is refused: huge files, 
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ...fields import Plain, shown
 MOST_BYTES = 1 << 18
 MOST_NODES = 20_000  # aliases count as often as they are used
 DEEPEST = 20
+_WORD = re.compile(r"[+-]?\.?\w[\w.+-]*", re.ASCII)  # one unquoted scalar in YAML, whatever stands around it
 
 
 def read_text(path: Path) -> str:
@@ -47,6 +49,8 @@ def parse(text: str, source: str, *, is_file: bool = True) -> Any:
     Raises:
         UserError: no YAML, a key that occurs twice, a tag, or more than is allowed; with the line of a file.
     """
+    if not is_file and _WORD.fullmatch(text):  # most changes are one word or number, and need no PyYAML
+        return Plain(text)
     import_yaml()
     import yaml
 

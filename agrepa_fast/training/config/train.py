@@ -49,6 +49,9 @@ class TrainConfig(Section, name="train"):
     ] = "auto"
     accumulate: Annotated[int, between(1, 10_000), "batches for each step; their gradients are averaged"] = 1
     recompute: Annotated[bool, "activation checkpointing: less memory for about a third more work"] = False
+    shard: Annotated[
+        bool, "with several ranks: each holds a part of parameters, gradients, moments and EMA (FSDP2), not a copy"
+    ] = False
     max_skipped: Annotated[
         int, COUNT, "the run stops after so many steps in a row with gradients that are not finite"
     ] = 20
