@@ -80,7 +80,10 @@ class Recording:
 def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], Any], device: torch.device, pool: Any) -> Any:
     # After a broken recording torch.cuda.graph leaves its stream current; the outer context restores the other.
     current, aside = torch.cuda.current_stream(device), side_stream(device)
-    with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, stream=aside):
+    # "thread_local": under the default mode a call of another thread, such as the data loader's that pins the next
+    # batch, would break the recording.
+    options: dict[str, Any] = {"pool": pool, "stream": aside, "capture_error_mode": "thread_local"}
+    with torch.cuda.stream(current), torch.cuda.graph(graph, **options):
         return work()
 
 

@@ -1,4 +1,4 @@
-"""Compile every kernel for every architecture, without a GPU, and read what came out of the compiler.
+"""Compile every kernel for every architecture without a GPU, and read the machine code.
 
 `python -m agrepa_fast.kernels.compile_matrix [page.md]` prints the table of registers, shared memory, spills, share
 of 16-byte memory instructions and bytes moved, and writes it to the page.
@@ -25,7 +25,7 @@ from . import cosine, pooling, residual, residual_backward, residual_sums
 from .launch import MULTIPROCESSORS, WIDTHS, Launch, record, table_entry
 from .machine_code import TARGETS, Source, compile_launch, parameters, resources, tensors, traffic
 
-# Stream and modulation, or prediction and target.
+# Dtypes of stream and modulation, or of prediction and target.
 DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
     "fp32": (torch.float32, torch.float32),
@@ -33,16 +33,16 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16),
     "bf16+int8": (torch.bfloat16, torch.int8),
 }
-TWO = ("bf16+fp32", "fp32")  # dtypes of what is compiled beside the whole matrix
-# Widest row whose kernels must not spill; the widths beyond are compiled to show where they begin to.
+TWO = ("bf16+fp32", "fp32")  # dtypes of the cases outside the whole matrix
+# Widest row whose kernels must not spill. Wider rows are compiled to show where spills begin.
 SPILL_FREE, BEYOND = 4096, (6144, 8192)
-# No power of two, and rows of 16-byte multiples but for 1500 in half precision.
+# These are no powers of two. Their rows are multiples of 16 bytes, except 1500 in half precision.
 ODD_WIDTHS = (72, 384, 760, 1152, 1500)
 SUM_WIDTHS = (1024, 1500)  # the sum of partial rows has one tile; it is compiled for 16- and for 8-byte rows
 SEQUENCES, FRAMES, STREAMS = 8, 2048, 13
 RESIDUAL = ("gated_residual_norm", "layer_norm_modulate", "gated_residual")
 _WITHOUT = {"layer_norm_modulate": ("gate",), "gated_residual": ("shift", "scale")}
-# Variants of gated_residual_norm; as many sequences join as there are.
+# Variants of gated_residual_norm. With join, as many sequences join as there are in x.
 JOIN, AFFINE, PER_TOKEN, PER_TOKEN_AFFINE = (
     f"gated_residual_norm + {variant}" for variant in ("join", "affine", "per token", "per token, affine")
 )
@@ -74,9 +74,9 @@ class Compiled:
     spills: int  # bytes of local memory (NVIDIA), spilled registers (AMD)
     wide_loads: float  # share of the stream's bytes loaded by 16-byte instructions (NVIDIA; else nan)
     wide_stores: float
-    passes: float  # how often an element of a tile is read or written, the most of all tensors of the stream
-    bytes_per_row: float  # moved, per row of the stream
-    minimum: float  # of that, what the operation cannot do without
+    passes: float  # how often an element of a tile is read or written; the maximum over the tensors of the stream
+    bytes_per_row: float  # bytes moved for each row of the stream
+    minimum: float  # the part of them that the operation needs
 
 
 def _table(target: str) -> str:
@@ -84,7 +84,7 @@ def _table(target: str) -> str:
 
 
 def _widths(kernel: str) -> list[int]:
-    """Widths that compile every tile of the tables up to SPILL_FREE: of the widths that share one, the widest."""
+    """Widths up to SPILL_FREE that cover every tile of the tables: the widest of those that share a tile."""
     tiles: dict[tuple[Any, ...], int] = {}
     for name in {_table(target) for target in TARGETS}:
         for width in sorted({min(width, SPILL_FREE) for width in WIDTHS[kernel]}):
@@ -97,36 +97,36 @@ def _widths(kernel: str) -> list[int]:
 def cases() -> list[Case]:
     """Every kernel, dtype, norm and launch configuration.
 
-    `gated_residual_norm` is the residual kernels whole. The two ops that leave a part of them out, modulation per
-    token, the norm's weight and bias, odd widths and the halves of the cosine kernel are compiled in two dtypes; widths
-    that may spill in one. With `join`: one width."""
-    found = []
+    `gated_residual_norm` uses the whole residual kernels and is compiled in all dtypes. The two ops that use a part of
+    them, modulation per token, weight and bias of the norm, odd widths and the halves of the cosine kernel are compiled
+    in two dtypes, widths that may spill in one. `join` is compiled at one width."""
+    every = []
     for direction in ("forward", "backward"):
         widths = _widths(f"residual_{direction}")
         for dtype in ("bf16+fp32", "fp32", "bf16", "fp16"):
-            found += [Case(RESIDUAL[0], direction, width, dtype, norm) for norm in ("layer", "rms") for width in widths]
-            some = widths if dtype in TWO else [1024]
-            found += [Case(RESIDUAL[1], direction, width, dtype, "layer") for width in some]
-            found += [Case(RESIDUAL[1], direction, 1024, dtype, "rms")]
-            found += [Case(RESIDUAL[2], direction, width, dtype) for width in some]
+            every += [Case(RESIDUAL[0], direction, width, dtype, norm) for norm in ("layer", "rms") for width in widths]
+            chosen = widths if dtype in TWO else [1024]
+            every += [Case(RESIDUAL[1], direction, width, dtype, "layer") for width in chosen]
+            every += [Case(RESIDUAL[1], direction, 1024, dtype, "rms")]
+            every += [Case(RESIDUAL[2], direction, width, dtype) for width in chosen]
         for dtype in TWO:
-            found += [Case(RESIDUAL[0], direction, width, dtype, "layer") for width in ODD_WIDTHS]
-        found += [Case(RESIDUAL[0], direction, width, "bf16+fp32", "layer") for width in BEYOND]
+            every += [Case(RESIDUAL[0], direction, width, dtype, "layer") for width in ODD_WIDTHS]
+        every += [Case(RESIDUAL[0], direction, width, "bf16+fp32", "layer") for width in BEYOND]
         for op in ("masked_mean", "velocity_delta"):
             for dtype in ("fp32", "bf16", "fp16"):
-                found += [Case(op, direction, width, dtype) for width in _widths(op)]
-        found += [Case("velocity_delta", direction, 100, dtype) for dtype in ("fp32", "bf16")]
+                every += [Case(op, direction, width, dtype) for width in _widths(op)]
+        every += [Case("velocity_delta", direction, 100, dtype) for dtype in ("fp32", "bf16")]
         for dtype in TWO:
-            found += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
+            every += [Case("cosine_loss", direction, width, dtype) for width in _widths("cosine_rows")]
         for variant, dtype in itertools.product((AFFINE, PER_TOKEN, PER_TOKEN_AFFINE), TWO):
-            some = [1024, SPILL_FREE] if variant == AFFINE else widths
-            found += [Case(variant, direction, width, dtype, "layer") for width in some]
-            found += [Case(variant, direction, 1024, dtype, "rms")]
-    found += [Case(JOIN, "forward", 1024, dtype, "layer") for dtype in ("bf16+fp32", "fp32", "bf16", "fp16")]
+            chosen = [1024, SPILL_FREE] if variant == AFFINE else widths
+            every += [Case(variant, direction, width, dtype, "layer") for width in chosen]
+            every += [Case(variant, direction, 1024, dtype, "rms")]
+    every += [Case(JOIN, "forward", 1024, dtype, "layer") for dtype in ("bf16+fp32", "fp32", "bf16", "fp16")]
     for dtype in DTYPES:
-        found += [Case("projection_cosine_loss", "forward", width, dtype) for width in _widths("cosine_rows")]
-    found += [Case("projection_cosine_loss", "forward", 1152, dtype) for dtype in TWO]
-    return list(dict.fromkeys(found))
+        every += [Case("projection_cosine_loss", "forward", width, dtype) for width in _widths("cosine_rows")]
+    every += [Case("projection_cosine_loss", "forward", 1152, dtype) for dtype in TWO]
+    return list(dict.fromkeys(every))
 
 
 def launches(case: Case, target: str) -> list[Launch]:
@@ -159,7 +159,7 @@ def launches(case: Case, target: str) -> list[Launch]:
             y, weight = x.flatten(0, 1), rows.flatten()
             z = empty(*y.shape, dtype=other)
             target_scale = weight if other == torch.int8 else None
-            # The projection's kernel writes the gradient over the prediction, in the same pass as the loss.
+            # The kernel of the projection overwrites the prediction by its gradient, in the same pass as the loss.
             loss = weight if forward else None
             grad = y if case.op == "projection_cosine_loss" or not forward else None
             cosine.cosine_rows(y, z, target_scale, weight, 1e-8, False, loss, grad)
@@ -189,7 +189,7 @@ def launches(case: Case, target: str) -> list[Launch]:
 
 
 def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, float]:
-    """(share of loads, share of stores in 16-byte instructions, most passes over a tile) of the stream's tensors."""
+    """Shares of the stream's loads and stores by 16-byte instructions, and the most passes over a tile."""
     stream = {name: value for name, value in tensors(launch).items() if value.numel() >= SEQUENCES * FRAMES * width}
     moved = {key: sizes for key, sizes in traffic(ptx, parameters(launch)).items() if key[0] in stream}
     shares = []
@@ -205,7 +205,7 @@ def _row_traffic(launch: Launch, width: int, ptx: str) -> tuple[float, float, fl
 
 
 def _bytes_per_row(case: Case, launch: Launch) -> tuple[float, float]:
-    """(moved, minimum) bytes per row of the stream: each tensor once; the minimum counts the stream's alone."""
+    """Bytes per row of the stream: (of all tensors, each counted once; of the tensors of the stream alone)."""
     rows = SEQUENCES * FRAMES
     sizes = [(value.numel(), value.numel() * value.element_size() / rows) for value in tensors(launch).values()]
     whole = [size for count, size in sizes if count >= rows * case.width]
@@ -225,7 +225,7 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
         for launch in launches(case, target):
             if launch.kernel is residual_sums._sum_kernel and (case.width not in SUM_WIDTHS or case.norm == "rms"):
                 continue
-            # The sums of weight and bias are a second launch of their kernel.
+            # The sums of weight and bias are a second launch of the same kernel.
             name = _name(case, launch)
             name = f"{name}, affine" if name in names else name
             names.add(name)
@@ -258,7 +258,7 @@ def compile_case(case: Case, targets: Sequence[str] = tuple(TARGETS)) -> list[Co
 def matrix(
     selected: Sequence[Case] | None = None, targets: Sequence[str] = tuple(TARGETS), processes: int | None = None
 ) -> list[Compiled]:
-    """Compile cases (all by default) in parallel; equal kernels are compiled once, through Triton's cache."""
+    """Compile cases (by default all) in parallel. Triton's cache compiles equal kernels once."""
     selected = cases() if selected is None else selected
     compile_one = functools.partial(compile_case, targets=tuple(targets))
     with ProcessPoolExecutor(

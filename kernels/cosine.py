@@ -1,12 +1,12 @@
-"""Rows of a cosine loss, and their gradient in the same pass: `cosine_rows`, of `cosine_loss` and of
+"""`cosine_rows`: the rows of a cosine loss and their gradient in one pass, for `cosine_loss` and
 `projection_cosine_loss`.
 
     loss_r = w_r (1 - <y, z> / (sqrt(|y|^2 + eps) sqrt(|z|^2 + eps)))            y [M, W], z [M, W], w [M]
     dy_r   = w_r / (sqrt(|y|^2 + eps) sqrt(|z|^2 + eps)) (y <y, z> / (|y|^2 + eps) - z)
 
-z is target, or int8 target times the scale of its row; where the rows are normalised already its length is taken as
-1. A row with w = 0 is not read: loss and gradient are exactly 0. The gradient may replace y in place: a program
-reads its rows whole before it writes them.
+z is the target, or the int8 target times the scale of its row. With `normalized` its length is taken as 1. A row with
+w = 0 is not read, and its loss and gradient are exactly 0. The gradient may overwrite y: a program reads its rows
+completely before it writes them.
 Bytes per row of W elements of b bytes (targets of c bytes): W (b + c) + 4 for the loss, W b more for the gradient.
 """
 
@@ -74,7 +74,7 @@ def cosine_rows(
     grad: Tensor | None,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Write the weighted losses [M] and the gradients [M, W] of y, each where it is given.
+    """Write the weighted losses into `loss` [M] and the gradients of y into `grad` [M, W]; either may be None.
 
     y [M, W] floating; target [M, W] floating, or int8 with target_scale [M]; row_weight [M] or None for ones.
     loss is contiguous in the accumulator's dtype, grad contiguous in any dtype; grad may be y itself."""

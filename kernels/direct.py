@@ -1,9 +1,9 @@
 """Launch a kernel that Triton has compiled before, without going through its JIT again.
 
-The JIT binds, classifies and prints every argument at each call, which takes many times longer than the launch. What it
-then runs is kept here, under a key that tells apart all that the JIT tells apart. Where anything is not as expected the
-call goes through the JIT: Triton's hooks or debugging knobs are set, another Triton launches in another way, a tensor
-is not an ordinary one.
+At each call the JIT binds, classifies and formats every argument, which takes many times longer than the launch. This
+module keeps the compiled kernel, under a key that distinguishes everything that the JIT distinguishes. A call goes
+through the JIT if Triton's hooks or debugging knobs are set, if this version of Triton launches in another way, or if a
+tensor is not an ordinary one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
-# How the JIT runs what it has compiled, in Triton 3.6 to 3.8. Only where it reads so may this file do the same.
+# The lines by which the JIT of Triton 3.6 to 3.8 launches a compiled kernel. Without them this file does not launch.
 _JIT_RUNS = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
 )
 _ORDINARY = (Tensor, Parameter)
-_ENTRIES = 10_000  # as many shapes of batches
+_ENTRIES = 10_000  # batches of as many shapes
 
 
 class _Entry(NamedTuple):
     run: Any
     function: Any
     packed_metadata: Any
-    constants: tuple[Any, ...]  # the kernel's last parameters, in order
+    constants: tuple[Any, ...]  # values of the kernel's last parameters, in order
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
@@ -38,9 +38,9 @@ _entries: dict[tuple[Any, ...], _Entry] = {}
 
 @functools.cache
 def known() -> bool:
-    """Whether this Triton launches in the way that is written down here."""
+    """Whether this version of Triton launches kernels in the way that this file assumes."""
     if torch.version.hip is not None:
-        return False  # its backend also specialises on the size of a tensor
+        return False  # the AMD backend also specialises on the size of a tensor
     try:
         text = inspect.getsource(triton.runtime.jit.JITFunction.run)
         runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
@@ -76,7 +76,7 @@ def run(
 
 
 def _as_usual(kernel: Any) -> bool:
-    """Whether nobody listens to launches or asks for another build."""
+    """Whether no hook observes launches and no knob asks for another build."""
     runtime = triton.knobs.runtime
     return not (
         runtime.launch_enter_hook.calls
@@ -91,9 +91,9 @@ def _as_usual(kernel: Any) -> bool:
 def _key(
     kernel: Any, device: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, int]
 ) -> tuple[Any, ...] | None:
-    """All that the JIT chooses a compiled kernel by, or more; None where an argument is of another kind.
+    """A key of everything by which the JIT chooses a compiled kernel; None if an argument has an unknown type.
 
-    Integers are here as they are: whether one needs 64 bits, which the JIT looks at, follows from its value."""
+    It holds the integers themselves. The JIT looks only at whether an integer needs 64 bits, which follows from it."""
     parts = [id(kernel), device, *constants.values(), *options.values()]
     for argument in arguments:
         if type(argument) is int or (isinstance(argument, tuple) and type(argument[0]) in (int, tuple)):
@@ -113,7 +113,7 @@ def _key(
 def _keep(
     key: tuple[Any, ...], kernel: Any, compiled: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """Keep what the JIT has compiled, unless it is not ready yet or checks global variables at each launch."""
+    """Keep the compiled kernel, unless it is not ready yet or checks global variables at each launch."""
     complete = all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
     if not complete or kernel.used_global_vals:
         return

@@ -1,4 +1,4 @@
-"""How a kernel is launched: frozen configurations from a rule and a checked-in table, never tuned at call time.
+"""Launch kernels with fixed configurations, from a checked-in table or a rule. No call tunes anything.
 
 A row kernel walks [R, T, D] in tiles of `block_t` tokens by the next power of two of D. Each program takes a run of
 consecutive tokens of one sequence, so that it reads the modulation of that sequence once.
@@ -21,8 +21,8 @@ from torch import Tensor
 from . import direct
 from .tables import TABLES
 
-INTERPRETED = triton.knobs.runtime.interpret  # decided, like Triton's own choice, when the kernels are defined
-# Row widths up to which one configuration serves.
+INTERPRETED = triton.knobs.runtime.interpret  # Triton also decides this when the kernels are defined
+# Each configuration serves the row widths up to one of these.
 WIDTHS = {
     "residual_forward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
     "residual_backward": (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
@@ -31,7 +31,7 @@ WIDTHS = {
     "cosine_rows": (128, 256, 512, 1024, 2048, 4096, 8192),
 }
 MAX_WIDTH = 8192
-# Multiprocessors of the card that each architecture's rule reckons with (A100, H100 and H200, B200; anything else).
+# Number of multiprocessors that the rule assumes for each architecture (A100; H100 and H200; B200; any other).
 MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "portable": 128}
 
 
@@ -41,7 +41,7 @@ class LaunchConfig:
 
     block_t: int  # tokens per tile
     num_warps: int
-    programs: int  # programs to spread the work over, bounding the partial sums of a backward; 0: one per tile
+    programs: int  # at most so many programs share the work, each with a row of partial sums; 0: one program per tile
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """Launches collected instead of run, with the tables of `architecture` (the compile matrix uses this)."""
+    """Launches that are recorded instead of run, with the table of `architecture`; for the compile matrix."""
 
     architecture: str
     launches: list[Launch] = field(default_factory=list)
@@ -69,7 +69,7 @@ _recording: Recording | None = None
 
 @contextlib.contextmanager
 def record(architecture: str) -> Iterator[Recording]:
-    """Collect every launch inside the block instead of running it; tensors may be on the meta device."""
+    """Record every launch inside the block instead of running it. Tensors may be on the meta device."""
     global _recording
     _recording = Recording(architecture)
     try:
@@ -86,18 +86,18 @@ def _device_architecture(device: torch.device) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """The table used for a device: sm80 (8.x), sm90 (9.x), sm100 (10.x), else portable."""
+    """The name of the table for a device: sm80 (8.x), sm90 (9.x), sm100 (10.x), else portable."""
     return _recording.architecture if _recording is not None else _device_architecture(device)
 
 
 def rule(kernel: str, width: int, multiprocessors: int) -> LaunchConfig:
-    """The configuration of a width that was never measured.
+    """The configuration for a width that was never measured.
 
-    A backward of the residual stream loads one 16-byte vector (8 half-precision numbers) a thread and tensor, so that
-    its three sums over tokens fit into 128 registers; it takes as many programs as are resident with these, since each
-    leaves partial rows behind. The others load two vectors. Four warps, more where the row is wider than that. A
-    forward of a padded width takes two rows a tile at most: the idle lanes of more rows cost registers, and with them
-    resident warps."""
+    The backward of the residual stream loads one 16-byte vector (8 half-precision numbers) per thread and tensor, so
+    that its three sums over tokens fit into 128 registers. It launches as many programs as are then resident at once,
+    since each leaves partial rows. The other kernels load two vectors. They use four warps, and more for wider rows.
+    The forward of a padded width takes at most two rows per tile: the idle lanes of more rows would take registers, and
+    so reduce the number of resident warps."""
     if kernel == "masked_mean":
         return LaunchConfig(32, 4, programs=0)
     if kernel in ("velocity_delta", "cosine_rows"):
@@ -113,7 +113,7 @@ def rule(kernel: str, width: int, multiprocessors: int) -> LaunchConfig:
 
 @functools.cache
 def table_entry(architecture: str, kernel: str, width: int) -> LaunchConfig:
-    """The measured configuration for a row width, or the rule's; ValueError beyond MAX_WIDTH."""
+    """The measured configuration for a row width, or that of the rule. ValueError beyond MAX_WIDTH."""
     if width > MAX_WIDTH:
         raise ValueError(f"{kernel}: width {width} is more than the kernels' {MAX_WIDTH}; use AGREPA_OPS=reference")
     limit = next(limit for limit in WIDTHS[kernel] if width <= limit)
@@ -131,23 +131,37 @@ def configuration(kernel: str, width: int, device: torch.device) -> LaunchConfig
 
 
 def fresh(like: Tensor) -> Tensor:
-    """An empty contiguous tensor in the shape, dtype and device of another: a third of what `torch.empty` takes."""
+    """An empty contiguous tensor like another. It takes a third of the time of `torch.empty`."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def chunks(sequences: int, frames: int, config: LaunchConfig) -> tuple[int, int]:
-    """(programs per sequence, tokens per program) that spread the work over about `config.programs` programs.
+    """(programs per sequence, tokens per program) that spread the work over at most `config.programs` programs.
 
-    Depends on shapes and table alone, so that partial sums are added in the same order in every run."""
+    Only more sequences than that take more. One program above the number that is resident at once would begin when the
+    others end, and so nearly double the time.
+
+    They depend on shapes and table alone, so that partial sums are added in the same order in every run."""
     tiles = math.ceil(frames / config.block_t)
-    per_sequence = min(max(1, math.ceil(config.programs / sequences)), tiles)
+    per_sequence = min(max(1, config.programs // sequences), tiles)
     tokens = math.ceil(tiles / per_sequence) * config.block_t
     return math.ceil(frames / tokens), tokens
 
 
 def row_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy when its last dimension is not contiguous (the one copy the kernels make)."""
+    """The tensor, or a copy if its last dimension is not contiguous. The kernels make no other copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strided(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """The tensor (a copy if its last dimension is not contiguous) and its strides.
+
+    The strides are (of the first dimension, of the rows) for three dimensions, and (of the rows, 0) for [B, D]."""
+    if tensor is None:
+        return None, (0, 0)
+    tensor = row_contiguous(tensor)
+    stride = tensor.stride()
+    return tensor, (stride[0], stride[1] if len(stride) == 3 else 0)
 
 
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
@@ -158,23 +172,23 @@ def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
 def alignment(*strides: int) -> int:
     """The largest power of two up to 16 that divides all strides.
 
-    Kernels take strides in this unit and multiply it back in: the compiler then knows the divisibility and emits
-    vector loads, also for widths such as 1500, without one compilation per sequence length."""
+    Kernels take strides in this unit and multiply them by it. So the compiler knows the divisibility and emits vector
+    loads, also for widths such as 1500, without a compilation for each sequence length."""
     return math.gcd(16, *strides)
 
 
 def unspecialised(value: int) -> int:
-    """A member of a tuple argument in a form that Triton does not specialise on; the kernel takes it back by `>> 4`.
+    """Encode a member of a tuple argument so that Triton does not specialise on it; the kernel decodes it by `>> 4`.
 
-    `do_not_specialize` does not reach into tuples: a member that is 1 is compiled in, and multiples of 16 make another
-    build, so that batches of other sizes would be compiled again and again. 16 value + 8 is neither."""
+    `do_not_specialize` does not apply to members of tuples: Triton compiles a 1 as a constant, and makes another build
+    for multiples of 16, so that batches of other sizes would be compiled again. 16 value + 8 is neither."""
     return value << 4 | 8
 
 
 @functools.cache
 def options(num_warps: int, registers: int = 255, hip: bool = torch.version.hip is not None) -> dict[str, int]:
-    """Compiler options of a launch. NVIDIA's assembler may spill to reach a rounder register count; given the most
-    a block of this size can have, or `registers`, it takes what it needs."""
+    """Compiler options of a launch. NVIDIA's assembler may spill registers to reach a rounder count. With an explicit
+    limit (`registers`, or the most that a block of this size can have) it takes what it needs."""
     fixed = {"num_warps": num_warps, "num_stages": 1}
     return fixed if hip else fixed | {"maxnreg": min(registers, 2048 // num_warps)}
 

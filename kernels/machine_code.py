@@ -1,4 +1,4 @@
-"""Compile a recorded launch for a target, without a GPU, and read the machine code that comes out."""
+"""Compile a recorded launch for a target without a GPU, and read the machine code."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _TYPES = {
 
 
 class Source(ASTSource):
-    """A kernel whose module is made from its Python once and read back from its text for the other targets.
+    """A kernel whose intermediate module is made from Python once, and read from its text for the other targets.
 
-    Making it takes a quarter of a compilation; what follows differs from target to target, the module does not."""
+    Making it takes a quarter of a compilation, and the module is the same for all targets."""
 
     texts: ClassVar[dict[str, str]] = {}
 
@@ -52,7 +52,7 @@ class Source(ASTSource):
             file.write(self.texts[self.hash()])
             file.flush()
             module = ir.parse_mlir_module(file.name, context)
-        module.context = context  # the module does not keep it alive
+        module.context = context  # the module does not keep the context alive
         return module
 
 
@@ -67,7 +67,7 @@ def parameters(launch: Launch) -> list[str]:
 
 
 def _flat(launch: Launch) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-    """(name, path, value) of each argument; a tuple's are its members."""
+    """(name, path, value) of each argument, and of each member of a tuple."""
 
     def members(name: str, path: tuple[int, ...], value: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         if isinstance(value, tuple):
@@ -81,7 +81,7 @@ def _flat(launch: Launch) -> Iterator[tuple[str, tuple[int, ...], Any]]:
 
 
 def source(launch: Launch) -> Source:
-    """What `triton.compile` needs to build a recorded launch: as the launcher would specialise it."""
+    """The source for `triton.compile`, with the specialisation that the launcher would choose."""
 
     def type_of(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -108,7 +108,7 @@ UNTRACED = "?"
 
 
 def _loop(lines: list[str]) -> set[int]:
-    """Numbers of the lines of the row loop (between a label and a branch back to it); all where there is none."""
+    """Numbers of the lines of the row loop (from a label to the branch back to it), or of all lines without a loop."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
     inside: set[int] = set()
     for i, line in enumerate(lines):
@@ -119,15 +119,15 @@ def _loop(lines: list[str]) -> set[int]:
 
 
 def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """(argument, "ld" or "st") -> bytes that each global instruction of the row loop moves for a thread.
+    """{(argument, "ld" or "st"): bytes that each global instruction of the row loop moves for a thread}.
 
-    An address is followed from the kernel's parameter through the arithmetic on it to the instruction; where that
-    fails, as it may with another Triton's PTX, the argument is UNTRACED."""
+    Each address is traced from the kernel's parameter through arithmetic to the instruction. If that fails, as it may
+    with the PTX of another Triton, the argument is UNTRACED."""
     origin: dict[str, str] = {}
-    found: dict[tuple[str, str], list[int]] = {}
+    moved: dict[tuple[str, str], list[int]] = {}
     lines = ptx.splitlines()
     inside = _loop(lines)
-    for line in lines * 2:  # twice: an address that a loop carries may be set further down
+    for line in lines * 2:  # twice, because an address that the loop carries may be set further down
         parameter = re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line)
         arithmetic = re.match(r"\s*[a-z][\w.]*\s+(%rd\d+), (.*);", line)
         if parameter and int(parameter[2]) < len(arguments):
@@ -140,8 +140,8 @@ def traffic(ptx: str, arguments: Sequence[str]) -> dict[tuple[str, str], list[in
         access = re.search(r"\b(ld|st)\.global(?:\.\w+::\w+)*(?:\.v(\d))?\.[bfu](\d+)\s.*?\[ *(%rd\d+)", lines[i])
         if access:
             size = int(access[2] or 1) * int(access[3]) // 8
-            found.setdefault((origin.get(access[4], UNTRACED), access[1]), []).append(size)
-    return found
+            moved.setdefault((origin.get(access[4], UNTRACED), access[1]), []).append(size)
+    return moved
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> tuple[int, int]:

@@ -4,9 +4,9 @@
     velocity_delta   change[s, b] = sum valid (v_s - v_0)^2 / (max(n[b], 1) M)    v [S, B, T, M] -> [S - 1, B]
                      energy[b]    = sum valid v_0^2 / (max(n[b], 1) M)            -> [B]
 
-n[b] counts the valid frames. A frame that is not valid is not read. Every input element is read once; of the
-velocities, the baseline's tile stays in registers while the streams pass. Bytes, for elements of b bytes and N
-valid frames in all: masked_mean N D b forward, B T D b backward; velocity_delta S N M b forward, 2 S N M b backward.
+n[b] is the number of valid frames. Frames that are not valid are not read. Every input element is read once:
+velocity_delta keeps the baseline's tile in registers while it reads the streams. Bytes, for elements of b bytes and N
+valid frames in total: masked_mean N D b forward, B T D b backward; velocity_delta S N M b forward, 2 S N M b backward.
 Sums run in float32 (float64 for float64) in a fixed order, without atomics.
 """
 
@@ -118,7 +118,7 @@ def _delta_kernel(
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Partial sums [B, chunks, S] over one run of tokens of one sample: the baseline's energy, then the changes."""
+    """Write partial sums [B, chunks, S] over a run of tokens of one sample: the baseline's energy, then the changes."""
     per_sample = tl.cdiv(frames, tokens)
     b = (tl.program_id(0) // per_sample).to(tl.int64)
     first = (tl.program_id(0) % per_sample) * tokens
@@ -139,7 +139,7 @@ def _delta_kernel(
         count += valid.to(ACC)
         stream = 1
         while stream < streams:
-            # Carried through the loop, a tile of pointers would change its layout in every pass.
+            # A tile of pointers that the loop carries would change its layout in every pass.
             v_stream_ptr = v_ptr + UNIT * (stream * v_stream.to(tl.int64))
             change = tl.load(v_stream_ptr + offsets, mask=mask, other=0.0).to(ACC) - base
             sums += tl.where(s == stream, tl.sum(change * change), 0.0)
@@ -235,7 +235,7 @@ def _delta_backward_kernel(
 
 
 def _mask_bytes(mask: Tensor | None) -> tuple[Tensor | None, int]:
-    """The mask as bytes with contiguous rows, and its row stride."""
+    """The mask as bytes with contiguous rows, and its stride between rows."""
     if mask is None:
         return None, 0
     mask = row_contiguous(mask)

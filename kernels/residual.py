@@ -4,8 +4,8 @@
 
 x, branch [R, T, D]; s [R]; weight, bias [D]. gate, shift and scale are per sample [B, D] or per token [B, T, D], and
 are read through the sample of each sequence, never expanded.
-Without shift and scale there is no norm (`gated_residual`), without branch no sum (`layer_norm_modulate`). The rows of
-`join` [J, T, D] come after those of x, without a branch: what would be a copy of both into one tensor is not made.
+Without shift and scale there is no norm (`gated_residual`); without branch there is no sum (`layer_norm_modulate`). The
+rows of `join` [J, T, D] follow those of x and have no branch, so that x and join need not be concatenated.
 
 Bytes per row of D elements of b bytes (modulation per sample is read once per program, from L2 after the first):
     forward   gated_residual_norm  4 D b + 8    read x, branch; write x', h, mean, rstd
@@ -14,14 +14,16 @@ Bytes per row of D elements of b bytes (modulation per sample is read once per p
               layer_norm_modulate  3 D b + 8    gated_residual 3 D b (dx is dx' itself)
     per token: D b more for each of gate, shift and scale in the forward; in the backward to read gate and scale, and to
     write each gradient (in float32 where sequences share samples, which are then added up)
-The normalised row is recomputed from x', which the next op holds anyway: saving it would cost 2 D b more. The sums over
-tokens (dshift, dscale, dgate per sample, dweight, dbias) leave at most `programs` partial rows each, which one more
-kernel adds up in a fixed order: no atomics, the same bits in every run. The backward is in residual_backward.py.
+The backward recomputes the normalised row from x', which the next op holds anyway: saving it would move 2 D b more
+bytes. The sums over tokens (dshift, dscale, dgate per sample, dweight, dbias) leave at most `programs` partial rows
+each. Another kernel adds them up in a fixed order, without atomics, so every run has the same bits. See
+residual_backward.py.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,16 +39,20 @@ from .launch import (
     configuration,
     fresh,
     launch,
-    row_contiguous,
+    strided,
     unspecialised,
 )
 
+# Most registers of a thread in the forward of rows of 513 to 2048. A multiprocessor then holds three blocks of eight
+# warps in place of two, and six of four warps in place of five; loads, stores and barriers stay the same. In narrower
+# rows, and with a weight or bias of the norm, the compiler would spill.
+_REGISTERS = 80
+
 
 class Inputs(NamedTuple):
-    """Tensors that a kernel reads; None where there is none."""
+    """Tensors that a kernel reads; None for those that are absent. The forward's come first, in the order of the op."""
 
-    x: Any = None  # in the backward: what was normalised, x' after a branch and x without one
-    join: Any = None
+    x: Any = None  # in the backward the normalised tensor: x' with a branch, x without
     branch: Any = None
     gate: Any = None
     shift: Any = None
@@ -55,6 +61,7 @@ class Inputs(NamedTuple):
     bias: Any = None
     stream_scale: Any = None
     sample_index: Any = None
+    join: Any = None
     grad_x_new: Any = None
     grad_h: Any = None
     mean: Any = None
@@ -62,9 +69,9 @@ class Inputs(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """(from a sequence or sample to the next, from a row to the next) of what may be a view, in units of UNIT.
+    """Strides in units of UNIT: (between sequences or samples, between rows) of each tensor that may be a view.
 
-    Like sizes they change from batch to batch, and reach the kernels as `unspecialised`."""
+    They change from batch to batch, like the sizes, and are passed as `unspecialised`."""
 
     x: tuple[int, int] = (0, 0)
     join: tuple[int, int] = (0, 0)
@@ -87,7 +94,7 @@ class Sizes(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Tensors that the forward kernel writes."""
+    """Tensors that the forward kernel writes. Without a gradient nobody needs mean and rstd."""
 
     x_new: Any = None
     h: Any = None
@@ -96,16 +103,10 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def _numbers(sizes):
-    """Sizes as the host gave them."""
-    return sizes.own >> 4, sizes.active >> 4, sizes.samples >> 4, sizes.frames >> 4, sizes.tokens >> 4
-
-
-@triton.jit
 def _sample(sample_index_ptr, sequence, samples, ACC: tl.constexpr):
-    """Modulation row of a sequence, and 1.0 if there is one, else nan.
+    """The modulation row of a sequence, and 1.0; or 0 and nan if the row does not exist.
 
-    A kernel cannot raise; a row that does not exist must not be read either: the sequence turns into nan."""
+    A kernel cannot raise an error, and must not read a row that does not exist. So the sequence becomes nan."""
     if sample_index_ptr is None:
         row = sequence
     else:
@@ -115,8 +116,20 @@ def _sample(sample_index_ptr, sequence, samples, ACC: tl.constexpr):
 
 
 @triton.jit
+def _place(sample_index_ptr, sizes, ACC: tl.constexpr):
+    """The sizes that a program needs, its sequence, its tokens from first to last - 1, and `_sample` of it."""
+    frames, tokens = sizes.frames >> 4, sizes.tokens >> 4  # `unspecialised` on the host
+    per_sequence = tl.cdiv(frames, tokens)
+    sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
+    first = (tl.program_id(0) % per_sequence) * tokens
+    last = tl.minimum(first + tokens, frames)
+    sample, known = _sample(sample_index_ptr, sequence, sizes.samples >> 4, ACC)
+    return sizes.own >> 4, sizes.active >> 4, frames, sequence, first, last, sample, known
+
+
+@triton.jit
 def _stream_scale(stream_scale_ptr, sequence, active, ACC: tl.constexpr):
-    """s of a sequence; 0 for one past the branch's end, whose branch row does not exist."""
+    """s of a sequence; 0 for sequences that have no branch."""
     if stream_scale_ptr is None:
         s = (sequence < active).to(ACC)
     else:
@@ -132,20 +145,20 @@ def _times(s, gate):
 
 @triton.jit
 def _wide(stride):
-    """A stride as the host gave it, in 64 bits: rows may be 2^31 elements apart."""
+    """Decode a stride, in 64 bits: rows may be 2^31 elements apart."""
     return (stride.to(tl.int64) - 8) >> 4  # without the subtraction Triton's interpreter takes 2^31 for negative
 
 
 @triton.jit
 def _rows(pointer, stride, outer, t, c, mask, UNIT: tl.constexpr):
-    """Rows t of a sequence or sample, [tokens, columns]."""
+    """Load rows t of a sequence or sample, [tokens, columns]."""
     pointers = pointer + (UNIT * (outer * _wide(stride[0]) + t * _wide(stride[1])))[:, None]
     return tl.load(pointers + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _row(pointer, stride, outer, c, in_c, UNIT: tl.constexpr):
-    """The row of a sample, [columns]."""
+    """Load the row of a sample, [columns]."""
     return tl.load(pointer + UNIT * (outer * _wide(stride[0])) + c, mask=in_c, other=0.0)
 
 
@@ -171,18 +184,13 @@ def _forward_kernel(
     UNIT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    own, active, samples, frames, tokens = _numbers(sizes)
-    per_sequence = tl.cdiv(frames, tokens)
-    sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
-    first = (tl.program_id(0) % per_sequence) * tokens
-    last = tl.minimum(first + tokens, frames)
-    sample, known = _sample(inputs.sample_index, sequence, samples, ACC)
+    own, active, frames, sequence, first, last, sample, known = _place(inputs.sample_index, sizes, ACC)
 
     c = tl.arange(0, BLOCK_D)
     in_c = c < WIDTH
     if inputs.branch is not None:
         s = _stream_scale(inputs.stream_scale, sequence, active, ACC) * known
-        # No token of the branch is read where s is 0.
+        # If s is 0, no token of the branch is read.
         branch_last = tl.where(s != 0, last, first)
         if not GATE_PER_TOKEN:
             gate = _times(s, _row(inputs.gate, strides.gate, sample, c, in_c, UNIT).to(ACC))[None, :]
@@ -195,7 +203,7 @@ def _forward_kernel(
             shift = _row(inputs.shift, strides.shift, sample, c, in_c, UNIT).to(ACC)[None, :]
             scale = 1.0 + _row(inputs.scale, strides.scale, sample, c, in_c, UNIT).to(ACC)[None, :]
 
-    # One load serves both tensors: whose rows a sequence reads is chosen once, before the loop.
+    # One load serves both tensors: which of them a sequence reads is chosen before the loop.
     source_ptr, source, source_stride = inputs.x, sequence, strides.x
     if inputs.join is not None:
         joins = sequence >= own
@@ -217,8 +225,8 @@ def _forward_kernel(
             read = (t < branch_last)[:, None] & in_c[None, :]
             if GATE_PER_TOKEN:
                 gate = _times(s, _rows(inputs.gate, strides.gate, sample, t, c, read, UNIT).to(ACC))
-            # Rounded as it is stored: the backward sees x' in its own dtype, and must apply the statistics to the
-            # numbers that they were taken of. Where the mean is large beside the deviation, others are far off.
+            # Round x' as it is stored, because the backward applies the statistics to the stored numbers. If the
+            # mean is much larger than the deviation, statistics of other numbers would be far off.
             x += gate * _rows(inputs.branch, strides.branch, sequence, t, c, read, UNIT).to(ACC)
             x = x.to(results.x_new.dtype.element_ty).to(ACC)
             _store_rows(results.x_new, row, c, x, mask, WIDTH)
@@ -229,12 +237,14 @@ def _forward_kernel(
             if not RMS:
                 total = tl.sum(x, axis=1)
                 mean = total / WIDTH
-                tl.store(results.mean + row, mean, mask=in_t)
-                # Centred before squaring: E[x^2] - E[x]^2 cancels when the mean is large. Padding stays 0.
+                if results.mean is not None:
+                    tl.store(results.mean + row, mean, mask=in_t)
+                # Centre before squaring: E[x^2] - E[x]^2 loses precision if the mean is large. Padding stays 0.
                 x = tl.where(mask, x - mean[:, None], 0.0)
             square = tl.sum(x * x, axis=1)
             rstd = known * tl.rsqrt(square / WIDTH + EPS)
-            tl.store(results.rstd + row, rstd, mask=in_t)
+            if results.rstd is not None:
+                tl.store(results.rstd + row, rstd, mask=in_t)
             y = x * rstd[:, None]
             if inputs.weight is not None:
                 y *= weight
@@ -244,19 +254,8 @@ def _forward_kernel(
         start += BLOCK_T
 
 
-def strided(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
-    """The tensor, copied where its last dimension is not contiguous, and its strides.
-
-    [R, T, D] or [B, T, D]: (of the first dimension, of the rows); [B, D]: (of the rows, 0)."""
-    if tensor is None:
-        return None, (0, 0)
-    tensor = row_contiguous(tensor)
-    stride = tensor.stride()
-    return tensor, (stride[0], stride[1] if len(stride) == 3 else 0)
-
-
 def dense(vector: Tensor | None) -> Tensor | None:
-    """A vector that is contiguous; one that is not is copied."""
+    """The vector, or a contiguous copy."""
     return None if vector is None else vector.contiguous()
 
 
@@ -268,7 +267,7 @@ def per_token(modulation: Tensor | None) -> bool:
 def plan(
     config: LaunchConfig, shape: tuple[int, ...], strides: Strides, own: int, active: int, samples: int
 ) -> tuple[int, Strides, Sizes, dict[str, Any]]:
-    """(programs per sequence, strides in units, sizes, the tile's constants); the same for every call of a shape."""
+    """Programs per sequence, strides in units, sizes, and the constants of the tile; cached by shape."""
     sequences, frames, width = shape
     unit = alignment(*(stride for each in strides for stride in each))
     per_sequence, tokens = chunks(sequences, frames, config)
@@ -276,6 +275,92 @@ def plan(
     in_units = Strides(*((unspecialised(outer // unit), unspecialised(row // unit)) for outer, row in strides))
     tile = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width), "BLOCK_T": config.block_t, "UNIT": unit}
     return per_sequence, in_units, sizes, tile
+
+
+class Prepared(NamedTuple):
+    """What the forward needs besides its tensors. It follows from their shapes, strides, dtypes and device."""
+
+    copied: tuple[str, ...]  # inputs to copy first, since the kernel reads a dimension of theirs as contiguous
+    shape: torch.Size  # of x' and h
+    dtype: torch.dtype  # of the statistics
+    programs: int
+    strides: Strides
+    sizes: Sizes
+    num_warps: int
+    registers: int
+    constants: dict[str, Any]
+
+
+def prepare(inputs: Inputs, eps: float, norm: str, config: LaunchConfig | None = None) -> Prepared:
+    """Prepare the forward of checked inputs, see `forward`."""
+    x, branch, join, gate, scale = inputs.x, inputs.branch, inputs.join, inputs.gate, inputs.scale
+    copies, strides = {}, {}
+    for name in ("x", "join", "branch", "gate", "shift", "scale"):
+        copies[name], strides[name] = strided(getattr(inputs, name))
+    for name in ("weight", "bias", "stream_scale", "sample_index"):
+        copies[name] = dense(getattr(inputs, name))
+    own = x.shape[0]
+    shape = x.shape if join is None else torch.Size((own + join.shape[0], *x.shape[1:]))
+    config = config or configuration("residual_forward", shape[2], x.device)
+    active = 0 if branch is None else branch.shape[0]
+    per_sequence, in_units, sizes, tile = plan(config, shape, Strides(**strides), own, active, samples(gate, scale))
+    dtype, acc = accumulator(x)
+    affine = inputs.weight is not None or inputs.bias is not None
+    limited = 512 < shape[2] <= 2048 and not affine and acc is tl.float32
+    return Prepared(
+        tuple(name for name, copy in copies.items() if copy is not getattr(inputs, name)),
+        shape,
+        dtype,
+        shape[0] * per_sequence,
+        in_units,
+        sizes,
+        config.num_warps,
+        _REGISTERS if limited else 255,
+        {
+            "EPS": eps,
+            "RMS": norm == "rms",
+            "GATE_PER_TOKEN": per_token(gate),
+            "NORM_PER_TOKEN": per_token(scale),
+            "ACC": acc,
+            **tile,
+        },
+    )
+
+
+def run(prepared: Prepared, tensors: Sequence[Tensor | None], statistics: bool) -> tuple[Tensor, ...]:
+    """Launch the forward kernel on tensors laid out as the prepared ones, in the order of `Inputs`.
+
+    Returns `forward`'s tensors, without mean and rstd if `statistics` is false."""
+    inputs = Inputs(*tensors)
+    if prepared.copied:
+        inputs = inputs._replace(**{name: getattr(inputs, name).contiguous() for name in prepared.copied})
+    x, shape = inputs.x, prepared.shape
+    out = fresh(x) if inputs.join is None else x.new_empty(shape)  # x' or, without a branch, h
+    if inputs.scale is None:
+        outputs: tuple[Tensor, ...] = (out,)
+        results = Results(out)
+    else:
+        outputs = (out,) if inputs.branch is None else (out, fresh(out))
+        mean = rstd = None
+        if statistics:
+            rstd = torch.empty_strided(shape[:2], (shape[1], 1), dtype=prepared.dtype, device=x.device)
+            mean = rstd.new_empty((0,)) if prepared.constants["RMS"] else fresh(rstd)
+        results = Results(None if inputs.branch is None else out, outputs[-1], mean, rstd)
+        if mean is not None and rstd is not None:
+            outputs += (mean, rstd)
+    launch(
+        _forward_kernel,
+        x.device,
+        prepared.programs,
+        inputs,
+        results,
+        prepared.strides,
+        prepared.sizes,
+        num_warps=prepared.num_warps,
+        registers=prepared.registers,
+        **prepared.constants,
+    )
+    return outputs
 
 
 def forward(
@@ -302,42 +387,12 @@ def forward(
         x' [R, T, D] (with a branch); h [R, T, D], mean (empty for rms) and rstd [R, T] in float32 or float64 (with
         scale). All contiguous.
     """
-    own, rms = x.shape[0], norm == "rms"
-    views, strides = zip(*map(strided, (x, join, branch, gate, shift, scale)))
-    tensors = Inputs(*views, *map(dense, (weight, bias, stream_scale, sample_index)))
-    shape = x.shape if join is None else torch.Size((own + join.shape[0], *x.shape[1:]))
-    config = config or configuration("residual_forward", shape[2], x.device)
-    dtype, acc = accumulator(x)
-    out = fresh(x) if join is None else x.new_empty(shape)  # x' or, without a branch, h
-    results = Results(x_new=None if branch is None else out)
-    if scale is not None:
-        # A third of what `torch.empty` takes.
-        rstd = torch.empty_strided(shape[:2], (shape[1], 1), dtype=dtype, device=x.device)
-        mean = rstd.new_empty((0,)) if rms else fresh(rstd)
-        results = Results(results.x_new, out if branch is None else fresh(out), mean, rstd)
-    active = 0 if branch is None else branch.shape[0]
-    per_sequence, in_units, sizes, tile = plan(config, shape, Strides(*strides), own, active, samples(gate, scale))
-    launch(
-        _forward_kernel,
-        x.device,
-        shape[0] * per_sequence,
-        tensors,
-        results,
-        in_units,
-        sizes,
-        num_warps=config.num_warps,
-        EPS=eps,
-        RMS=rms,
-        GATE_PER_TOKEN=per_token(gate),
-        NORM_PER_TOKEN=per_token(scale),
-        ACC=acc,
-        **tile,
-    )
-    return tuple(result for result in results if result is not None)
+    inputs = Inputs(x, branch, gate, shift, scale, weight, bias, stream_scale, sample_index, join)
+    return run(prepare(inputs, eps, norm, config), inputs, statistics=True)
 
 
 def samples(gate: Tensor | None, scale: Tensor | None) -> int:
-    """Rows of modulation, B."""
+    """Number of rows of modulation, B."""
     modulation = scale if gate is None else gate
     assert modulation is not None, "an op has a gate or a scale"
     return modulation.shape[0]

@@ -1,4 +1,4 @@
-"""The backward of the residual stream; the formulas and bytes are in residual.py."""
+"""The backward of the residual stream. residual.py has the formulas and the bytes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, accumulator, configuration, fresh, launch
+from .launch import LaunchConfig, accumulator, configuration, fresh, launch, strided
 from .residual import (
     Inputs,
     Strides,
-    _numbers,
+    _place,
     _row,
     _rows,
-    _sample,
     _store_rows,
     _stream_scale,
     _times,
@@ -24,19 +23,18 @@ from .residual import (
     per_token,
     plan,
     samples,
-    strided,
 )
 from .residual_sums import add_up
 
-# Of a thread, at most: 16 warps a multiprocessor, which is what the rule's number of programs reckons with. Rows of
-# modulation beside two sums would spill.
+# Most registers of a thread. 128 allow 16 warps per multiprocessor, which the rule's number of programs assumes.
+# Modulation per token together with the two sums of an affine norm would spill in 128.
 _REGISTERS, _PER_TOKEN_AFFINE = 128, 168
 
 
 class Gradients(NamedTuple):
-    """Tensors that the backward kernel writes: rows [R, T, D], or partial sums [programs, D].
+    """Tensors that the backward kernel writes: rows [R, T, D] or partial sums [programs, D].
 
-    gate, shift and scale are partial sums where the modulation is per sample and rows where it is per token."""
+    gate, shift and scale are partial sums if the modulation is per sample, and rows if it is per token."""
 
     x: Any = None
     branch: Any = None
@@ -69,22 +67,17 @@ def _backward_kernel(
     dbranch = s gate dx        dgate = sum s branch dx        dscale = sum dh (y weight + bias)        dshift = sum dh
     dweight = sum dh (1 + scale) y                            dbias = sum dh (1 + scale)
 
-    Two sums are kept for the norm, v and v y: of v = dh where the modulation is per sample, so that all four gradients
-    are multiples of them; of v = dh (1 + scale) where it is per token. One is kept for the gate: branch dx without s
-    (ds is then one inner product with the gate), or gate branch dx where the gate is per token."""
-    _, active, samples, frames, tokens = _numbers(sizes)
-    per_sequence = tl.cdiv(frames, tokens)
-    sequence = (tl.program_id(0) // per_sequence).to(tl.int64)
-    first = (tl.program_id(0) % per_sequence) * tokens
-    last = tl.minimum(first + tokens, frames)
-    sample, known = _sample(inputs.sample_index, sequence, samples, ACC)
+    The norm needs two sums over tokens, of v and of v y. v = dh if the modulation is per sample, so that all four
+    gradients are multiples of the sums, and v = dh (1 + scale) if it is per token. The gate needs one sum: of branch dx
+    without s (so that ds is an inner product with the gate), or of gate branch dx if the gate is per token."""
+    _, active, frames, sequence, first, last, sample, known = _place(inputs.sample_index, sizes, ACC)
     GATE_SUMS: tl.constexpr = inputs.branch is not None and (not GATE_PER_TOKEN or gradients.stream_scale is not None)
     AFFINE: tl.constexpr = inputs.weight is not None or inputs.bias is not None
     NORM_SUMS: tl.constexpr = inputs.grad_h is not None and (AFFINE or not NORM_PER_TOKEN)
 
     c = tl.arange(0, BLOCK_D)
     in_c = c < WIDTH
-    # Sums over tokens stay in a whole tile: adding up its rows needs other threads and is done once, at the end.
+    # Sums over tokens are kept as a tile. Adding up its rows needs other threads and is done once, at the end.
     if inputs.branch is not None:
         s = _stream_scale(inputs.stream_scale, sequence, active, ACC) * known
         branch_last = tl.where(s != 0, last, first)
@@ -94,7 +87,7 @@ def _backward_kernel(
     if GATE_SUMS:
         gate_sum = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     if inputs.grad_h is not None:
-        # One factor stays in registers through the loop; what else the sums need is read again after it.
+        # One factor stays in registers through the loop; the other values that the sums need are read again after it.
         if inputs.weight is not None:
             weight = tl.load(inputs.weight + c, mask=in_c, other=0.0).to(ACC)
         if inputs.bias is not None and NORM_PER_TOKEN:
@@ -113,7 +106,7 @@ def _backward_kernel(
         row = sequence * frames + t
         mask = in_t[:, None] & in_c[None, :]
         if inputs.branch is not None:
-            # Read here, far from its use: behind the sums over the row its latency would come on top of theirs.
+            # Read the branch long before its use: after the sums over the row its latency would add to theirs.
             read = (t < branch_last)[:, None] & in_c[None, :]
             branch = _rows(inputs.branch, strides.branch, sequence, t, c, read, UNIT)
             if GATE_PER_TOKEN:
@@ -191,7 +184,7 @@ def _backward_kernel(
         if gradients.stream_scale is not None:
             if not GATE_PER_TOKEN:
                 gate_total *= _row(inputs.gate, strides.gate, sample, c, in_c, UNIT).to(ACC)
-            # Nothing was read where s is 0; a gate that is not finite would make 0 gate nan.
+            # If s is 0, no branch was read, and a gate that is not finite would make 0 gate nan.
             tl.store(gradients.stream_scale + tl.program_id(0), tl.where(s != 0, tl.sum(gate_total), 0.0))
 
 
@@ -236,14 +229,14 @@ def backward(
     per_sequence, in_units, sizes, tile = plan(config, shape, Strides(**strides), sequences, active, batch)
     programs = sequences * per_sequence
 
-    # What the kernel writes: a gradient itself, or the rows that are then added up to it.
+    # The kernel writes a gradient itself, or the rows whose sum is the gradient.
     written: dict[str, Tensor] = {}
     grads: dict[str, Tensor] = {}
 
     def partial(name: str, of: Tensor) -> None:
         grads[name] = fresh(of)
         if of.dim() == 3 and sample_index is None:
-            written[name] = grads[name]  # a row of modulation belongs to one token
+            written[name] = grads[name]  # each row of modulation belongs to one token
         else:
             rows = shape if of.dim() == 3 else (programs, width)
             written[name] = torch.empty(rows, dtype=dtype, device=device)
@@ -290,7 +283,7 @@ def backward(
     )
 
     def total(*names: str, **sizes: Any) -> None:
-        """Add up the rows of those of the gradients that are there and not written yet."""
+        """Add up the rows of those gradients that exist and are not complete."""
         names = tuple(name for name in names if name in grads and written[name] is not grads[name])
         if names:
             add_up({name: written[name] for name in names}, {name: grads[name] for name in names}, **sizes)

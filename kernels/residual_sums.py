@@ -1,4 +1,4 @@
-"""Add up the partial rows that the backward of the residual stream leaves, in a fixed order and without atomics."""
+"""Add up the partial rows of the backward of the residual stream, in a fixed order and without atomics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from .launch import accumulator, alignment, launch, unspecialised
 
 ROWS, _COLUMNS, _WARPS = 64, 32, 4  # tile: partial rows, columns; warps
-_PLACE = {"bias": "shift", "weight": "scale"}  # in a launch of their own they stand where these do
+# weight and bias have a launch of their own, in which they take the places of these.
+_PLACE = {"bias": "shift", "weight": "scale"}
 
 
 class Sums(NamedTuple):
-    """What the kernel adds up, or writes; None where there is none."""
+    """The tensors that the kernel adds up, or writes; None for those that are absent."""
 
     shift: Any = None
     scale: Any = None
@@ -52,11 +53,11 @@ def _sum_kernel(
     start = first
     while start < last:
         p = start + tl.arange(0, BLOCK_P)
-        mine = p < last
+        in_sample = p < last
         sequence = p // per_sequence
         if sample_index_ptr is not None:
-            mine = mine & (tl.load(sample_index_ptr + sequence, mask=mine, other=-1) == sample)
-        mask = mine[:, None] & in_c[None, :]
+            in_sample = in_sample & (tl.load(sample_index_ptr + sequence, mask=in_sample, other=-1) == sample)
+        mask = in_sample[:, None] & in_c[None, :]
         offsets = p[:, None] * width + c[None, :]
         if sums.shift is not None:
             shift += tl.load(partials.shift + offsets, mask=mask, other=0.0)
@@ -65,7 +66,7 @@ def _sum_kernel(
         if sums.gate is not None:
             rows = tl.load(partials.gate + offsets, mask=mask, other=0.0)
             if stream_scale_ptr is not None:
-                rows *= tl.load(stream_scale_ptr + sequence, mask=mine, other=0.0).to(ACC)[:, None]
+                rows *= tl.load(stream_scale_ptr + sequence, mask=in_sample, other=0.0).to(ACC)[:, None]
             gate += rows
         start += BLOCK_P
     out = sample * width + c

@@ -1,4 +1,4 @@
-"""Tune the launch tables on the CUDA device at hand and rewrite its table.
+"""Tune the launch configurations on this machine's CUDA device and rewrite its table.
 
 `python -m agrepa_fast.kernels.tune` measures every kernel at every width of the table of this device's
 architecture and writes `tables.py`. What was never measured follows `launch.rule`.
@@ -23,11 +23,11 @@ from .tables import MEASURED, TABLES
 
 Table = dict[str, dict[int, LaunchConfig]]  # kernel -> width -> configuration
 
-SEQUENCES, FRAMES, STREAMS = 16, 1024, 13  # what is timed: out of cache at every width
+SEQUENCES, FRAMES, STREAMS = 16, 1024, 13  # sizes of the timed data: larger than the cache at every width
 
 
 def candidates(kernel: str, width: int, config: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Other tiles for a configuration: warps, and 16-byte vectors per thread."""
+    """Configurations to try beside `config`: other numbers of warps, and of 16-byte vectors per thread."""
     columns = MEAN_COLUMNS if kernel == "masked_mean" else triton.next_power_of_2(width)
     for warps in (1, 2, 4, 8, 16):
         for vectors in (1, 2, 4):
@@ -37,7 +37,7 @@ def candidates(kernel: str, width: int, config: LaunchConfig) -> Iterator[Launch
 
 
 def workload(kernel: str, width: int, device: torch.device) -> Callable[[LaunchConfig], object]:
-    """The call that is timed: random bfloat16 data, the modulation in float32."""
+    """The call to time, on random bfloat16 data with modulation in float32."""
 
     def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -119,17 +119,17 @@ def tune(device: torch.device, path: Path | None = None) -> Path:
         }
         for other, t in TABLES.items()
     }
-    found: Table = {}
+    measured: Table = {}
     for kernel, widths in WIDTHS.items():
-        found[kernel] = {}
+        measured[kernel] = {}
         for width in widths:
             config = table_entry(name, kernel, width)
             run = workload(kernel, width, device)
             best = tune_kernel(kernel, width, config, functools.partial(_milliseconds, run))
-            found[kernel][width] = best
+            measured[kernel][width] = best
             print(f"{kernel} {width}: {best}" + ("" if best != config else " (as before)"), flush=True)
-        # After each kernel: a run cut short leaves what it has found.
-        path.write_text(render({**others, name: found}, {**MEASURED, name: versions}), encoding="utf-8")
+        # Write after each kernel, so that an interrupted run keeps its results.
+        path.write_text(render({**others, name: measured}, {**MEASURED, name: versions}), encoding="utf-8")
     return path
 
 

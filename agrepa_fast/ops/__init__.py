@@ -1,7 +1,8 @@
-"""The fused ops, torch-facing. Each checks its arguments and says in its docstring what it computes."""
+"""The fused ops for PyTorch. Each checks its arguments, and its docstring gives the formula."""
 
-from .cosine import cosine_loss, projection_cosine_loss
+from .cosine import cosine_loss
 from .pooling import masked_mean, velocity_delta
+from .projection_cosine import projection_cosine_loss
 from .residual import gated_residual, gated_residual_norm, layer_norm_modulate
 
 __all__ = [

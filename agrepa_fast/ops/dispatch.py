@@ -1,4 +1,4 @@
-"""Which path an op takes: the Triton kernels, or the reference in plain PyTorch.
+"""Choose the path of an op: the Triton kernels, or the reference in plain PyTorch.
 
 `AGREPA_OPS`, read at import: `auto` (kernels for CUDA tensors, reference elsewhere), `triton` (kernels or an
 error), `reference`. On the CPU the kernels run under `TRITON_INTERPRET=1` only, one program after the other.
@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) transforms what runs now."""
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -47,10 +47,10 @@ KERNEL_OPS = (
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether an op on rows x [..., D] runs its kernel; never under torch.func, which can transform the reference.
+    """Whether an op on rows x [..., D] runs its kernel. Under torch.func it never does.
 
     Raises:
-        UserError: AGREPA_OPS is none of its values, or asks for kernels that cannot run on x.
+        UserError: AGREPA_OPS has an unknown value, or asks for kernels that cannot run on x.
     """
     if MODE == "reference":
         return False
@@ -65,7 +65,7 @@ def use_kernels(x: Tensor) -> bool:
 
 
 def _why_not(device: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why the kernels cannot run; None where they can."""
+    """The reason why the kernels cannot run, or None."""
     if not TRITON:
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and INTERPRETED):
@@ -78,7 +78,7 @@ def _why_not(device: str, dtype: torch.dtype, width: int) -> str | None:
 
 
 def explain() -> list[str]:
-    """Lines for a person: which path each op takes on each device here, and why."""
+    """Lines of text that tell which path each op takes on each device of this machine, and why."""
     chosen = "set" if "AGREPA_OPS" in os.environ else "default"
     lines = [f"AGREPA_OPS={MODE} ({chosen})"]
     if MODE not in MODES:

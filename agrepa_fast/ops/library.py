@@ -1,7 +1,7 @@
-"""The `agrepa_fast` operator library: each op once for the compiler and once, shorter, for eager PyTorch.
+"""The `agrepa_fast` operator library: a registered op for the compiler, and a shorter call for eager PyTorch.
 
-Ops are opaque to `torch.compile` (schema, shape algebra and gradient are registered, the kernel launch is not
-traced), so that eps and flags reach the kernels as the Python constants they are.
+`torch.compile` does not trace into the ops: their schema, shapes and gradient are registered. So eps and flags reach
+the kernels as Python constants.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ LIBRARY = torch.library.Library("agrepa_fast", "DEF")
 
 
 class FusedOp:
-    """A registered op, written down once: the annotated signature of `run` is its schema.
+    """A registered op. The annotated signature of `run` is its schema.
 
-    Everything else of an op picks what it needs from `arguments`, a named tuple of that signature, so that a new
-    argument is written there, and where it is used.
+    All other functions of an op take `arguments`, a named tuple of that signature. So a new argument is added to the
+    signature and where it is used.
 
-    A call goes straight to `run` in eager PyTorch: the dispatcher costs several microseconds of Python, more than small
-    kernels take. It is needed under a compiler, a dispatch mode (fake tensors, selective checkpointing) or a tensor
-    subclass. A gradient cannot be differentiated again: a backward that is asked for its own graph raises.
+    In eager PyTorch a call goes to `run` directly, as the dispatcher takes several microseconds, more than small
+    kernels. A compiler, a dispatch mode (fake tensors, selective checkpointing), a tensor subclass or a tensor on
+    the meta device needs the dispatcher. Gradients cannot be differentiated again: a backward with create_graph=True
+    raises.
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class FusedOp:
         Args:
             run: launches the kernels and returns fresh tensors.
             fake: arguments (named tuple) -> empty outputs.
-            outputs: how many tensors are returned; None where the annotation of `run` says it.
-            save: (ctx, arguments, outputs) keeps what the gradient needs. The op of a gradient has neither.
-            gradient: (ctx, gradients of the outputs) -> gradients of the arguments by name; others have none.
-            reference: the op in plain PyTorch. Its parameters have names of `run`'s.
+            outputs: the number of returned tensors; None: as the annotation of `run` has it.
+            save: (ctx, arguments, outputs) saves what the gradient needs. An op that is itself a gradient has neither.
+            gradient: (ctx, gradients of the outputs) -> {argument: gradient}; other arguments have none.
+            reference: the op in plain PyTorch. Its parameters are some of `run`'s.
         """
         signature = inspect.signature(run, eval_str=True)
         self.arguments: Any = namedtuple(name, signature.parameters)  # type: ignore[misc]
@@ -81,41 +82,51 @@ class FusedOp:
             save(ctx, arguments(*inputs), output)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            # The kernels leave no graph behind, so what is recorded would lack every term that runs through this op,
-            # and autograd would not notice: it would take the gradient for a constant.
+            # The kernels record no graph, so the recorded graph would lack every term that runs through this op,
+            # and autograd would treat the gradient as a constant without an error.
             if torch.is_grad_enabled():
                 _refuse()
             return tuple(map(gradient(ctx, *grads).get, arguments._fields))
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = run(*inputs)
+        def forward(ctx: Any, *all_inputs: Any) -> Any:
+            *inputs, prepared = all_inputs
+            output = run(*inputs) if prepared is None else prepared()
             save(ctx, arguments(*inputs), output)
             return output
 
         qualified = f"agrepa_fast::{name}"
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+
+        def function_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *backward(ctx, *grads), None
+
         # With forward and setup_context apart, and in `Function.apply` before it reaches C++, every call would
         # inspect signatures and look for transforms: three times the cost of the rest.
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
         function = type(name, (torch.autograd.Function,), members)
         self._differentiable = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *inputs: Any) -> Any:
-        """One of the first two inputs is a tensor; it shows whether the call may go past the dispatcher."""
+        """Run the op. The first tensor among the first two inputs tells whether the dispatcher is needed."""
         if not eager(inputs[1] if inputs[0] is None else inputs[0]):
             return self.registered(*inputs)
         if self._differentiable is not None and torch.is_grad_enabled():
-            return self._differentiable(*inputs)
+            return self._differentiable(*inputs, None)
         return self.run(*inputs)
 
+    def differentiable(self, prepared: Callable[[], Any], *inputs: Any) -> Any:
+        """Run the op in eager PyTorch, with a gradient; `prepared()` returns what `run(*inputs)` would."""
+        assert self._differentiable is not None, "the op has a gradient"
+        return self._differentiable(*inputs, prepared)
+
     def in_pytorch(self, arguments: Any) -> Any:
-        """The reference on the arguments that it takes."""
+        """Run the reference on the arguments that it takes."""
         assert self.reference is not None, "only ops with a reference are called"
         return self.reference(**{name: getattr(arguments, name) for name in self._reference_names})
 
 
 def _schema(name: str, signature: inspect.Signature, outputs: int | None) -> str:
-    """The schema of an op; where `outputs` says how many tensors it returns, in place of the annotation."""
+    """The schema of an op. `outputs`, if given, overrides the number of tensors in the return annotation."""
 
     def prototype() -> None: ...
 
@@ -127,10 +138,11 @@ def _schema(name: str, signature: inspect.Signature, outputs: int | None) -> str
 
 
 def eager(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor, with no compiler, dispatch mode or function transform at work."""
+    """Whether x is an ordinary tensor with data and no compiler, dispatch mode or function transform is active."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, Parameter)
+        and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not transformed()
     )

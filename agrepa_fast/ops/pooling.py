@@ -1,4 +1,4 @@
-"""Reductions over time: pooling of hidden states, and FoG-A's change between velocities."""
+"""Reductions over time: the pooling of hidden states, and the change between velocities for FoG-A."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import pooling as reference
+from .arguments import check_floating, check_mask
 from .dispatch import use_kernels
 from .library import FusedOp
 
@@ -105,15 +106,6 @@ VELOCITY_DELTA_BACKWARD = FusedOp(
 )
 
 
-def _check_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
-    if mask is None:
-        return
-    if mask.shape != shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"mask: expected on {device}, got {mask.device}")
-
-
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the valid frames.
 
@@ -127,18 +119,17 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError, TypeError: when a shape, dtype or device does not fit, naming it.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [batch, time, width], got {list(x.shape)}")
-    _check_mask(mask, x.shape[:2], x.device)
+    check_mask(mask, x.shape[:2], x.device)
     if use_kernels(x):
         return MASKED_MEAN(x, mask)[0]
     return reference.masked_mean(x, mask)
 
 
 def velocity_delta(velocity: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How far each stream's velocity is from the baseline's (the two means in FoG-A's score).
+    """Mean squares for FoG-A's score: the change of each stream's velocity, and the baseline's energy.
 
     Args:
         velocity: [S, B, T, M]; stream 0 is the baseline.
@@ -151,11 +142,10 @@ def velocity_delta(velocity: Tensor, mask: Tensor | None = None) -> tuple[Tensor
     Raises:
         ValueError, TypeError: when a shape, dtype or device does not fit, naming it.
     """
+    check_floating("velocity", velocity)
     if velocity.dim() != 4 or 0 in velocity.shape:
         raise ValueError(f"velocity: expected a non-empty [streams, batch, time, bins], got {list(velocity.shape)}")
-    if not velocity.is_floating_point():
-        raise TypeError(f"velocity: expected a floating dtype, got {velocity.dtype}")
-    _check_mask(mask, velocity.shape[1:3], velocity.device)
+    check_mask(mask, velocity.shape[1:3], velocity.device)
     if use_kernels(velocity):
         return VELOCITY_DELTA(velocity, mask)[:2]
     return reference.velocity_delta(velocity, mask)

@@ -2,15 +2,15 @@
 
     x' = x + stream_scale * gate * branch        h = (norm(x') * weight + bias) * (1 + scale) + shift
 
-A DiT is a chain of it. Modulation is indexed by sample and never expanded, so that the streams of a layer
-ablation share it; `stream_scale` switches a branch off for a stream.
+A DiT is a chain of this op. Modulation is indexed by sample and never expanded, so that the streams of a layer ablation
+share it. `stream_scale` switches a branch off for a stream.
 
-The three ops share one list of arguments, the signature of `_forward`; what an op does not have is None.
+The three ops share the signature of `_forward`; arguments that an op does not have are None.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..reference import residual as reference
 from . import dispatch
+from .arguments import check_eps, check_floating, check_tensor
 from .library import FusedOp, eager
 
 
@@ -35,7 +36,7 @@ def _forward(
     eps: float,
     norm: str,
 ) -> tuple[Tensor, ...] | Tensor:
-    """x' (with a branch); h, mean (empty for rms) and rstd [R, T] (with a norm). The signature is the ops' schema."""
+    """Returns x' (with a branch); h, mean (empty for rms), rstd [R, T] (with a norm). The signature is the schema."""
     from ..kernels import residual as kernels
 
     outputs = kernels.forward(x, branch, gate, shift, scale, weight, bias, stream_scale, sample_index, join, eps, norm)
@@ -70,16 +71,16 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
     normed, branch, gate, scale, *others = ctx.saved_tensors
     grad_x_new = None if branch is None else grads[0]
     grad_h = None if scale is None else grads[0 if branch is None else 1]
-    if grad_h is None:  # h was not used, or there is none: only the sum has a gradient
+    if grad_h is None:  # h is unused or does not exist: only the sum has a gradient
         if grad_x_new is None:
             return {}
         normed = scale = None
     inputs = (grad_h, grad_x_new, normed, branch, gate, scale, *others, ctx.norm)
     names = _differentiated(RESIDUAL_BACKWARD.arguments(*inputs))
-    found = dict(zip(names, RESIDUAL_BACKWARD(*inputs), strict=True))
+    gradients = dict(zip(names, RESIDUAL_BACKWARD(*inputs), strict=True))
     if grad_h is None:
-        return {"x": grad_x_new, **found}
-    return {**found, "shift": found["shift"].to(ctx.shift_dtype)}
+        return {"x": grad_x_new, **gradients}
+    return {**gradients, "shift": gradients["shift"].to(ctx.shift_dtype)}
 
 
 def _backward(
@@ -97,7 +98,9 @@ def _backward(
     rstd: Tensor | None,
     norm: str,
 ) -> list[Tensor]:
-    """Gradients of what `_differentiated` names; shift's has scale's dtype. `normed`: x', or x without a branch."""
+    """Gradients of the arguments that `_differentiated` names; that of shift has scale's dtype.
+
+    normed: the normalised tensor: x', or x without a branch."""
     from ..kernels import residual_backward as kernels
 
     grads = kernels.backward(
@@ -107,7 +110,7 @@ def _backward(
 
 
 def _differentiated(a: Any) -> list[str]:
-    """The arguments of the forward that a call of `_backward` gives gradients of, in its order."""
+    """The arguments of the forward for which `_backward` returns gradients, in its order."""
     names = []
     if a.grad_h is not None:
         names += ["x", "shift", "scale", *(name for name in ("weight", "bias") if getattr(a, name) is not None)]
@@ -140,21 +143,22 @@ RESIDUAL_BACKWARD = FusedOp("residual_backward", _backward, _fake_backward)
 
 
 def _check(a: Any, needed: tuple[str, ...]) -> None:
-    """Shapes, dtypes and devices of a residual-stream call; ValueError/TypeError with names and shapes."""
+    """Check shapes, dtypes and devices of a call. ValueError and TypeError name the argument and its shape."""
     floating = ("x", "branch", "gate", "shift", "scale", "weight", "bias", "stream_scale", "join")
     for name in (*floating, "sample_index"):
         value = getattr(a, name)
         if value is None and name not in needed:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if name in floating:
+            check_floating(name, value)
+        else:
+            check_tensor(name, value)
         if value.device != a.x.device:
             raise ValueError(f"{name}: expected on x's device {a.x.device}, got {value.device}")
-        if name in floating and not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     x = a.x
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [sequences, time, width], got {list(x.shape)}")
+    check_eps(a.eps)
     if a.norm not in ("layer", "rms"):
         raise ValueError(f'norm: expected "layer" or "rms", got {a.norm!r}')
     sequences, frames, width = x.shape
@@ -182,16 +186,18 @@ def _check(a: Any, needed: tuple[str, ...]) -> None:
 
 
 def _check_modulation(a: Any, sequences: int) -> None:
-    """gate, shift and scale: per sample [B, D] or per token [B, T, D], with one B; sample_index [sequences]."""
+    """Check gate, shift and scale (per sample [B, D] or per token [B, T, D]; one B) and sample_index [sequences]."""
     _, frames, width = a.x.shape
-    given = {name: getattr(a, name) for name in ("gate", "shift", "scale") if getattr(a, name) is not None}
-    first = next(iter(given.values()))
-    rows = first.shape[0] if first.dim() in (2, 3) and first.shape[0] else sequences
-    for name, value in given.items():
+    modulation = {name: getattr(a, name) for name in ("gate", "shift", "scale") if getattr(a, name) is not None}
+    index = a.sample_index
+    counts = [value.shape[0] for value in modulation.values() if value.dim() in (2, 3) and value.shape[0]]
+    rows = counts[0] if counts else sequences
+    if any(count != rows for count in counts):  # the error names the one that differs from the others
+        rows = sequences if index is None and sequences in counts else max(counts, key=counts.count)
+    for name, value in modulation.items():
         if value.shape not in ((rows, width), (rows, frames, width)):
             expected = f"[{rows}, {width}] or, per token, [{rows}, {frames}, {width}]"
             raise ValueError(f"{name}: expected {expected}, got {list(value.shape)}")
-    index = a.sample_index
     if index is None:
         if rows != sequences:
             raise ValueError(
@@ -203,54 +209,91 @@ def _check_modulation(a: Any, sequences: int) -> None:
 
 
 def _check_rows(sample_index: Tensor, rows: int) -> None:
-    """IndexError unless every entry is a row of the modulation. For CPU tensors: reading others makes the host wait."""
+    """IndexError unless every entry is a row of the modulation. Only for CPU tensors: else the host would wait."""
     low, high = (int(bound) for bound in sample_index.aminmax())
     if low < 0 or high >= rows:
         missing = low if low < 0 else high
         raise IndexError(f"sample_index: no row {missing}, the modulation has rows 0 to {rows - 1}")
 
 
-def _check_join(a: Any) -> None:
-    """ValueError where a call with `join` would be differentiated."""
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in a):
-        raise ValueError("join: it has no gradient, and an argument requires one: call the op under torch.no_grad()")
+_UNKNOWN = object()
+# {layout of an eager call that passed the checks: the kernel prepared for it, or None where the reference runs}
+_calls: dict[tuple[Any, ...], Any] = {}
 
 
-_paths: dict[tuple[Any, ...], bool] = {}  # of the eager calls seen: whether they run the kernels
+def _layout(op: FusedOp, a: Any) -> tuple[Any, ...] | None:
+    """Everything that the checks, the choice of the path and the kernel's preparation depend on.
+
+    None if a compiler or a mode runs the call, or an argument is no tensor."""
+    if not eager(a.x):
+        return None
+    layout = [op, dispatch.MODE, dispatch.TRITON, dispatch.INTERPRETED, a.eps, a.norm]
+    try:
+        for value in a[:-2]:
+            if value is None:
+                layout.append(None)
+            else:
+                layout += (value.shape, value.stride(), value.dtype, value.device)
+    except (AttributeError, RuntimeError):  # no tensor, which the checks refuse, or one without strides
+        return None
+    return tuple(layout)
 
 
-def _kernels_run(op: FusedOp, a: Any) -> bool:
-    """Check the arguments and choose the path; shapes, dtypes and devices that passed once are not checked again."""
-    key: tuple[Any, ...] | None = None
-    if eager(a.x):
-        with contextlib.suppress(AttributeError):  # what is not a tensor is refused below
-            tensors = [None if value is None else (value.shape, value.dtype, value.device) for value in a[:-2]]
-            key = (op, dispatch.MODE, dispatch.TRITON, dispatch.INTERPRETED, a.norm, *tensors)
-    path = None if key is None else _paths.get(key)
-    if path is None:
-        _check(a, op.needed)
-        path = dispatch.use_kernels(a.x)
-        if key is not None:
-            if len(_paths) >= 10_000:  # as many lengths of batches
-                _paths.clear()
-            _paths[key] = path
-    if a.sample_index is not None and key is not None and a.x.device.type == "cpu":
-        _check_rows(a.sample_index, (a.scale if a.gate is None else a.gate).shape[0])
-    return path
+def _prepare(op: FusedOp, a: Any) -> Any:
+    """Check the arguments; return the kernel prepared for them, or None if the reference runs."""
+    _check(a, op.needed)
+    if not dispatch.use_kernels(a.x):
+        return None
+    from ..kernels import residual as kernels
+
+    return functools.partial(kernels.run, kernels.prepare(kernels.Inputs(*_alike(a)[:-2]), a.eps, a.norm))
+
+
+def _alike(a: Any) -> Any:
+    """The arguments with shift and scale of one rank, since the kernels read both in the same way."""
+    if a.scale is None or a.scale.dim() == a.shift.dim():
+        return a
+    name = "scale" if a.scale.dim() == 2 else "shift"
+    return a._replace(**{name: getattr(a, name).unsqueeze(1).expand(-1, a.x.shape[1], -1)})  # a view, not a copy
+
+
+def _has_gradient(a: Any) -> bool:
+    """Whether a gradient of the call will be wanted."""
+    if torch.is_grad_enabled():
+        for value in a:  # `any` over a generator takes more than twice as long
+            if value is not None and getattr(value, "requires_grad", False):
+                return True
+    return False
 
 
 def _run(op: FusedOp, *arguments: Any) -> Any:
-    """Outputs of the kernels (with the statistics of the norm), or of the reference (without)."""
+    """Returns the outputs of the reference, or of the kernels (with the statistics of the norm if there is a gradient).
+
+    An eager call of tensors laid out as in an earlier call launches the kernel that was prepared then."""
     a = op.arguments(*arguments)
-    if a.join is not None:
-        _check_join(a)
-    if not _kernels_run(op, a):
+    if a.join is not None and _has_gradient(a):
+        raise ValueError("join: it has no gradient, and an argument requires one: call the op under torch.no_grad()")
+    layout = _layout(op, a)
+    if layout is None:
+        _check(a, op.needed)
+        return op(*_alike(a)) if dispatch.use_kernels(a.x) else op.in_pytorch(a)
+    kernel = _calls.get(layout, _UNKNOWN)
+    if kernel is _UNKNOWN:
+        kernel = _prepare(op, a)
+        if len(_calls) >= 10_000:  # batches of as many lengths
+            _calls.clear()
+        _calls[layout] = kernel
+    if a.sample_index is not None and a.x.device.type == "cpu":
+        _check_rows(a.sample_index, (a.scale if a.gate is None else a.gate).shape[0])
+    if kernel is None:
         return op.in_pytorch(a)
-    if a.scale is not None and a.scale.dim() != a.shift.dim():
-        # The kernels read both in one way; an expanded view is not a copy.
-        name = "scale" if a.scale.dim() == 2 else "shift"
-        a = a._replace(**{name: getattr(a, name).unsqueeze(1).expand(-1, a.x.shape[1], -1)})
-    return op(*a)
+    a, gradient = _alike(a), _has_gradient(a)
+
+    def launch() -> Any:
+        outputs = kernel(a[:-2], statistics=gradient)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    return op.differentiable(launch, *a) if gradient else launch()
 
 
 def gated_residual_norm(
@@ -309,7 +352,7 @@ def layer_norm_modulate(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> Tensor:
-    """`(norm(x) * weight + bias) (1 + scale) + shift`: opens the chain.
+    """`(norm(x) * weight + bias) (1 + scale) + shift`, which opens the chain.
 
     Arguments as `gated_residual_norm`; returns [R, T, D]."""
     arguments = (x, None, None, shift, scale, weight, bias, None, sample_index, None, eps, norm)
@@ -326,6 +369,8 @@ def gated_residual(
     sample_index: Tensor | None = None,
     join: Tensor | None = None,
 ) -> Tensor:
-    """`x + stream_scale * gate * branch`: closes the chain. Arguments as `gated_residual_norm`; returns [R, T, D]."""
+    """`x + stream_scale * gate * branch`, which closes the chain.
+
+    Arguments as `gated_residual_norm`; returns [R, T, D]."""
     arguments = (x, branch, gate, None, None, None, None, stream_scale, sample_index, join, 0.0, "layer")
     return _run(GATED_RESIDUAL, *arguments)

@@ -88,21 +88,26 @@ def cosine_rows(
     wide, z = y.to(dtype), target.to(dtype)
     if target_scale is not None:
         z = z * target_scale.to(dtype).unsqueeze(-1)
-    if row_weight is not None:
-        kept = (row_weight != 0).unsqueeze(-1)
-        wide, z = torch.where(kept, wide, 0), torch.where(kept, z, 0)
+    # A row that is left out may hold nan. It is overwritten at the end, which is cheaper than clean copies of y and z.
+    left_out = None if row_weight is None else row_weight == 0
     inner = torch.linalg.vecdot(wide, z)
     square = torch.linalg.vecdot(wide, wide) + eps
     inverse = square.rsqrt()
     if not normalized:
         inverse = inverse * (torch.linalg.vecdot(z, z) + eps).rsqrt()
     if loss is not None:
-        rows = 1 - inner * inverse
-        loss.copy_(rows if row_weight is None else rows * row_weight)
+        torch.sub(1, inner * inverse, out=loss)
+        if row_weight is not None and left_out is not None:
+            loss.mul_(row_weight).masked_fill_(left_out, 0)
     if grad is not None:
         factor = inverse if row_weight is None else inverse * row_weight
-        along = (factor * inner / square).unsqueeze(-1) * wide
-        grad.copy_(along.addcmul_(z, factor.unsqueeze(-1), value=-1))
+        along = (factor * inner / square).unsqueeze(-1)
+        rows = torch.mul(wide, along, out=grad if grad.dtype == dtype else None)
+        rows.addcmul_(z, factor.unsqueeze(-1), value=-1)
+        if left_out is not None:
+            rows.masked_fill_(left_out.unsqueeze(-1), 0)
+        if rows is not grad:
+            grad.copy_(rows)
 
 
 def projection_cosine_loss(

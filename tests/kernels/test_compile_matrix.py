@@ -6,6 +6,7 @@ at some; in CI the whole matrix. The page in docs/ops holds the whole matrix and
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -13,11 +14,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
-from agrepa_fast.kernels import compile_matrix, machine_code, residual_backward
+from agrepa_fast.kernels import compile_matrix, machine_code, residual, residual_backward
 from agrepa_fast.kernels.compile_matrix import DTYPES, PER_TOKEN, RESIDUAL, SPILL_FREE, TWO, Case, Compiled
-from agrepa_fast.kernels.launch import MULTIPROCESSORS, WIDTHS, table_entry
+from agrepa_fast.kernels.launch import MULTIPROCESSORS, WIDTHS, record, table_entry
 from agrepa_fast.kernels.machine_code import TARGETS, Source
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops" / "compile-matrix.md"
@@ -85,6 +87,19 @@ def test_no_spills(rows) -> None:
     # The figure is read, not assumed: every kernel uses registers, and beyond the limit some do spill.
     assert all(row.registers >= 16 for row in rows)
     assert any(row.spills for row in rows if row.case.width > SPILL_FREE)
+
+
+def test_the_forward_leaves_room_for_24_warps_on_a_multiprocessor(rows) -> None:
+    """65,536 registers: two blocks of eight warps, as without a limit, do not hide the latency of rows up to 2048."""
+    taken = {
+        (row.case.width, row.case.dtype): 32 * row.num_warps * row.registers
+        for row in rows
+        if row.target == "sm90" and row.kernel == "forward" and row.case.op == RESIDUAL[0]
+        if 512 < row.case.width <= 2048
+    }
+    assert {width for width, _ in taken} >= {1024, 2048}
+    # Four warps: six blocks; eight warps: three.
+    assert all(65536 // registers >= (6 if width <= 1024 else 3) for (width, _), registers in taken.items()), taken
 
 
 def test_a_spill_would_be_seen() -> None:
@@ -226,3 +241,22 @@ def test_the_page_holds_the_whole_matrix_and_agrees(rows) -> None:
             assert cells[0] == f"{row.block_t} x {row.num_warps}", "the tables have changed: write the page again"
         if same_compiler:
             assert cells[1 + names.index(row.target)].split("+")[0] == str(row.registers), row
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_without_statistics_the_forward_compiles_as_well(norm) -> None:
+    """An eager call without a gradient launches it so; the matrix holds the forward with statistics."""
+    width = 1024
+    empty = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    x, m = empty(4, 128, width), empty(4, width)
+    inputs = residual.Inputs(x, x, m, m, m)
+    with record("sm90") as recording:
+        prepared = residual.prepare(inputs, 1e-6, norm)
+        assert len(residual.run(prepared, inputs, statistics=False)) == 2
+        assert len(residual.run(prepared, inputs, statistics=True)) == 4
+    bare, whole = (machine_code.compile_launch(launch, "sm90") for launch in recording.launches)
+    registers, spills = machine_code.resources(bare)
+    assert spills == 0
+    assert registers <= machine_code.resources(whole)[0]
+    stores = [kernel.asm["ptx"].count("st.global") for kernel in (bare, whole)]
+    assert stores[0] < stores[1]

@@ -18,7 +18,18 @@ def test_chunks_cover_every_frame_once_with_a_bounded_number_of_programs() -> No
         per_sequence, tokens = launch.chunks(sequences, frames, LaunchConfig(block_t, 4, programs))
         assert tokens % block_t == 0
         assert (per_sequence - 1) * tokens < frames <= per_sequence * tokens
-        assert sequences * per_sequence <= programs + sequences
+        assert sequences * per_sequence <= max(programs, sequences)
+
+
+@pytest.mark.parametrize("width", [384, 1024, 1152, 2048])
+@pytest.mark.parametrize("sequences, frames", [(64, 512), (32, 256), (16, 938), (100, 938), (4, 938), (2, 300)])
+def test_the_backward_is_one_wave_of_nearly_all_programs(width, sequences, frames) -> None:
+    """All programs are resident at once, and each has few more tokens than an even share."""
+    config = launch.table_entry("sm90", "residual_backward", width)
+    per_sequence, tokens = launch.chunks(sequences, frames, config)
+    assert sequences * per_sequence <= config.programs
+    even = sequences * frames / config.programs
+    assert tokens <= even * (1 + sequences / config.programs) + 2 * config.block_t
 
 
 @pytest.mark.parametrize(
@@ -55,16 +66,37 @@ def test_a_cpu_tensor_does_not_reach_a_compiled_kernel() -> None:
         pooling.masked_mean(torch.randn(2, 3, 4), None)
 
 
-def test_a_measured_entry_goes_before_the_rule(monkeypatch) -> None:
+@pytest.fixture
+def no_entries_kept():
     launch.table_entry.cache_clear()
-    rule = launch.rule("residual_forward", 768, launch.MULTIPROCESSORS["sm90"])
-    assert launch.table_entry("sm90", "residual_forward", 700) == rule
+    yield
+    launch.table_entry.cache_clear()
+
+
+def test_a_measured_entry_goes_before_the_rule(monkeypatch, no_entries_kept) -> None:
+    """An entry serves the widths up to its own, of its kernel and architecture alone; the rule serves all others."""
+    unmeasured = LaunchConfig(2, 4, 2112)  # 132 multiprocessors of 64 warps, in programs of 4
     monkeypatch.setitem(tables.TABLES, "sm90", {"residual_forward": {768: (1, 8, 99)}})
-    launch.table_entry.cache_clear()
-    assert launch.table_entry("sm90", "residual_forward", 700) == LaunchConfig(1, 8, 99) != rule
-    assert launch.table_entry("sm80", "residual_forward", 700) != LaunchConfig(1, 8, 99)
-    assert launch.table_entry("sm90", "residual_forward", 800) == launch.rule("residual_forward", 1024, 132)
-    launch.table_entry.cache_clear()
+    assert launch.table_entry("sm90", "residual_forward", 513) == LaunchConfig(1, 8, 99)
+    assert launch.table_entry("sm90", "residual_forward", 768) == LaunchConfig(1, 8, 99)
+    assert launch.table_entry("sm90", "residual_forward", 769) == unmeasured
+    assert launch.table_entry("sm90", "residual_backward", 768) == LaunchConfig(1, 4, 528)
+    assert launch.table_entry("sm80", "residual_forward", 768) == LaunchConfig(2, 4, 1728)
+
+
+@pytest.mark.parametrize("kernel", ["residual_forward", "residual_backward"])
+@pytest.mark.parametrize("architecture", launch.MULTIPROCESSORS)
+def test_the_rule_fits_into_a_multiprocessor(kernel, architecture, monkeypatch, no_entries_kept) -> None:
+    """64 warps and 65,536 registers; a thread loads one or two 16-byte vectors of half-precision numbers a tensor."""
+    monkeypatch.setattr(launch, "TABLES", {})
+    for width in launch.WIDTHS[kernel]:
+        config = launch.table_entry(architecture, kernel, width)
+        warps = config.programs * config.num_warps / launch.MULTIPROCESSORS[architecture]
+        registers = 128 if kernel == "residual_backward" else 32
+        assert warps <= 64
+        assert warps * 32 * registers <= 65_536
+        numbers = config.block_t * triton.next_power_of_2(width) / (32 * config.num_warps)
+        assert numbers == 8 or (numbers == 16 and (kernel == "residual_forward" or width > 4096)), (width, config)
 
 
 def test_tuning_finds_the_fastest_and_keeps_it_on_ties() -> None:
@@ -119,6 +151,29 @@ def test_a_rewritten_table_reads_back(tmp_path) -> None:
     assert LaunchConfig(*found["TABLES"]["sm90"]["masked_mean"][8192]) == config
     assert found["MEASURED"] == {"sm90": "a device"}
     assert found["__doc__"] == tables.__doc__
+
+
+def test_a_tuning_run_that_is_cut_short_keeps_the_kernels_it_has_done(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "tables.py"
+    first, second, *_ = launch.WIDTHS
+    best = LaunchConfig(2, 8, 77)
+
+    def tune_kernel(kernel, width, config, cost):
+        if kernel == second:
+            raise KeyboardInterrupt
+        return best
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake 9000")
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(tune, "workload", lambda *_: None)
+    monkeypatch.setattr(tune, "tune_kernel", tune_kernel)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(torch.device("cuda"), path)
+    found: dict = {}
+    exec(path.read_text(), found)
+    assert found["TABLES"] == {"sm90": {first: dict.fromkeys(launch.WIDTHS[first], (2, 8, 77))}}
+    assert found["MEASURED"]["sm90"].startswith("Fake 9000, torch ")
 
 
 def test_tuning_without_a_device_says_so() -> None:

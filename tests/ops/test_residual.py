@@ -7,6 +7,8 @@ sample_index [R].
 from __future__ import annotations
 
 import itertools
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,32 +21,37 @@ from agrepa_fast.reference import residual as reference
 
 ROWS, BATCH, FRAMES, WIDTH = 5, 2, 3, 8
 EPS = 1e-6
-# What each mutant of the definition does wrong; the tolerance of the tests must tell all of them apart.
-MUTANTS = ("no mean", "no one", "shift as scale", "row 0", "row r", "no gate", "no stream scale", "no eps", "unbiased")
+# Mistakes in the reference, (text, what stands there instead); each must show in the comparison with the loop.
+MUTANTS = {
+    "row 0": ("index_select(0, sample_index)", "index_select(0, 0 * sample_index)"),
+    "no gate": ("branch.to(dtype), _rows(gate, sample_index, dtype)", "branch.to(dtype), torch.ones_like(x[:, :1])"),
+    "no stream scale": ("return x + s * torch.where(out", "return x + torch.where(out"),
+    "no one": (".add(1.0)", ""),
+    "shift as scale": ("_rows(shift, sample_index, dtype)", "_rows(scale, sample_index, dtype)"),
+    "no mean": ("F.layer_norm(x, width, weight, bias, eps)", "F.rms_norm(x, width, weight, eps)"),
+    "no eps": ("width, weight, bias, eps)", "width, weight, bias, 0.0)"),
+    "branch of other sequences": ("torch.where(out, 0.0, branch)", "torch.where(out, 0.0, branch.flip(0))"),
+}
 
 
-def by_loop(case, norm="layer", eps=EPS, mutant=None):
+def by_loop(case, norm="layer", eps=EPS):
     """x' and h one frame at a time, from the formula."""
     x, branch, gate, shift, scale = (case[k].double().numpy() for k in ("x", "branch", "gate", "shift", "scale"))
     weight, bias = (case[k].double().numpy() if k in case else other for k, other in (("weight", 1.0), ("bias", 0.0)))
     streams = case.get("stream_scale")
     index = case.get("sample_index")
-    if mutant == "shift as scale":
-        shift, scale = scale, shift
     x_new, h = np.empty_like(x), np.empty_like(x)
     for r, t in itertools.product(range(x.shape[0]), range(x.shape[1])):
         row = r if index is None else int(index[r])
-        row = {"row 0": 0, "row r": r % len(gate)}.get(mutant, row)
         g, add, times = (m[row] if m.ndim == 2 else m[row, t] for m in (gate, shift, scale))
-        s = 1.0 if streams is None or mutant == "no stream scale" else float(streams[r])
+        s = 1.0 if streams is None else float(streams[r])
         v = x[r, t].copy()
         if r < len(branch) and s != 0:
-            v += s * branch[r, t] * (1.0 if mutant == "no gate" else g)
-        centred = v - (v.mean() if norm == "layer" and mutant != "no mean" else 0.0)
-        count = len(v) - (mutant == "unbiased")
-        normed = centred / np.sqrt((centred**2).sum() / count + (0.0 if mutant == "no eps" else eps))
+            v += s * branch[r, t] * g
+        centred = v - (v.mean() if norm == "layer" else 0.0)
+        normed = centred / np.sqrt((centred**2).mean() + eps)
         x_new[r, t] = v
-        h[r, t] = (normed * weight + bias) * (times + (0.0 if mutant == "no one" else 1.0)) + add
+        h[r, t] = (normed * weight + bias) * (times + 1.0) + add
     return x_new, h
 
 
@@ -124,15 +131,15 @@ def test_modulation_per_token_and_an_affine_norm_equal_the_loop(norm, per_token,
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_wrong_variants_are_told_apart(mutant):
-    case = make_case(torch.float32)
-    if mutant == "no eps":
-        case["x"], case["branch"] = case["x"] * 1e-4, case["branch"] * 1e-4
-    right = np.concatenate(by_loop(case))
-    got = torch.cat(fused(case)).numpy()
-    wrong = np.concatenate(by_loop(case, mutant=mutant))
-    assert np.abs(got - right).max() < 1e-5
-    assert np.abs(got - wrong).max() > 1e-2
+def test_mistakes_in_the_reference_are_told_apart(mutant):
+    source, (right, wrong) = Path(reference.__file__).read_text(encoding="utf-8"), MUTANTS[mutant]
+    assert source.count(right) == 1
+    case = make_case()
+    for text in (source, source.replace(right, wrong)):
+        module = types.ModuleType("mutant")
+        exec(compile(text, mutant, "exec"), vars(module))
+        found = np.concatenate(module.gated_residual_norm(**case, eps=EPS))
+        assert np.allclose(found, np.concatenate(by_loop(case)), rtol=0, atol=1e-12) == (text is source)
 
 
 def test_eps_is_added_to_the_variance():
@@ -283,7 +290,7 @@ def test_arguments_are_checked_once_per_signature(monkeypatch):
     checked = []
     check = residual._check
     monkeypatch.setattr(residual, "_check", lambda x, *rest: (checked.append(x), check(x, *rest)))
-    monkeypatch.setattr(residual, "_paths", {})
+    monkeypatch.setattr(residual, "_calls", {})
     case = make_case(torch.float32)
     for _ in range(3):
         fused(case)
@@ -306,7 +313,11 @@ zeros = torch.zeros
 BAD = [
     ({"x": zeros(3, 8)}, ValueError, r"x: expected a non-empty \[sequences, time, width\], got \[3, 8\]"),
     ({"x": zeros(5, 0, 8)}, ValueError, r"x: .*non-empty.* got \[5, 0, 8\]"),
-    ({"x": zeros(5, 3, 8, dtype=torch.int64)}, TypeError, "x: expected a floating dtype, got torch.int64"),
+    (
+        {"x": zeros(5, 3, 8, dtype=torch.int64)},
+        TypeError,
+        "x: expected a floating dtype of 16 bits or more, got torch.int64",
+    ),
     ({"norm": "batch"}, ValueError, 'norm: expected "layer" or "rms", got \'batch\''),
     (
         {"branch": zeros(6, 3, 8)},
@@ -326,7 +337,7 @@ BAD = [
     ({"gate": [1.0]}, TypeError, "gate: expected a tensor, got list"),
     ({"weight": zeros(7)}, ValueError, r"weight: expected \[8\], got \[7\]"),
     ({"bias": zeros(1, 8)}, ValueError, r"bias: expected \[8\], got \[1, 8\]"),
-    ({"weight": zeros(8).long()}, TypeError, "weight: expected a floating dtype, got torch.int64"),
+    ({"weight": zeros(8).long()}, TypeError, "weight: expected a floating dtype of 16 bits or more, got torch.int64"),
     ({"bias": zeros(8, device="meta")}, ValueError, "bias: expected on x's device cpu, got meta"),
     ({"sample_index": None}, ValueError, "modulation has 2 rows for 5 sequences: give sample_index"),
     (
@@ -344,7 +355,7 @@ BAD = [
     ({"join": zeros(0, 3, 8)}, ValueError, r"join: .* got torch.float32 \[0, 3, 8\]"),
     ({"join": zeros(3, 8)}, ValueError, r"join: .* got torch.float32 \[3, 8\]"),
     ({"join": zeros(2, 3, 8).double()}, ValueError, r"join: expected torch.float32 .* got torch.float64 \[2, 3, 8\]"),
-    ({"join": zeros(2, 3, 8).long()}, TypeError, "join: expected a floating dtype, got torch.int64"),
+    ({"join": zeros(2, 3, 8).long()}, TypeError, "join: expected a floating dtype of 16 bits or more, got torch.int64"),
     ({"join": zeros(2, 3, 8, device="meta")}, ValueError, "join: expected on x's device cpu, got meta"),
     ({"join": zeros(2, 3, 8)}, ValueError, r"sample_index: expected int64 \[7\], got torch.int64 \[5\]"),
     (

@@ -52,6 +52,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_prepared(monkeypatch) -> None:
+    """The ops keep the kernels that they prepared, with the launch configurations and the code of an earlier test."""
+    monkeypatch.setattr("agrepa_fast.ops.residual._calls", {})
+
+
 @pytest.fixture
 def small_launches(monkeypatch):
     """Several programs per sequence and several tiles per program, also for a few frames."""

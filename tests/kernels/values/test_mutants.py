@@ -101,6 +101,7 @@ def mutant(monkeypatch, folder: Path, names, old: str = "", new: str = ""):
 
     texts = {name: Path(getattr(package, name).__file__).read_text() for name in names}
     assert not old or any(old in text for text in texts.values()), f"the passage is no longer in {names}: {old!r}"
+    monkeypatch.setattr("agrepa_fast.ops.residual._calls", {})
     loaded = {}
     for name, text in texts.items():
         path = folder / f"{name}.py"

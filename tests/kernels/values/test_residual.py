@@ -7,8 +7,6 @@ import mmap
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from agrepa_fast import ops
 from agrepa_fast.kernels import residual as kernels
@@ -327,42 +325,6 @@ def test_gradcheck(bench, device, per_token) -> None:
     case.stream_scale = s
     inputs = [getattr(case, name).clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(chain, inputs, fast_mode=True)
-
-
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # shrinking takes minutes in the interpreter; the seed is fixed anyway
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the poison holds for all examples
-)
-@given(data=st.data())
-def test_any_shape(bench, device, data) -> None:
-    sequences, dtype = data.draw(st.integers(1, 3), "sequences"), data.draw(st.sampled_from(DTYPES), "dtype")
-    case = bench.make_case(
-        device,
-        data.draw(st.integers(2, 70), "width"),
-        sequences=sequences,
-        frames=data.draw(st.integers(1, 4), "frames"),
-        samples=data.draw(st.none() | st.integers(1, 3), "samples"),
-        active=data.draw(st.integers(0, sequences), "active"),
-        streams=data.draw(st.booleans(), "streams"),
-        dtype=dtype,
-        modulation=data.draw(st.sampled_from([None, torch.float32]), "modulation") if dtype.itemsize == 2 else None,
-        norm=data.draw(st.sampled_from(["layer", "rms"]), "norm"),
-        per_token=data.draw(st.sampled_from(["", *bench.PER_TOKEN]), "per token"),
-        affine=data.draw(st.booleans(), "affine"),
-        seed=data.draw(st.integers(0, 99), "seed"),
-    )
-    strides = data.draw(st.sampled_from(["rows", "every second", "expanded", "as it is"]), "strides")
-    if strides == "rows":
-        case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
-    elif strides == "every second":
-        case.branch = case.branch.repeat_interleave(2, dim=2)[:, :, ::2]
-    elif strides == "expanded":
-        case.branch = case.branch[:, :1].expand_as(case.branch)
-    bench.check(case, data.draw(st.sampled_from(OPS), "op"))
 
 
 def test_a_second_gradient_is_refused(bench, device) -> None:
