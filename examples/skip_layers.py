@@ -7,6 +7,7 @@ samples, ||without - with|| / ||with||; 0 is no change.
 
     python examples/skip_layers.py                                  # tiny random weights: shows how, says nothing
     python examples/skip_layers.py --run runs/demo --skip 1 2 3     # a run of `agrepa train`
+    python examples/skip_layers.py --json skipped.json              # the numbers and the command, too
 
 The change of the samples says how far they move, not how they sound. Skipped blocks were not trained to be missing.
 """
@@ -16,9 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import random
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -26,7 +31,7 @@ from diffusers.hooks import HookRegistry, apply_layer_skip
 from torch import Tensor, nn
 
 import agrepa_fast as ag
-from agrepa_fast.models.flow import SIGMA, sample
+from agrepa_fast.models.flow import FLOW_MATCHING, SIGMA, Process, sample
 
 RULES = ("foga", "block-influence", "shallowest", "random")
 
@@ -36,17 +41,22 @@ class OurModel:
 
     name = "DiT"
 
-    def __init__(self, model: ag.DiT, noise: Tensor, cond: Tensor | None, points: int) -> None:
+    def __init__(
+        self, model: ag.DiT, noise: Tensor, cond: Tensor | None, points: int, process: Process = FLOW_MATCHING
+    ) -> None:
         self.model, self.noise, self.cond, self.points = model.eval(), noise, cond, points
+        self.process = process
         self.depth = model.depth
 
     def scores(self) -> ag.LayerScores:
         """Of states on the way from noise to the model's own samples, at three times."""
-        return ag.attribute_layers(self.model, ag.probe_inputs(self.sample(()), self.cond, None, (0.2, 0.5, 0.8)))
+        return ag.attribute_layers(
+            self.model, ag.probe_inputs(self.sample(()), self.cond, None, (0.2, 0.5, 0.8), process=self.process)
+        )
 
     @torch.no_grad()
     def influence(self) -> Tensor:
-        inputs = ag.probe_inputs(self.sample(()), self.cond, None, (0.5,))
+        inputs = ag.probe_inputs(self.sample(()), self.cond, None, (0.5,), process=self.process)
         _, hidden = self.model(**inputs, hidden_layers=range(self.depth))
         before = self.model.open(inputs["x_t"], inputs["t"], inputs.get("cond"))[0]
         states = [before, *(hidden[layer] for layer in range(self.depth))]
@@ -59,7 +69,7 @@ class OurModel:
             for last in (model.branches[2 * layer].out, model.branches[2 * layer + 1].down):
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
-        return sample(model, self.noise, self.cond, points=self.points)
+        return sample(model, self.noise, self.cond, points=self.points, process=self.process)
 
 
 class Wan:
@@ -137,6 +147,7 @@ def chosen(rule: str, k: int, depth: int, scores: ag.LayerScores, influence: Ten
 
 def compare(model: OurModel | Wan, skip: Sequence[int], seeds: int = 4) -> dict[tuple[str, int], float]:
     """{(rule, k): relative change of the samples}; "random" is the mean over `seeds` draws."""
+    torch.manual_seed(0)  # of the noise in the probes' inputs
     whole, scores, influence = model.sample(()), model.scores(), model.influence()
     results = {}
     for k in skip:
@@ -154,6 +165,20 @@ def table(name: str, results: dict[tuple[str, int], float]) -> str:
     return "\n".join(lines + [f"  {rule:<22}" + "".join(f"{results[rule, k]:10.4f}" for k in ks) for rule in RULES])
 
 
+def stored(arguments: Sequence[str], models: Sequence[OurModel | Wan], results: Sequence[dict]) -> str:
+    """The results as JSON, with the command that gave them: {model: {"blocks": L, "change": {rule: {k: change}}}}."""
+    facts = {
+        model.name: {
+            "blocks": model.depth,
+            "change": {rule: {k: each[rule, k] for one, k in each if one == rule} for rule in RULES},
+        }
+        for model, each in zip(models, results)
+    }
+    command = shlex.join(["python", "examples/skip_layers.py", *arguments])
+    versions = {"agrepa-fast": ag.__version__, "torch": torch.__version__}
+    return json.dumps({"command": command, "versions": versions, "models": facts}, indent=1) + "\n"
+
+
 def tiny_dit() -> OurModel:
     torch.manual_seed(0)
     model = ag.DiT(ag.DiTConfig(depth=6, width=32, heads=2, mels=8, cond=4, max_frames=16))
@@ -163,15 +188,16 @@ def tiny_dit() -> OurModel:
 
 
 def trained_dit(run: str) -> OurModel:
-    """The EMA weights of a run of `agrepa train`, saying a few words."""
+    """The EMA weights of a run of `agrepa train`, saying a few words from eight noises."""
     from agrepa_fast.training.inference import load_backbone, text_batch
 
     backbone, checkpoint = load_backbone(run, torch.device("cpu"))
     batch = text_batch(checkpoint.config, "one two three", "speech", seconds=0.8)
     with torch.no_grad():
         cond, _ = backbone.condition(batch)
-    noise = SIGMA * torch.randn(batch.mel.shape, generator=torch.Generator().manual_seed(0))
-    return OurModel(backbone.network, noise, cond, points=checkpoint.config.flow.points)
+    flow = checkpoint.config.flow
+    noise = flow.process.noise_std * torch.randn(8, *batch.mel.shape[1:], generator=torch.Generator().manual_seed(0))
+    return OurModel(backbone.network, noise, cond.expand(8, -1, -1), points=flow.points, process=flow.process)
 
 
 def tiny_wan() -> Wan:
@@ -186,12 +212,17 @@ def tiny_wan() -> Wan:
 def main(arguments: Sequence[str] | None = None) -> list[dict[tuple[str, int], float]]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--skip", type=int, nargs="+", default=[1, 2, 3], help="numbers of blocks to skip")
-    parser.add_argument("--run", help="a run or checkpoint of `agrepa train` in place of the tiny DiT")
+    parser.add_argument("--run", help="a run or checkpoint of `agrepa train` in place of the tiny models")
+    parser.add_argument("--json", type=Path, help="a file to write: the numbers, and the command that gave them")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    models = [trained_dit(options.run)] if options.run else [tiny_dit(), tiny_wan()]
     results = []
-    for model in (trained_dit(options.run) if options.run else tiny_dit(), tiny_wan()):
+    for model in models:
         results.append(compare(model, options.skip))
         print(table(model.name, results[-1]))
+    if options.json:
+        options.json.write_text(stored(arguments, models, results), encoding="utf-8")
     return results
 
 

@@ -25,6 +25,14 @@ class GradientAverage:
         self.order = {parameter: number for number, parameter in enumerate(parameters)}
         self.arrived: list[nn.Parameter] = []
         self.backward = -1  # the backward pass that they arrived in
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose parameters were copied without their hooks: register them again."""
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
         for parameter in self.order:
             parameter.register_post_accumulate_grad_hook(self._arrive)
 

@@ -14,6 +14,7 @@ from .rows import (
     check_targets,
     check_teachers,
     check_tensor,
+    check_weight,
     check_width,
     count,
     described,
@@ -35,8 +36,11 @@ class InterfaceLoss(nn.Module):
     Args:
         width: C of the token embedding.
         teachers: {name: width of its features}.
-        weights: {teacher: weight of its term}; the paper takes 0.5 for speech and 1 for audio.
+        weights: {teacher: weight of its term}, 1 where left out; the paper takes 0.5 for speech and 1 for audio.
         process_group: as `AlignmentLoss`.
+
+    Raises:
+        ValueError, TypeError: a weight of an unknown teacher or below 0, or another argument that does not fit.
     """
 
     def __init__(
@@ -51,6 +55,10 @@ class InterfaceLoss(nn.Module):
         check_width("width", width)
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a mapping {{teacher: weight}}, got {described(weights)}")
+        for name, factor in weights.items():
+            if name not in teachers:
+                raise ValueError(f"weights: expected some of the teachers {list(teachers)}, got {name!r}")
+            check_weight(f"weights[{name!r}]", factor)
         self.width = width
         self.process_group = process_group
         self.teachers = dict(teachers)

@@ -26,6 +26,7 @@ from .rows import (
     check_teachers,
     check_tensor,
     check_tensors,
+    check_times,
     check_width,
     comparable,
     count,
@@ -245,8 +246,9 @@ class AlignmentLoss(nn.Module):
         any_hidden = hidden[active[0]]
         for layer in active:
             h = hidden[layer]
-            if h.dim() != 3 or h.shape[2] != self.width or h.shape != any_hidden.shape:
-                raise ValueError(f"hidden[{layer}]: expected {form}, the same for all layers, got {list(h.shape)}")
+            if h.dim() != 3 or h.shape[2] != self.width or h.shape != any_hidden.shape or 0 in h.shape:
+                of = "empty" if 0 in h.shape else str(list(h.shape))
+                raise ValueError(f"hidden[{layer}]: expected {form}, the same for all layers, got {of}")
             if not h.is_floating_point():
                 raise ValueError(f"hidden[{layer}]: expected floating point, got {h.dtype}")
         check_targets(self.teachers, targets, any_hidden.shape[: 1 if self.pool else 2])
@@ -257,6 +259,8 @@ class AlignmentLoss(nn.Module):
         check_tensor("t", t, any_hidden.shape[:1])
         if self.by_time and (t is None or not t.is_floating_point()):
             raise ValueError(f"t: expected floating point [{any_hidden.shape[0]}], as the weights depend on it")
+        if self.by_time and t is not None:
+            check_times(t)
         kept = domain_weights(list(self.teachers), domains, any_hidden)
         rows = {name: row_mask(kept[name], mask, targets[name]) for name in self.teachers}
         targets = {name: targets[name].detach() for name in self.teachers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .selection import WEIGHTINGS, LayerSelection
+from .rows import described
+from .selection import WEIGHTINGS, LayerSelection, checked_numbers
 
 if TYPE_CHECKING:
     from ..attribution.scores import LayerScores
@@ -65,19 +66,19 @@ def select_layers(scores: LayerScores, k: int = 3, weighting: str = "share") -> 
             "no layer's score is above the floor: falling back to equal weights on all layers; train before probing",
             stacklevel=2,
         )
-        return LayerSelection.uniform(list(by_layer), FALLBACK, t_grid).named(_block_names(scores))
+        return LayerSelection.uniform(list(by_layer), FALLBACK, t_grid).named(block_names(scores))
     if weighting != "by-time":
         chosen = {layer: by_layer[layer] for layer in highest(by_layer, k)}
-        return LayerSelection.from_scores(chosen, "foga", weighting).named(_block_names(scores))
+        return LayerSelection.from_scores(chosen, "foga", weighting).named(block_names(scores))
     columns = []
     for t in t_grid:
         there = scores.at(t)
         column = mean_by_layer(there) if there.above_floor.any() else by_layer
         columns.append({layer: column[layer] for layer in highest(column, k)})
-    return selection_by_time(t_grid, columns, "foga").named(_block_names(scores))
+    return selection_by_time(t_grid, columns, "foga").named(block_names(scores))
 
 
-def _block_names(scores: LayerScores) -> dict[int, str] | None:
+def block_names(scores: LayerScores) -> dict[int, str] | None:
     """{layer: its name in another model}; None where the scores carry numbers only, as those of a `DiT`."""
     names: dict[int, str] = {}
     branches = getattr(scores, "branches", None) or ("",) * len(scores.layers)
@@ -148,7 +149,7 @@ def choose_layers(
             "deepest"; "shallowest"; the k highest of `values`: "stored" (LASP), "gradient-norm" and "first-order"
             (`layer_sensitivity`); from `scores`: "foga" (`select_layers`) and "foga-soft" (every scored layer,
             weighted by its score). All but FoG-A's weigh their layers equally.
-        depth: number of layers. k: how many to choose.
+        depth: number of layers. k: how many to choose; "fixed" takes all of `layers`.
         values: [depth] what a layer stores, or how the loss reacts to it.
         weighting: as `select_layers`; all but FoG-A's policies have "share" alone.
 
@@ -157,16 +158,24 @@ def choose_layers(
     """
     if policy not in POLICIES:
         raise UserError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    layers = checked_numbers("layers", layers, Integral, int)
+    if isinstance(depth, bool) or not isinstance(depth, Integral) or depth < 1:
+        raise ValueError(f"depth: expected a number of layers, an integer of at least 1, got {depth!r:.60}")
+    if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() != 1):
+        raise ValueError(f"values: expected {depth} numbers, one a layer, got {described(values)}")
+    values = list(values)
     given = {"layers": len(layers) > 0, "values": len(values) > 0, "scores": scores is not None, "": True}
     if not given[POLICIES[policy]]:
         raise UserError(f"policy {policy!r} needs {POLICIES[policy]}")
     check_k(k)
-    if not 1 <= k <= depth:
+    if policy != "fixed" and not 1 <= k <= depth:
         raise UserError(f"k: expected 1 to {depth} layers, got {k}")
     check_weighting(weighting)
     if POLICIES[policy] == "scores":
         assert scores is not None
-        selection = select_layers(scores, k if policy == "foga" else len(set(scores.layers)), weighting)
+        selection = select_layers(scores, len(set(scores.layers)) if policy == "foga-soft" else k, weighting)
+        if max(scores.layers) >= depth:
+            raise UserError(f"scores: of layers up to {max(scores.layers)}, but the depth is {depth}")
         return selection if selection.method == FALLBACK else replace(selection, method=policy)
     if weighting != "share":
         raise UserError(f"weighting {weighting!r} needs policy foga or foga-soft: {policy!r} weighs its layers equally")

@@ -5,10 +5,12 @@ Frame i of a sequence at rate r stands for the time from i/r to (i+1)/r and sits
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
-from .rows import described
+from .rows import check_kind, described
 
 
 def _ratio(teacher_rate: float, student_rate: float) -> tuple[int, int]:
@@ -68,20 +70,22 @@ def align_time(
     given = {"teacher": teacher, "offset": offset, "teacher_mask": teacher_mask, "student_mask": student_mask}
     for name, value in given.items():
         if not isinstance(value, Tensor) and (name == "teacher" or value is not None):
-            raise TypeError(f"{name} must be a tensor, got {described(value)}")
+            raise TypeError(f"{name}: expected a tensor, got {described(value)}")
     if teacher.ndim != 3 or not teacher.is_floating_point():
-        raise ValueError(f"teacher must be [B, S, W] floating point, got {list(teacher.shape)} {teacher.dtype}")
+        raise ValueError(f"teacher: expected [B, S, W] floating point, got {list(teacher.shape)} {teacher.dtype}")
+    check_kind("frames", frames, Integral, "a number of frames")
     batch, length, _ = teacher.shape
     _check_mask("teacher_mask", teacher_mask, (batch, length))
     _check_mask("student_mask", student_mask, (batch, frames))
-    if length < 1 or frames < 1:
-        raise ValueError(f"teacher and student need at least one frame, got {length} and {frames}")
-    if not (teacher_rate > 0 and student_rate > 0):
-        raise ValueError(f"rates must be positive, got teacher {teacher_rate} and student {student_rate}")
+    if 0 in teacher.shape or frames < 1:
+        raise ValueError(f"teacher, frames: expected at least one of each, got {list(teacher.shape)} and {frames}")
+    for name, rate in (("teacher_rate", teacher_rate), ("student_rate", student_rate)):
+        if not isinstance(rate, Real) or not 0 < rate < float("inf"):
+            raise ValueError(f"{name}: expected frames per second above 0, got {described(rate)}")
     if offset is not None and (offset.shape != (batch,) or not offset.is_floating_point()):
-        raise ValueError(f"offset must be [{batch}] seconds, got {list(offset.shape)} {offset.dtype}")
+        raise ValueError(f"offset: expected floating [{batch}] seconds, got {list(offset.shape)} {offset.dtype}")
     if mode not in ("linear", "nearest"):
-        raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
+        raise ValueError(f'mode: expected "linear" or "nearest", got {mode!r}')
 
     # t * teacher_rate = (2 j + 1) * numerator / (2 * denominator), split into whole frames and a fraction in
     # integers: in float32 a position some thousand frames in would be off by a visible part of a frame.
@@ -113,7 +117,7 @@ def align_time(
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
     if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
-        raise ValueError(f"{name} must be {list(shape)} bool, got {list(mask.shape)} {mask.dtype}")
+        raise ValueError(f"{name}: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
 
 
 def _valid(index: Tensor, teacher_mask: Tensor | None, length: int) -> Tensor:

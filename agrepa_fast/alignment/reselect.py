@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .policy import FALLBACK, POLICIES, choose_layers, highest, mean_by_layer, selection_by_time, times_of
+from .policy import FALLBACK, POLICIES, block_names, choose_layers, highest, mean_by_layer, selection_by_time, times_of
 from .selection import LayerSelection, Selection
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class LayerChooser:
         domains: {teacher: the domains it speaks for, none for all}: a selection for each teacher, from the scores of
             its domains' samples. None: one selection, from all samples.
         momentum, margin: of the scores' moving average over probes, and of `reselect`.
+        below: {teacher or ALL: the first layer that may not be chosen}, where a self teacher's target layer is given.
     """
 
     def __init__(
@@ -100,24 +102,35 @@ class LayerChooser:
         momentum: float = 0.5,
         margin: float = 0.1,
         seed: int = 0,
+        below: Mapping[str, int] | None = None,
     ) -> None:
         self.policy, self.depth, self.k, self.layers = policy, depth, k, tuple(layers)
         self.weighting, self.momentum, self.margin, self.seed = weighting, momentum, margin, seed
+        self.below = dict(below or {})
         self.per_teacher = domains is not None
         self.domains = {ALL: ()} if domains is None else {name: tuple(own) for name, own in domains.items()}
         # {teacher or ALL: [times][depth]}, over probes; one time unless the weights go by flow time.
         self.averages: dict[str, list[list[float]]] = {}
         self.latest: dict[str, list[list[float]]] = {}  # the same of the last probe alone
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """{name: value} of the settings that decide a selection, given the scores; as plain values."""
+        domains = {name: list(own) for name, own in self.domains.items()} if self.per_teacher else None
+        return {"policy": self.policy, "k": self.k, "weighting": self.weighting, "domains": domains}
+
     def choose(
         self,
         current: Selection | None,
         scores: LayerScores,
         values: Mapping[str, Sequence[float] | Tensor] | None = None,
+        targets: Mapping[str, int] | None = None,
     ) -> Selection:
         """The selection after a probe, on this rank: the first one, or what `reselect` makes of the current one.
 
         scores: of all layers. values: {teacher or ALL: [depth]}, where the policy chooses by values; see `POLICIES`.
+        targets: {teacher or ALL: measured target layer} of self teachers. The layers are chosen before the target,
+            which later selections keep.
 
         Raises:
             ValueError, UserError: scores that are not finite, without a sample of a teacher's domains, or without what
@@ -135,23 +148,29 @@ class LayerChooser:
             averages = [average_scores(*pair, self.momentum) for pair in zip(before, columns, strict=True)]
             self.averages[name] = averages
             present = current[name] if isinstance(current, Mapping) else current
+            target = (targets or {}).get(name) if present is None else present.target
+            limit = min(self.below.get(name, self.depth), self.depth if target is None else target)
+            averages = [average[:limit] for average in averages]
             if present is not None and present.method != FALLBACK and POLICIES[self.policy] in ("values", "scores"):
                 if self.weighting == "by-time":
-                    chosen[name] = reselect_by_time(present, averages, self.margin)
+                    selection = reselect_by_time(present, averages, self.margin)
                 else:
                     weighted = POLICIES[self.policy] == "scores"
-                    chosen[name] = reselect(present, averages[0], self.margin, weighted, self.weighting)
-                continue
-            chosen[name] = choose_layers(
-                self.policy,
-                self.depth,
-                self.k,
-                layers=self.layers,
-                values=by_value or (),
-                scores=own,
-                seed=self.seed + number,  # so that random layers differ between teachers
-                weighting=self.weighting,
-            )
+                    selection = reselect(present, averages[0], self.margin, weighted, self.weighting)
+            else:
+                selection = choose_layers(
+                    self.policy,
+                    limit,
+                    self.k,
+                    layers=self.layers,
+                    values=(by_value or ())[:limit],
+                    scores=own.before(limit),
+                    seed=self.seed + number,  # so that random layers differ between teachers
+                    weighting=self.weighting,
+                )
+            names = block_names(scores) or {}
+            known = names if all(layer in names for layer in selection.layers) else None
+            chosen[name] = replace(selection, target=target).named(known)
         return chosen if self.per_teacher else chosen[ALL]
 
     def _scores_of(self, name: str, scores: LayerScores) -> LayerScores:

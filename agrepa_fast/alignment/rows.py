@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import UserError
+from ..ops.library import eager
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,12 +44,32 @@ class ZeroGradient(torch.autograd.Function):
 def described(value: object) -> str:
     """Describe a value of a wrong type in a few words, for an error message."""
     name = type(value).__name__
-    if value is None or isinstance(value, (str, bool, int, float)):
+    if value is None or isinstance(value, str | Real):
         return repr(value)[:60]
     shape = getattr(value, "shape", None)
-    if shape is not None:
+    if shape is not None and not isinstance(value, Real):
         return f"{name} {list(shape)}"
     return f"{name} of {len(value)}" if hasattr(value, "__len__") else name
+
+
+def check_kind(name: str, value: object, kind: Any, form: str) -> None:
+    """`value` is of this type (or union of types). form: what was expected, in words."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {form}, got {described(value)}")
+
+
+def check_weight(name: str, value: object) -> None:
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {described(value)}")
+
+
+def check_times(t: Tensor) -> None:
+    """ValueError unless every time is in [0, 1]. It reads CPU tensors alone: for others the host would have to wait."""
+    if t.device.type != "cpu" or not eager(t) or t.numel() == 0:
+        return
+    low, high = (float(bound) for bound in t.detach().aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"t: expected times in [0, 1], 0 noise and 1 data, got {low if low < 0 else high:g}")
 
 
 def check_teachers(teachers: Mapping[str, int]) -> None:
@@ -65,7 +87,7 @@ def check_teachers(teachers: Mapping[str, int]) -> None:
 
 
 def check_width(name: str, width: int) -> None:
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+    if not isinstance(width, Integral) or isinstance(width, bool) or width < 1:
         raise ValueError(f"{name}: expected a width, an integer of at least 1, got {described(width)}")
 
 

@@ -1,10 +1,14 @@
-"""How strong alignment is over training: off, ramp up, hold, decay. It helps early and can hurt late."""
+"""How strong alignment is over training: off, ramp up, hold, decay.
+
+It decays because HASTE (arXiv 2505.16792) reports that alignment helps early in training and can hurt late.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor, distributed
 
 from ..buffers import FixedBuffers
 from ..errors import UserError
-from .rows import check_tensor, described
+from .rows import check_kind, check_tensor, check_times, described
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,6 +37,9 @@ class AlignmentSchedule:
     decay: str = "cosine"  # or "linear"
 
     def __post_init__(self) -> None:
+        for name in ("start", "ramp", "decay_start", "stop"):
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name}: expected a number of steps, got {described(getattr(self, name))}")
         if self.ramp < 0 or not 0 <= self.start <= self.decay_start <= self.stop:
             raise ValueError(f"schedule: expected 0 <= start <= decay_start <= stop and ramp >= 0, got {self}")
         if self.decay not in ("cosine", "linear"):
@@ -70,6 +77,8 @@ class SimilarityStop(FixedBuffers):
 
     def __init__(self, threshold: float, momentum: float = 0.99, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
+        check_kind("threshold", threshold, Real, "a cosine")
+        check_kind("momentum", momentum, Real, "a number")
         if not (-1 <= threshold <= 1 and 0 <= momentum < 1):
             raise UserError(f"expected threshold in [-1, 1] and momentum in [0, 1), got {threshold} and {momentum}")
         self.threshold, self.momentum, self.process_group = threshold, momentum, process_group
@@ -83,6 +92,7 @@ class SimilarityStop(FixedBuffers):
     @torch.no_grad()
     def forward(self, cosine: Tensor) -> Tensor:
         """Take a step's mean cosine (a scalar; nan is passed over) and return the factor for the next, a scalar."""
+        check_kind("cosine", cosine, Tensor, "a tensor, []")
         check_tensor("cosine", cosine, [])
         cosine = cosine.to(self.mean.dtype)
         if distributed.is_available() and distributed.is_initialized():
@@ -102,11 +112,16 @@ TIMESTEP_WEIGHTS = ("uniform", "data", "noise", "middle")
 def timestep_weight(t: Tensor, kind: str = "uniform") -> Tensor:
     """A weight for each sample by its time, mean 1 over t ~ U(0, 1): [B] -> [B].
 
-    t 0 is noise and 1 is data. "data": 2 t; "noise": 2 (1 - t); "middle": 6 t (1 - t)."""
+    t 0 is noise and 1 is data. "data": 2 t; "noise": 2 (1 - t); "middle": 6 t (1 - t).
+
+    Raises:
+        ValueError: a time outside [0, 1], such as a number of 1000 steps; only on the CPU, where reading it is free.
+    """
     if kind not in TIMESTEP_WEIGHTS:
         raise UserError(f"timestep weighting: expected one of {', '.join(TIMESTEP_WEIGHTS)}, got {kind!r}")
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"t: expected a floating point tensor [batch], got {described(t)}")
+    check_times(t)
     if kind == "uniform":
         return torch.ones_like(t)
     return {"data": 2 * t, "noise": 2 * (1 - t), "middle": 6 * t * (1 - t)}[kind]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import distributed, nn
 
+from ..attribution.foreign.wrapped import bare, prefix_of, unwrap
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ N = TypeVar("N", int, float)
 WEIGHTINGS = ("share", "score", "by-time")
 
 
-def _numbers(name: str, given: object, kind: type, convert: Callable[[Any], N]) -> tuple[N, ...]:
+def checked_numbers(name: str, given: object, kind: type, convert: Callable[[Any], N]) -> tuple[N, ...]:
     """A sequence of numbers, NumPy's among them, as Python's."""
     words = "distinct ascending 0-based integers" if kind is Integral else "numbers"
     if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
@@ -49,6 +50,8 @@ class LayerSelection:
         t_grid: the ascending times of `scores`; only "by-time".
         scores: [layers][times] numbers >= 0, with a sum above 0 at every time; only "by-time".
         names: the layers' names in another model ("single_transformer_blocks.7"); None for a `DiT`.
+        target: the later layer toward which a self teacher aligns these layers, where a probe measured it; see
+            `SelfTeacher`.
     """
 
     layers: tuple[int, ...]
@@ -58,11 +61,14 @@ class LayerSelection:
     t_grid: tuple[float, ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
     names: tuple[str, ...] | None = None
+    target: int | None = None
 
     def __post_init__(self) -> None:
-        layers = _numbers("layers", self.layers, Integral, int)
-        weights = _numbers("weights", self.weights, Real, float)
-        if not layers or len(layers) != len(weights):
+        layers = checked_numbers("layers", self.layers, Integral, int)
+        weights = checked_numbers("weights", self.weights, Real, float)
+        if not layers:
+            raise ValueError("layers: expected at least one layer")
+        if len(layers) != len(weights):
             raise ValueError(f"layers and weights: expected as many of each, got {layers}, {weights}")
         if sorted(set(layers)) != list(layers) or layers[0] < 0:
             raise ValueError(f"layers: expected distinct ascending 0-based integers, got {layers}")
@@ -81,11 +87,16 @@ class LayerSelection:
             if len(names) != len(layers) or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(f"names: expected one name for each of {len(layers)} layers, got {self.names!r:.60}")
             object.__setattr__(self, "names", names)
+        if self.target is not None:
+            [target] = checked_numbers("target", (self.target,), Integral, int)
+            if target <= layers[-1]:
+                raise ValueError(f"target: expected a layer after all of {list(layers)}, got {target}")
+            object.__setattr__(self, "target", target)
         self._check_times()
 
     def _check_times(self) -> None:
-        t_grid = _numbers("t_grid", self.t_grid, Real, float)
-        scores = tuple(_numbers("scores", row, Real, float) for row in self.scores)
+        t_grid = checked_numbers("t_grid", self.t_grid, Real, float)
+        scores = tuple(checked_numbers("scores", row, Real, float) for row in self.scores)
         if self.weighting != "by-time":
             if t_grid or scores:
                 raise ValueError(f't_grid, scores: only with weighting="by-time", got {self.weighting!r}')
@@ -104,7 +115,7 @@ class LayerSelection:
     @classmethod
     def uniform(cls, layers: Sequence[int], method: str = "fixed", t_grid: Sequence[float] = ()) -> LayerSelection:
         """The given layers with equal weights; with `t_grid`, as a "by-time" selection that is equal at all times."""
-        ordered = tuple(sorted(_numbers("layers", layers, Integral, int)))
+        ordered = tuple(sorted(checked_numbers("layers", layers, Integral, int)))
         if len(t_grid):
             return cls.by_time(t_grid, {layer: [1.0] * len(t_grid) for layer in ordered}, method)
         return cls(ordered, (1 / len(ordered),) * len(ordered) if ordered else (), method)
@@ -113,7 +124,8 @@ class LayerSelection:
     def from_scores(cls, scores: Mapping[int, float], method: str, weighting: str = "share") -> LayerSelection:
         """{layer: score} with the scores as weights: as they are ("score"), or divided by their sum ("share")."""
         layers = sorted(scores)
-        total = 1.0 if weighting == "score" else sum(scores[layer] for layer in layers)
+        # A sum of 0 becomes nan, which __post_init__ refuses.
+        total = 1.0 if weighting == "score" else sum(scores[layer] for layer in layers) or math.nan
         return cls(tuple(layers), tuple(scores[layer] / total for layer in layers), method, weighting)
 
     @classmethod
@@ -122,7 +134,7 @@ class LayerSelection:
     ) -> LayerSelection:
         """{layer: its score at each time of t_grid} with weights that change with flow time."""
         layers = tuple(sorted(scores))
-        rows = tuple(_numbers("scores", scores[layer], Real, float) for layer in layers)
+        rows = tuple(checked_numbers("scores", scores[layer], Real, float) for layer in layers)
         totals = [sum(column) or math.nan for column in zip(*rows)]  # nan: __post_init__ names the time
         shares = [sum(value / total for value, total in zip(row, totals)) / len(totals) for row in rows if totals]
         whole = sum(shares)
@@ -134,18 +146,20 @@ class LayerSelection:
         return replace(self, names=None if names is None else tuple(names[layer] for layer in self.layers))
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The selected blocks of `model` by their names.
+        """The selected blocks of `model`, which may be wrapped (DDP, PEFT, torch.compile), by their names.
 
         Raises:
             ValueError: the selection has no names, or the model no module of such a name.
         """
         if self.names is None:
             raise ValueError("selection: it has no names; selections made from scores of another model have them")
-        found = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
-        missing = [name for name in self.names if name not in found]
+        network, prefix = unwrap(model), prefix_of(model)
+        found = {name.replace("._orig_mod", ""): module for name, module in network.named_modules()}
+        names = [bare(name, prefix) for name in self.names]
+        missing = [name for name in names if name not in found]
         if missing:
-            raise ValueError(f"selection: {type(model).__name__} has no module {missing[0]!r}")
-        return {name: found[name] for name in self.names}
+            raise ValueError(f"selection: {type(network).__name__} has no module {missing[0]!r}")
+        return {name: found[name] for name in names}
 
     def to_json(self, path: str | Path) -> None:
         """Write `{"layers": [...], "weights": [...], "method": ...}`, and `"names"` where there are any."""
@@ -160,6 +174,8 @@ class LayerSelection:
             state |= {"t_grid": list(self.t_grid), "scores": [list(row) for row in self.scores]}
         if self.names is not None:
             state["names"] = list(self.names)
+        if self.target is not None:
+            state["target"] = self.target
         return state
 
     @classmethod
@@ -173,6 +189,7 @@ class LayerSelection:
             tuple(state.get("t_grid", ())),
             tuple(map(tuple, state.get("scores", ()))),
             state.get("names"),
+            state.get("target"),
         )
 
     def synchronised(self, device: torch.device | None = None, group: ProcessGroup | None = None) -> LayerSelection:
@@ -244,13 +261,22 @@ def selection_from_state(state: Mapping[str, Any]) -> Selection:
 def described(selection: Selection) -> str:
     """The layers with their weights in one line, for people."""
     if isinstance(selection, LayerSelection):
-        return ", ".join(f"{layer} ({weight:.3f})" for layer, weight in zip(selection.layers, selection.weights))
+        layers = ", ".join(f"{layer} ({weight:.3f})" for layer, weight in zip(selection.layers, selection.weights))
+        return layers if selection.target is None else f"{layers} toward {selection.target}"
     return "; ".join(f"{name}: {described(own)}" for name, own in selection.items())
 
 
 def write_selection(selection: Selection, path: str | Path, **facts: Any) -> None:
-    """Write a selection file; `facts` are recorded beside the selection."""
-    text = json.dumps({**selection_state(selection), **facts}, indent=1) + "\n"
+    """Write a selection as JSON, for `read_selection`. `facts` (a step, a metric) are recorded beside it.
+
+    Raises:
+        TypeError, ValueError: no selection; a fact with the name of one of its entries. OSError: it cannot be written.
+    """
+    check_selection(selection)
+    state = selection_state(selection)
+    if taken := [name for name in facts if name in (*state, "teachers")]:
+        raise ValueError(f"{taken[0]}: the file holds the selection's own, so it cannot be one of the facts beside it")
+    text = json.dumps({**state, **facts}, indent=1) + "\n"
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -261,7 +287,7 @@ def read_selection(path: str | Path) -> Selection:
         UserError: the file cannot be read or does not hold a selection; names the file.
     """
     try:
-        return selection_from_state(json.loads(Path(path).read_text(encoding="utf-8")))
+        return selection_from_state(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -18,6 +18,9 @@ class AlignerCallback(Callback):
     `configure_optimizers` returns, unless it holds them already. With a learning rate schedule it must: give the
     optimizer `*aligner.param_groups(...)` there.
 
+    Steps are Lightning's `global_step`, which counts the steps of all optimizers: it grows by two a batch where two
+    optimizers step in each batch.
+
     Args:
         options: for the heads' parameter groups, weight_decay and lr say.
     """

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import foreign  # beside this script
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -263,7 +265,7 @@ def different_selections(rank: int) -> None:
     assert refused
 
 
-def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, ag.Aligner]:
     """An `Aligner` on a wrapped model against one process with the rows of both ranks: selections and parameters."""
     model = foreign.network()
     whole, wrapped = copy.deepcopy(model), wrap(model)
@@ -316,6 +318,7 @@ def train_pair(rank: int, pool: str | None, wrap: Callable[[nn.Module], nn.Modul
         heads = [torch.zeros_like(one), torch.zeros_like(one)]
         distributed.all_gather(heads, one.detach())
         assert torch.equal(*heads)
+    return wrapped, mine
 
 
 def aligner(rank: int) -> None:
@@ -333,7 +336,8 @@ def aligner_of_shards(rank: int) -> None:
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    train_pair(rank, "mean", shard)
+    for pool in ("mean", None):
+        memory_of_shards(*train_pair(rank, pool, shard))
     torch.manual_seed(0)
     plain = Step("mean").model
     inputs = batch(0, 0, "mean", MIXED)[:2]
@@ -352,6 +356,39 @@ def aligner_of_shards(rank: int) -> None:
     assert torch.equal(wrapped.by_sample, expected.by_sample)
 
 
+def memory_of_shards(model: nn.Module, align: ag.Aligner) -> None:
+    """After a step a rank holds half of the network, and the heads once; no hidden state, and nothing whole."""
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) <= 4 * 0.6 * whole
+    assert not any(p.grad is not None and p.grad.to_local().numel() == p.numel() for p in model.blocks.parameters())
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                assert all(tensor.untyped_storage().size() == 0 for tensor in parameter.all_gather_outputs)
+    heads = list(align.loss_fn.parameters())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in heads}
+    assert sum(storages.values()) == 4 * sum(p.numel() for p in heads)
+    assert all(tap.output is None and not tap.copies for tap in align.states._taps)
+
+
+def failing_probes(rank: int) -> None:
+    """A batch with nan on one rank postpones the probe of both; another error on one rank ends both, without a wait."""
+    model = foreign.network()
+    align = foreign.aligner_for(model, "mean")
+    bad, good = foreign.batch(rank, "mean"), foreign.batch(rank, "mean")
+    if rank == 1:
+        bad["x"][0, 0, 0] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert align.step(2, (bad["x"], bad["time"])) is None
+    assert ["the probe of rank 1 failed" in str(warning.message) for warning in caught] == [rank == 0], caught
+    message = ("the probe of rank 1 failed: no inputs to probe on", "^no inputs to probe on")[rank]
+    with pytest.raises((RuntimeError, ValueError)[rank], match=message):
+        align.step(3, (good["x"], good["time"]) if rank == 0 else None)
+    assert align.step(3, (good["x"], good["time"])).by_sample.shape[1] == 8
+    assert align.selection is not None
+
+
 SCENARIOS = [
     absent_domains,
     mixed_domains,
@@ -362,6 +399,7 @@ SCENARIOS = [
     different_selections,
     aligner,
     aligner_of_shards,
+    failing_probes,
 ]
 
 

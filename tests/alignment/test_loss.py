@@ -301,7 +301,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("mask, names, kept", [(None, None, None), (MASK, NAMES, [1, 1, 0, 1]), (MASK, None, [0] * 4)])
 def test_interface_equals_the_loop(mask, names, kept):
     torch.manual_seed(0)
-    loss_fn = InterfaceLoss(WIDTH, TEACHERS, {"speech": 0.5, "environment": 9.0}).double()
+    loss_fn = InterfaceLoss(WIDTH, TEACHERS, {"speech": 0.5}).double()
     hidden, targets = draw()
     embedding = hidden[1]
     expected, cosines = 0.0, {}

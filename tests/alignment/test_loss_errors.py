@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import agrepa_fast as ag
 from agrepa_fast import (
     AlignmentLoss,
     InterfaceLoss,
@@ -180,11 +181,11 @@ METRICS = {f"cosine/{name}/{layer}": torch.tensor(0.5) for name in TEACHERS for 
         (lambda: layer_sensitivity(torch.ones(()), {0: STATES[0]}, STATES[0]), "hidden: expected .* got a dict"),
         (
             lambda: align_time([1.0], teacher_rate=1, student_rate=1, frames=1),
-            "teacher must be a tensor, got list of 1",
+            "teacher: expected a tensor, got list of 1",
         ),
         (
             lambda: align_time(STATES[0], teacher_rate=1, student_rate=1, frames=1, teacher_mask=[True]),
-            "teacher_mask must be a tensor, got list of 1",
+            "teacher_mask: expected a tensor, got list of 1",
         ),
     ],
 )
@@ -199,3 +200,34 @@ def test_numbers_of_numpy_are_numbers():
     assert chosen == LayerSelection((1, 2), (0.5, 0.5))
     assert [type(layer) for layer in chosen.layers] == [int, int]
     assert LayerSelection([1, 2], np.array([0.5, 0.5])) == chosen
+
+
+def test_weights_of_the_interface_belong_to_teachers():
+    """A misspelt teacher would have trained with the weight 1."""
+    for weights, message in (
+        ({"speach": 0.5}, r"^weights: expected some of the teachers \['speech', 'audio'\], got 'speach'"),
+        ({"speech": -1.0}, r"^weights\['speech'\]: expected a finite number of at least 0, got -1.0"),
+        ({"audio": float("nan")}, r"^weights\['audio'\]: expected a finite number of at least 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ag.InterfaceLoss(8, {"speech": 5, "audio": 3}, weights)
+
+
+@pytest.mark.parametrize("pool", ["mean", None])
+def test_an_empty_batch_is_named(pool):
+    loss_fn = ag.AlignmentLoss(8, {"speech": 5}, ag.LayerSelection.uniform([1]), pool)
+    for shape in ((0, 6, 8), (2, 0, 8)):
+        with pytest.raises(ValueError, match=r"^hidden\[1\]: expected \[batch, frames, 8\], .* got empty"):
+            loss_fn({1: torch.zeros(shape)}, {"speech": torch.zeros(shape[0], *([] if pool else [shape[1]]), 5)})
+
+
+def test_widths_may_be_numpys_integers():
+    loss_fn = ag.AlignmentLoss(np.int64(8), {"speech": np.int64(5)}, ag.LayerSelection.uniform([1]))
+    assert loss_fn({1: torch.ones(2, 6, 8)}, {"speech": torch.ones(2, 5)})[0].isfinite()
+
+
+def test_a_stop_takes_numbers():
+    with pytest.raises(TypeError, match=r"^threshold: expected a cosine, got '0.5'"):
+        ag.SimilarityStop("0.5")
+    with pytest.raises(TypeError, match=r"^cosine: expected a tensor, \[\], got None"):
+        ag.SimilarityStop(0.5)(None)

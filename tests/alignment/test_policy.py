@@ -103,7 +103,7 @@ def test_a_file_may_say_more_or_less(tmp_path):
         ('{"layers": [0]}', "'weights'"),
         ('{"weights": [1]}', "'layers'"),
         ('{"layers": 0, "weights": [1]}', "not a layer selection"),
-        ('{"layers": [], "weights": []}', "as many of each"),
+        ('{"layers": [], "weights": []}', "layers: expected at least one layer"),
         ('{"layers": [0, 1], "weights": [1]}', "as many of each"),
         ('{"layers": [0, 1], "weights": [0.5, 0.6]}', r"sum to 1, got \(0.5, 0.6\)"),
         ('{"layers": [0, 1], "weights": [1.5, -0.5]}', "numbers >= 0"),
@@ -199,7 +199,7 @@ def test_weightings_that_do_not_fit_are_refused():
         (lambda: LayerSelection.by_time((0.1, 0.2), {0: (1, 0), 1: (1, 0)}), r"sum to more than 0 at t 0\.2"),
         (lambda: LayerSelection.by_time((0.1, 0.2), {0: (1, -1), 1: (1, 3)}), r"numbers >= 0 .* at t 0\.2"),
         (lambda: LayerSelection.by_time((0.1,), {0: (math.nan,)}), "scores: expected numbers >= 0"),
-        (lambda: LayerSelection.by_time((0.1,), {}), "layers and weights"),
+        (lambda: LayerSelection.by_time((0.1,), {}), "layers: expected at least one layer"),
     ],
 )
 def test_a_selection_that_does_not_fit_is_refused(make, message):

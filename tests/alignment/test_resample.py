@@ -237,18 +237,20 @@ def test_one_graph_without_host_syncs():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"teacher": torch.zeros(2, 5)}, r"teacher must be \[B, S, W\]"),
+        ({"teacher": torch.zeros(2, 5)}, r"^teacher: expected \[B, S, W\]"),
         ({"teacher": torch.zeros(2, 5, 3, dtype=torch.long)}, r"torch\.int64"),
-        ({"teacher_rate": 0.0}, r"rates must be positive, got teacher 0\.0"),
-        ({"student_rate": -1.0}, r"student -1\.0"),
-        ({"frames": 0}, r"at least one frame, got 5 and 0"),
-        ({"offset": torch.zeros(3)}, r"offset must be \[2\] seconds, got \[3\]"),
-        ({"teacher_mask": torch.ones(2, 4, dtype=torch.bool)}, r"teacher_mask must be \[2, 5\] bool"),
+        ({"teacher_rate": 0.0}, r"^teacher_rate: expected frames per second above 0, got 0\.0"),
+        ({"student_rate": -1.0}, r"^student_rate: .* got -1\.0"),
+        ({"student_rate": float("inf")}, r"^student_rate: .* got inf"),
+        ({"student_rate": "50"}, r"^student_rate: .* got '50'"),
+        ({"frames": 0}, r"^teacher, frames: expected at least one of each, got \[2, 5, 3\] and 0"),
+        ({"offset": torch.zeros(3)}, r"^offset: expected floating \[2\] seconds, got \[3\]"),
+        ({"teacher_mask": torch.ones(2, 4, dtype=torch.bool)}, r"^teacher_mask: expected bool \[2, 5\]"),
         (
             {"student_mask": torch.ones(2, 8)},
-            r"student_mask must be \[2, 8\] bool, got \[2, 8\] torch\.float32",
+            r"^student_mask: expected bool \[2, 8\], got torch\.float32 \[2, 8\]",
         ),
-        ({"mode": "cubic"}, r"'linear' or 'nearest', got 'cubic'"),
+        ({"mode": "cubic"}, r"^mode: expected .* got 'cubic'"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -256,3 +258,9 @@ def test_wrong_arguments_are_named(change, message):
     arguments.update(change)
     with pytest.raises(ValueError, match=message):
         align_time(arguments.pop("teacher"), **arguments)
+
+
+def test_frames_are_a_number():
+    for frames in (2.5, "8", None):
+        with pytest.raises(TypeError, match=r"^frames: expected a number of frames, got"):
+            align_time(torch.zeros(2, 5, 3), teacher_rate=50.0, student_rate=93.75, frames=frames)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Programs without alignment have tests and pages of their own.
 FILES = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "skip_layers.py"})
 # The first step whose loss the alignment of an earlier one can have changed: after the probe, an aligned step.
-FIRST_CHANGE = {"f5_tts_cfm": 4, "diffusers_sd3": 4, "lora": 4}
+FIRST_CHANGE = dict.fromkeys(("f5_tts_cfm", "diffusers_sd3", "lora", "matcha_unet", "voicebox"), 4)
 MARK = re.compile(r"  # align$")
 
 
@@ -34,7 +34,9 @@ def side_by_side(source: str) -> str:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """One thread; an empty folder; F5-TTS without its trainer, whose dependencies are not installed."""
+    """One thread; an empty folder; F5-TTS and Voicebox without what their trainers and codecs import."""
+    from ..attribution.catalogue.packages import voicebox_stand_ins  # here: as a script this file has no parent
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -42,7 +44,8 @@ def surroundings(monkeypatch, tmp_path):
     assert spec is not None, "f5-tts is missing: make test installs it"
     package = types.ModuleType("f5_tts.model")
     package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "model")]
-    monkeypatch.setitem(sys.modules, "f5_tts.model", package)
+    for name, module in {"f5_tts.model": package, **voicebox_stand_ins()}.items():
+        monkeypatch.setitem(sys.modules, name, module)
     yield
     torch.set_num_threads(threads)
 

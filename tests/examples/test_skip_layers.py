@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -16,8 +17,15 @@ def example():
     return runpy.run_path(str(EXAMPLE), run_name="example")
 
 
-def test_a_table_for_each_model_and_rule(example, capsys):
-    results = example["main"](["--skip", "1", "2"])
+def test_a_table_for_each_model_and_rule(example, capsys, tmp_path):
+    path = tmp_path / "skipped.json"
+    results = example["main"](["--skip", "1", "2", "--json", str(path)])
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["command"] == f"python examples/skip_layers.py --skip 1 2 --json {path}"
+    assert stored["models"]["DiT"]["blocks"] == 6
+    assert stored["models"]["WanTransformer3DModel"]["change"]["foga"]["2"] == results[1]["foga", 2]
+    torch.manual_seed(1)  # the state of torch's generator makes no difference
+    assert example["main"](["--skip", "1", "2"]) == results
     assert [set(result) for result in results] == [{(rule, k) for rule in example["RULES"] for k in (1, 2)}] * 2
     assert all(0.001 < change < 2 for result in results for change in result.values())
     printed = capsys.readouterr().out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,19 @@ def test_a_resumed_run_goes_on_with_the_same_bits(name, framewise, tmp_path, mon
         assert torch.equal(one, other)
     # A run whose heads start anew goes another way.
     assert program(name, tmp_path, framewise)["main"](steps=9)[7:] == whole[7:] != whole[:2]
+
+
+def test_two_ranks_resume_with_the_same_bits(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("ranks.py")), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout == "passed pooled\npassed frame-wise\n", done.stderr[-3000:]
 
 
 def test_transformers_optimizer_log_and_mistakes(tmp_path, monkeypatch):
