@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import sys
@@ -17,17 +18,19 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.training import environment as devices
 
 from . import results
+from .broken import Broken, device_error, one_line
 from .case import Problem
 from .cases import CASES, find
 from .environment import checkout, conditions, environment
 from .headlines import HEADLINES, is_headline, seconds_for
-from .protocol import CaptureFailed, lane
+from .protocol import lane
 from .roofline import measure_roofline
-from .runner import run_problem
+from .runner import CutShort, count_launches, run_problem
 from .tables import compare_table, problem_table
 
 _RAN: list[str] = []  # arguments of this run, for a restart
 QUICK_BUDGET = 170.0  # seconds; --quick ends within three minutes, also on a busy machine
+LAUNCH_SECONDS = 20.0  # for counting launches, when all problems are timed or the budget is spent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="start no problem after so long, list it as skipped (--quick: 170)",
     )
-    # A restart after a failed capture passes these two; users do not.
+    # A restart passes these two; users do not.
     run.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     run.add_argument("--barred", nargs=4, action="append", default=[], help=argparse.SUPPRESS)
     run.add_argument("--headlines", action="store_true", help="only the problems that README's first table shows")
@@ -87,11 +90,34 @@ def pick_device(name: str) -> torch.device:
 
 def _list(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
-    for name, case in CASES.items():
-        print(f"{name}: {case.TITLE}")
-        for problem in case.problems(arguments.scale, device):
+    listed, without = _problems(["all"], arguments.scale, device)
+    for name, problems in listed.items():
+        print(f"{name}: {CASES[name].TITLE}")
+        for problem in problems:
             print(f"    {problem.key}")
+    for item in without:
+        print(f"{item['case']}: {item['reason']}")
     return 0
+
+
+def _problems(
+    names: list[str], scale: str, device: torch.device
+) -> tuple[dict[str, list[Problem]], list[dict[str, str]]]:
+    """{case: its problems}, and the cases that cannot be run here, as in `skipped` of a result.
+
+    Raises:
+        UserError: a case that was asked for by name cannot be run.
+    """
+    listed: dict[str, list[Problem]] = {}
+    without = []
+    for name, case in find(names).items():
+        try:
+            listed[name] = case.problems(scale, device)
+        except UserError as error:  # a package is missing
+            if "all" not in names:
+                raise
+            without.append({"case": name, "key": "all problems", "reason": str(error)})
+    return listed, without
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -100,10 +126,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--threads: expected 1 or more, got {arguments.threads}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    chosen = {
-        name: [problem for problem in case.problems(arguments.scale, device) if arguments.only in problem.key]
-        for name, case in find(arguments.cases).items()
-    }
+    listed, without = _problems(arguments.cases, arguments.scale, device)
+    chosen = {name: [p for p in problems if arguments.only in p.key] for name, problems in listed.items()}
     if arguments.headlines:
         chosen = {name: [p for p in problems if is_headline(name, p.params)] for name, problems in chosen.items()}
     if not any(chosen.values()):
@@ -114,7 +138,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if budget is None and arguments.scale == "quick":
         budget = QUICK_BUDGET
     resumed = results.read(arguments.resume) if arguments.resume else None
-    result = run(chosen, device, arguments.scale, out, budget, resumed, tuple(arguments.barred), restart)
+    barred = tuple(arguments.barred)
+    result = run(chosen, device, arguments.scale, out, budget, resumed, barred, restart, without)
+    if device.type == "cuda" and not arguments.headlines:
+        end = time.monotonic() + LAUNCH_SECONDS
+        for entry in result["problems"]:
+            problem = next((p for p in chosen.get(entry["case"], ()) if p.key == entry["key"]), None)
+            if problem is not None and time.monotonic() < end:
+                with contextlib.suppress(Exception):  # the counts are left out, and nothing comes after them
+                    count_launches(entry, problem, device)
+                results.write(out, result)
     refused = [problem for problem in result["problems"] if not problem["gate"]["passed"]]
     print(f"\n{len(result['problems'])} problems in {result['seconds']:.0f} s; {out}")
     if result["noise_floor"] is not None:
@@ -127,7 +160,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 Restart = Callable[[Path, Sequence[tuple[str, str, str, str]]], None]
-Barred = tuple[str, str, str, str]  # case, key, provider, why its capture failed
+Barred = tuple[str, str, str, str]  # case, key, provider or ALL, how it broke a process
+ALL = "all"  # in the place of a provider: the problem itself broke a process
 
 
 def run(
@@ -139,6 +173,7 @@ def run(
     resumed: dict[str, Any] | None = None,
     barred: Sequence[Sequence[str]] = (),
     restart: Restart | None = None,
+    without: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Measure the roofline, then every problem, headline problems first. The result file is rewritten after each one.
 
@@ -146,13 +181,18 @@ def run(
 
     Args:
         resumed: the result of an earlier process to go on with; its problems are not run again.
-        barred: (case, key, provider, reason) of captures that failed in an earlier process.
-        restart: called with the file and all barred captures when a capture fails, to go on in a new process, because
-            after the failure this process's allocator still believes that it is capturing. None skips the rest of the
-            run.
+        budget: no problem is started after so many seconds; on a GPU no rival is built either.
+        barred: (case, key, provider, reason) of what broke an earlier process.
+        restart: called with the file and all that is barred when a provider has left CUDA unusable, to go on in a new
+            process. None skips the rest of the run.
+        without: cases that cannot be run here, to be listed among the skipped problems.
+
+    Raises:
+        KeyboardInterrupt: as it came, when the file says what was cut short.
     """
     began = time.perf_counter() - (0.0 if resumed is None else resumed["seconds"])
     result = _begin(chosen, device, scale) if resumed is None else {**resumed, "skipped": []}
+    result["skipped"] += map(dict, without)
     done = {(problem["case"], problem["key"]) for problem in result["problems"]}
     spoiled = ""
     _save(result, out, began, device)  # so that there is a valid file from now on
@@ -165,21 +205,36 @@ def run(
             result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             continue
         reasons = {name: reason for of_case, key, name, reason in barred if (of_case, key) == (case, problem.key)}
+        if ALL in reasons:
+            result["skipped"].append({"case": case, "key": problem.key, "reason": reasons[ALL]})
+            continue
         try:
             seconds = seconds_for(case, problem.params, device.type)
+            if seconds is not None and budget is not None:
+                seconds = min(seconds, max(1.0, budget - spent))
             entry = run_problem(case, problem, device, scale, result["roofline"], reasons, seconds)
-        except CaptureFailed as error:
+        except CutShort as stop:
+            print(f"\n{case} {problem.key}: {stop}", flush=True)
+            result["skipped"].append({"case": case, "key": problem.key, "reason": str(stop)})
+            _save(result, out, began, device)
+            raise
+        except Broken as error:
             print(f"\n{case} {problem.key}: {error}", flush=True)
             if restart is not None and error.name not in reasons:
                 _save(result, out, began, device)
                 restart(out, [*(tuple(item) for item in barred), (case, problem.key, error.name, str(error))])  # type: ignore[list-item]
-            spoiled = f"after a failed capture nothing in the same process can be trusted ({error})"[:300]
+            spoiled = f"nothing more can be trusted in this process ({error})"[:300]
             result["skipped"].append({"case": case, "key": problem.key, "reason": spoiled})
             continue
         except Exception as error:  # a problem that fails must not end the run
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-            result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
+            reason = f"{type(error).__name__}: {one_line(error)}"
             print(f"\n{case} {problem.key}: {reason}", flush=True)
+            dead = device_error(device)
+            if dead is not None and restart is not None:
+                _save(result, out, began, device)
+                restart(out, [*(tuple(item) for item in barred), (case, problem.key, ALL, reason)])  # type: ignore[list-item]
+            spoiled = "" if dead is None else f"the device has failed in this process ({dead})"[:300]
+            result["skipped"].append({"case": case, "key": problem.key, "reason": reason})
             _save(result, out, began, device)
             continue
         result["problems"].append(entry)
@@ -217,7 +272,7 @@ def _begin(chosen: Mapping[str, Sequence[Problem]], device: torch.device, scale:
 
 
 def restart(out: Path, barred: Sequence[Barred]) -> None:
-    """Replace this process by a new one that goes on with `out`, since it cannot recover from a broken capture."""
+    """Replace this process by a new one that goes on with `out`, since it can no longer use CUDA."""
     arguments = [item for item in _RAN if item != "--resume"]
     for flag, values in (("--resume", 1), ("--barred", 4), ("--out", 1)):
         while flag in arguments:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+RING_AGAIN = 2.0  # seconds; longer than it takes to leave the block
+
 
 class OutOfTime(BaseException):
     """The time is over during a build. It is no Exception, because compilers catch those."""
@@ -44,7 +46,8 @@ class Deadline:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.seconds - self.spent(), 1e-3))
+        # It rings again, since an exception in a destructor or in a callback from C is only printed.
+        signal.setitimer(signal.ITIMER_REAL, max(self.seconds - self.spent(), 1e-3), RING_AGAIN)
         try:
             yield
         finally:

@@ -195,12 +195,21 @@ def draw(name: str, result: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
+    save(lambda: DRAWINGS[name](result), digest(name, result), path)
+
+
+def save(figure: Callable[[], Figure], digest: str, path: Path) -> None:
+    """Write what `figure` draws to `path` (.png or .svg), with a digest of what it shows.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise UserError("matplotlib is not installed: pip install 'agrepa-fast[train]'") from error
-    stamp = f"agrepa-bench:{digest(name, result)}"
+    stamp = f"agrepa-bench:{digest}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "agrepa-bench", "svg.fonttype": "none", "font.size": 9}):
         metadata = {"Description": stamp} | ({"Date": None} if path.suffix == ".svg" else {})
-        DRAWINGS[name](result).savefig(path, dpi=150, metadata=metadata)
+        figure().savefig(path, dpi=150, metadata=metadata)

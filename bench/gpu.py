@@ -3,7 +3,8 @@
 `python -m agrepa_fast.bench.gpu [FOLDER]` leaves gpu-NAME.json and gpu-NAME.log in FOLDER (default: bench/results of
 the checkout). The order is: doctor; the headline problems, within four minutes; the tests, those first that are
 likeliest to fail; all other problems. Both files grow as results come, so a run that is cut short leaves what it
-measured. It needs the checkout, torch and triton; the tests also need pytest, and are left out without it.
+measured. The last lines of the log say how each step ended and why each failed part failed. It needs the checkout,
+torch and triton; the tests also need pytest, and are left out without it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from agrepa_fast.errors import UserError
 
 from . import results
 from .environment import checkout
@@ -32,11 +36,24 @@ HEADLINES_BY = 240.0
 LIMIT = 520.0
 # Seconds of a step.
 DOCTOR, TESTS = 15.0, 150.0
+HEADLINE_RESERVE = 15.0  # the last rival of the headlines is built so long before their end
 RESERVE = 45.0  # no problem is started when less time is left
 GRACE = 8.0  # between SIGINT and SIGKILL
+CAUSES = 40  # lines of the summary about failed parts
 
-# Tests that are likely to fail, or whose failure costs most, come first.
-TEST_ORDER = ("gpu/test_step.py", "kernels/values", "gpu/test_kernels.py", "gpu/test_attribution.py")
+# Tests that are likely to fail, or whose failure costs most, come first. Each group has a process of its own, because
+# after a failure of the device every later call of the process fails.
+TEST_ORDER = (("gpu/test_step.py",), ("kernels/values", "gpu/test_kernels.py"), ("gpu/test_attribution.py",))
+
+
+@dataclass
+class Step:
+    """How a step ended. `failures` are the lines of its output that name what failed."""
+
+    name: str
+    code: int
+    ended: str
+    failures: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +76,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu: {folder}: {error.strerror}; name a folder that can be written", file=sys.stderr)
         return 2
     name = name_of(torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC))
+    steps: list[Step] = []
     with _signals(), open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        codes = _run(root, folder / f"{name}.json", log)
+        try:
+            _run(root, folder / f"{name}.json", log, steps)
+        finally:
+            for line in summary(steps, folder / f"{name}.json"):
+                _say(line, log)
     print(f"{folder / name}.json, {folder / name}.log")
-    return 1 if any(codes) else 0
+    return 1 if any(step.code for step in steps if step.name != "doctor") else 0
 
 
-def _run(root: Path, out: Path, log: TextIO) -> list[int]:
-    """Run all steps. Returns the exit codes of those that decide: tests and gates, not doctor."""
+def summary(steps: Sequence[Step], out: Path) -> list[str]:
+    """Lines that say how each step ended, and the cause of each failed part in one line."""
+    lines = ["", "how it ended", *(f"  {step.name:<22}{step.ended}" for step in steps)]
+    causes = [failure for step in steps for failure in step.failures]
+    try:
+        result = results.read(out)
+    except UserError as error:
+        lines.append(f"  no figures: {error}")
+    else:
+        lines.append(f"  {len(result['problems'])} problems measured, {len(result['skipped'])} skipped")
+        for problem in result["problems"]:
+            where = f"{problem['case']} {problem['key']}"
+            if not problem["gate"]["passed"]:
+                causes.append(f"{where}: ours is not compared, {problem['gate']['reason']}")
+            for row in problem["rows"]:
+                if row["status"] not in ("ok", "unavailable"):
+                    causes.append(f"{where}: {row['provider']} {row['status']}, {row['reason']}")
+        left_out: dict[str, list[str]] = {}
+        for item in result["skipped"]:
+            left_out.setdefault(item["reason"], []).append(f"{item['case']} {item['key']}")
+        for reason, places in left_out.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            causes.append(f"{places[0]}{more}: {reason}")
+    causes = list(dict.fromkeys(causes))
+    if causes:
+        lines += ["what failed or was left out", *(f"  {cause}" for cause in causes[:CAUSES])]
+    if len(causes) > CAUSES:
+        lines.append(f"  and {len(causes) - CAUSES} more, see above")
+    return lines
+
+
+def _run(root: Path, out: Path, log: TextIO, steps: list[Step]) -> None:
+    """Run all steps, and add how each ended to `steps`."""
     began = time.monotonic()
 
     def left(until: float) -> float:
@@ -74,38 +127,50 @@ def _run(root: Path, out: Path, log: TextIO) -> list[int]:
 
     bench = ["agrepa_fast.bench", "run", "all", "--device", "cuda", "--out", str(out)]
     out.unlink(missing_ok=True)  # of an earlier run on the same day
-    run_step(["agrepa_fast", "doctor"], DOCTOR, root, log)
-    codes = [run_step([*bench, "--headlines"], left(HEADLINES_BY), root, log)]
-    tests = tests_of(root)
+
+    def run(name: str, module: list[str], seconds: float) -> None:
+        steps.append(Step(name, 1, "did not end"))
+        steps[-1] = run_step(name, module, seconds, root, log)
+
+    run("doctor", ["agrepa_fast", "doctor"], DOCTOR)
+    limit = left(HEADLINES_BY)
+    run("headlines", [*bench, "--headlines", "--budget", f"{max(0.0, limit - HEADLINE_RESERVE):.0f}"], limit)
+    options = ["-q", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    tests_end = TESTS + time.monotonic() - began
     if importlib.util.find_spec("pytest") is None:
         _say("\nthe tests are left out: pytest is not installed", log)
-    elif tests:
-        options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-        codes.append(run_step(["pytest", *options, *tests], min(TESTS, left(LIMIT)), root, log))
+        steps.append(Step("tests", 0, "left out: pytest is not installed"))
+    else:
+        for number, group in enumerate(tests_of(root), 1):
+            seconds = min(left(tests_end), left(LIMIT))
+            if seconds < 1.0:
+                steps.append(Step(f"tests, part {number}", 1, f"not begun, the time was over: {' '.join(group)}"))
+            else:
+                run(f"tests, part {number}", ["pytest", *options, *group], seconds)
     before, resume = _seconds(out), []
     if before is not None:
         resume = ["--resume", str(out)]
     # A resumed run counts the time of its first part.
     budget = max(0.0, left(LIMIT) - RESERVE) + (before or 0.0)
-    codes.append(run_step([*bench, *resume, "--budget", f"{budget:.0f}"], left(LIMIT), root, log))
-    return codes
+    run("other problems", [*bench, *resume, "--budget", f"{budget:.0f}"], left(LIMIT))
 
 
 def _seconds(out: Path) -> float | None:
     """How long the run that left `out` took; None if it left nothing to resume."""
     try:
-        seconds: Any = results.read(out)["seconds"]
-    except Exception:
+        return float(results.read(out)["seconds"])
+    except (UserError, KeyError, TypeError, ValueError):  # no file, or one without a number of seconds
         return None
-    return float(seconds)
 
 
-def tests_of(root: Path) -> list[str]:
-    """Paths of the tests that need a device, relative to the checkout, those likeliest to fail first."""
+def tests_of(root: Path) -> list[list[str]]:
+    """Paths of the tests that need a device, relative to the checkout, in groups; those likeliest to fail first."""
     tests = root / "tests"
-    first = [tests / name for name in TEST_ORDER]
-    rest = [path for path in sorted((tests / "gpu").glob("test_*.py")) if path not in first]
-    return [str(path.relative_to(root)) for path in [*first, *rest] if path.exists()]
+    groups = [[tests / name for name in group] for group in TEST_ORDER]
+    first = [path for group in groups for path in group]
+    groups[-1] += [path for path in sorted((tests / "gpu").glob("test_*.py")) if path not in first]
+    named = [[str(path.relative_to(root)) for path in group if path.exists()] for group in groups]
+    return [group for group in named if group]
 
 
 def name_of(device: str, now: datetime.datetime) -> str:
@@ -130,7 +195,7 @@ def _signals() -> Any:
             signal.signal(number, handler)
 
 
-def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
+def run_step(name: str, module: list[str], seconds: float, root: Path, log: TextIO) -> Step:
     """Run `python -m MODULE ...` from the checkout, with its output on the screen and in the log.
 
     When its time is up it gets SIGINT, so that its traceback says where it is. It runs in a process group of its own,
@@ -138,7 +203,13 @@ def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
     """
     _say(f"\n$ python -m {' '.join(module)}", log)
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in a library leaves the Python lines that led to it
+    }
+    began, failures = time.monotonic(), []  # type: tuple[float, list[str]]
     process = subprocess.Popen(
         [sys.executable, "-m", *module],
         cwd=root,
@@ -149,13 +220,13 @@ def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
         errors="replace",
         start_new_session=True,
     )
-    reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    reader = threading.Thread(target=_copy, args=(process.stdout, log, failures), daemon=True)
     reader.start()
-    ended = ""
+    cut = False
     try:
         process.wait(max(seconds, 1.0))
     except subprocess.TimeoutExpired:
-        ended = f"ended after {seconds:.0f} s; what it had written is kept"
+        cut = True
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
@@ -164,14 +235,30 @@ def run_step(module: list[str], seconds: float, root: Path, log: TextIO) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         reader.join(GRACE)
-    if ended:
+    lasted = time.monotonic() - began
+    if cut:
+        ended = f"ended after {seconds:.0f} s; what it had written is kept"
         _say(ended, log)
-    return code
+    elif code < 0:
+        ended = f"killed by {signal.Signals(-code).name} after {lasted:.0f} s"
+    else:
+        ended = f"{'passed' if code == 0 else f'failed (exit code {code})'} in {lasted:.0f} s"
+    return Step(name, code, ended, failures)
 
 
-def _copy(lines: Any, log: TextIO) -> None:
+def _copy(lines: Any, log: TextIO, failures: list[str]) -> None:
+    """Show and keep the lines; collect those by which pytest names what failed, and the last one of a traceback."""
+    trace = False
     for line in lines:
-        _say(line.rstrip("\n"), log)
+        line = line.rstrip("\n")
+        _say(line, log)
+        if re.match(r"(FAILED|ERROR) \S+", line):
+            failures.append(line)
+        elif trace and re.match(r"[A-Za-z_][\w.]*(: |$)", line):
+            if not line.startswith("KeyboardInterrupt"):
+                failures.append(line)
+            trace = False
+        trace = trace or line.startswith("Traceback (most recent call last)")
 
 
 def _say(line: str, log: TextIO) -> None:

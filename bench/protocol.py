@@ -17,6 +17,7 @@ import torch
 
 from agrepa_fast import graphs
 
+from .broken import CaptureFailed, DeviceFailed, device_error, one_line
 from .deadline import lift
 
 Call = Callable[[], object]
@@ -61,18 +62,6 @@ class Timing:
         low = int(place)
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-class CaptureFailed(Exception):
-    """A call that was declared capturable was not.
-
-    The allocator and the random number generators of the process may still believe that a capture is under way, so no
-    later measurement in this process can be trusted.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be captured in a CUDA graph: {reason}")
-        self.name = name
 
 
 def order(names: Sequence[str], round_number: int) -> list[str]:
@@ -200,7 +189,7 @@ def measure_cuda(
         CaptureFailed: a variant in `capturable` could not be captured.
     """
     cold = ColdCache(device)
-    eager = {name: _events(call, cold) for name, call in variants.items()}
+    eager = {name: _blaming(name, _events(call, cold), device) for name, call in variants.items()}
     if effort.most_rounds == 1:  # a call too long to be made for calibration
         return {name: Timing((run()[0],), 1, "events") for name, run in eager.items()}
     once: dict[str, float] = {}
@@ -210,7 +199,9 @@ def measure_cuda(
             once[name] = statistics.median(run()[0] for _ in range(3))
     replays: dict[str, Callable[[], list[float]]] = {}
     if min((once[name] for name in variants if name in capturable), default=GRAPH_BELOW) < GRAPH_BELOW:
-        replays = {name: _graph(name, variants[name], cold) for name in variants if name in capturable}
+        replays = {
+            name: _blaming(name, _graph(name, variants[name], cold), device) for name in variants if name in capturable
+        }
     runners = {name: [eager[name], *([replays[name]] if name in replays else ())] for name in variants}
     began = time.perf_counter()
     for pair in runners.values():
@@ -242,6 +233,21 @@ def _events(call: Call, cold: ColdCache) -> Callable[[], list[float]]:
         return [start.elapsed_time(end) * 1e-3]
 
     return run
+
+
+def _blaming(name: str, run: Callable[[], list[float]], device: torch.device) -> Callable[[], list[float]]:
+    """`run`, which raises DeviceFailed with the provider's name if the device fails in it."""
+
+    def blamed() -> list[float]:
+        try:
+            return run()
+        except RuntimeError as error:
+            reason = device_error(device)
+            if reason is not None:
+                raise DeviceFailed(name, reason) from error
+            raise
+
+    return blamed
 
 
 class _Replay:
@@ -277,7 +283,12 @@ def _graph(name: str, call: Call, cold: ColdCache) -> _Replay:
             end.record()
 
     replay = _Replay(recorded(name, work, cold.device), events)
-    usable = all(sample > 0 for sample in replay())
+    try:
+        usable = all(sample > 0 for sample in replay())
+    except RuntimeError as error:
+        if reason := device_error(cold.device):
+            raise DeviceFailed(name, reason) from error
+        raise CaptureFailed(name, f"the events of its replay cannot be read: {one_line(error)}") from error
     if not usable:
         raise CaptureFailed(name, "the events of its replay show no time")
     return replay
@@ -294,7 +305,7 @@ def recorded(name: str, work: Call, device: torch.device) -> graphs.Recording:
     try:
         return graphs.Recording(work, device)
     except RuntimeError as error:  # also out of memory, which ends a capture halfway
-        raise CaptureFailed(name, (str(error).strip() or "RuntimeError").splitlines()[0]) from error
+        raise CaptureFailed(name, one_line(error)) from error
 
 
 def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
@@ -311,7 +322,10 @@ def host_seconds(call: Call, device: torch.device, calls: int) -> float | None:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Number of kernels, copies and fills that a call launches; None on the CPU."""
+    """Number of kernels, copies and fills that a call launches; None on the CPU, or where the profiler sees none.
+
+    The profiler stays attached to CUDA and makes every later launch of the process slower, so call this last.
+    """
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -320,10 +334,11 @@ def launches(call: Call, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
         call()
         torch.cuda.synchronize(device)
-    return sum(
+    count = sum(
         event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         for event in recorded.events()
     )
+    return count or None  # without permission to trace, it sees nothing
 
 
 Pool = tuple[int, int]

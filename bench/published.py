@@ -121,28 +121,32 @@ def _rates(width: int) -> Tensor:
     return torch.exp(torch.arange(width // 2, dtype=torch.float64) * (-2 * math.log(10000.0) / width))
 
 
-def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
-    """A DiT with random weights everywhere, since at the adaLN-zero initialisation its velocity is zero."""
-    model = DiT(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+def random_dit(config: DiTConfig, device: torch.device | None = None) -> DiT:
+    """A DiT with random weights everywhere, since at the adaLN-zero initialisation its velocity is zero.
+
+    It is made on its device: on the CPU a network of the paper's size takes many seconds to initialise.
+    """
+    device = torch.get_default_device() if device is None else device
+    torch.manual_seed(0)
+    with device, torch.no_grad():
+        model = DiT(config)
         for parameter in model.parameters():
-            std = parameter.shape[1] ** -0.5 if parameter.dim() > 1 else 0.02
-            parameter.normal_(std=std, generator=generator)
+            parameter.normal_(std=parameter.shape[1] ** -0.5 if parameter.dim() > 1 else 0.02)
         model.output_norm.weight.add_(1.0)
     return model
 
 
 def published(model: DiT, keep_weights: bool) -> PublishedDiT:
-    """The published form with the same weights, device and dtype."""
-    network = PublishedDiT(model.config, keep_weights)
+    """The published form with the same weights, device and dtype. It is made on the device, as `random_dit`."""
+    parameter = next(model.parameters())
+    with parameter.device:
+        network = PublishedDiT(model.config, keep_weights)
     released: dict[str, Tensor] = {}
     state = model.state_dict()
     for name, sources in released_names(model.config).items():
         released |= zip(sources, state[name].chunk(len(sources)))
     network.load_state_dict(released)
-    parameter = next(model.parameters())
-    return network.to(parameter.device, parameter.dtype)
+    return network.to(parameter.dtype)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Write what the docs say about speed from bench/results: tables between markers, figures in docs/figures.
+"""Write what the docs say about speed, and about what alignment gains, from bench/results: tables and figures.
 
 A table is between the lines `<!-- bench:NAME -->` and `<!-- /bench -->` of README.md or of a page in docs.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from agrepa_fast.errors import UserError
 
-from . import figures, results
+from . import evidence, figures, results, runs, skipping
 from .cases import CASES
 from .tables import (
     EAGER_COLUMNS,
@@ -37,12 +37,13 @@ Stored = Mapping[str, Mapping[str, Any]]  # {file name: result}
 
 
 def load(root: Path) -> dict[str, dict[str, Any]]:
-    """{stem: result} of bench/results/*.json, sorted by name.
+    """{stem: result} of bench/results/*.json, sorted by name; without studies, which `evidence` reads.
 
     Raises:
         UserError: a file that is no result, or a toy result, which means nothing.
     """
-    loaded = {path.stem: results.read(path) for path in sorted((root / "bench" / "results").glob("*.json"))}
+    files = sorted(path for path in (root / "bench" / "results").glob("*.json") if not evidence.is_study(path))
+    loaded = {path.stem: results.read(path) for path in files}
     for name, result in loaded.items():
         if result["scale"] == "toy":
             raise UserError(f"bench/results/{name}.json: toy sizes say nothing about speed; run --quick or full sizes")
@@ -56,7 +57,7 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
         UserError: a marker that names no table, or that has no end.
     """
     stored = load(root)
-    blocks = tables(stored)
+    blocks = tables(stored) | evidence.blocks(evidence.load(root)) | skipping.blocks(root)
     changed = []
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if not path.is_file():
@@ -75,6 +76,7 @@ def write_report(root: Path, check: bool = False) -> list[Path]:
                     changed.append(path)
                     if not check:
                         figures.draw(name, result, path)
+    changed += runs.outdated(root, check)
     kept = {f"bench-{name}-{stem}" for stem, result in stored.items() for name in figures.drawn(result)}
     for path in sorted((root / "docs" / "figures").glob("bench-*")):
         if path.stem not in kept:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
-import re
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from agrepa_fast.training.nvml import Nvml
 
-from . import gate, protocol
-from .case import Outputs, Problem, Provider, Run, Setup, Unavailable
-from .deadline import Deadline, OutOfTime
+from . import protocol
+from .broken import one_line
+from .case import Problem, Provider, Run
+from .deadline import Deadline
+from .gated import AGAIN, Gated, empty_row, release, with_again, without_broken
 from .protocol import Effort, Timing
 from .roofline import bound
+from .tables import duration
 
-AGAIN = "ours again"  # the A/A row
 COPY = "copy of the same bytes"
 
 EFFORT = {
@@ -31,6 +30,10 @@ EFFORT = {
 }
 SINGLE = Effort(0.0, 1, 1)
 ENERGY_SECONDS = 0.3  # NVML's energy counter moves every 20 to 100 ms
+
+
+class CutShort(KeyboardInterrupt):
+    """The interrupt of a problem; its text says what was measured until then."""
 
 
 def run_problem(
@@ -45,23 +48,31 @@ def run_problem(
     """Run one problem; return its entry of the result file (schema.json, "problem").
 
     Args:
-        barred: {provider: why its capture failed in an earlier process}. Such a provider is timed without a graph, or
-            fails with that reason if it consists of one.
+        barred: {provider: how it broke an earlier process}, see `without_broken`.
         seconds: after so long no rival is built any more, and one that is being built is given up. Ours is always
             built.
 
     Raises:
-        CaptureFailed: a capture failed, so this process must measure nothing more.
+        CaptureFailed, DeviceFailed: this process must measure nothing more.
+        CutShort: on an interrupt.
     """
     began = time.perf_counter()
+    gated: Gated | None = None
     torch.compiler.reset()  # compiled shapes of the last problem count against Dynamo's limit
     with protocol.lane(device):
         torch.manual_seed(0)
-        setup = _without_captures(problem.build(device), barred or {})
+        setup = without_broken(problem.build(device), barred or {})
         run = _run_alone if problem.alone else _run
-        entry = run(problem, Gated(setup, device, Deadline(seconds)), device, scale, dict(roofline))
-        del setup
-    _release(device)
+        try:
+            gated = Gated(setup, device, Deadline(seconds))
+            entry = run(problem, gated, device, scale, dict(roofline))
+        except KeyboardInterrupt as stop:
+            timed = {} if gated is None else gated.timed
+            until = ", ".join(f"{name} {duration(1e6 * median)}" for name, median in timed.items())
+            lasted = f"cut short after {time.perf_counter() - began:.0f} s"
+            raise CutShort(f"{lasted}; measured until then: {until or 'nothing'}") from stop
+        del setup, gated
+    release(device)
     return {
         "case": case,
         "key": problem.key,
@@ -72,33 +83,6 @@ def run_problem(
         **entry,
         "seconds": round(time.perf_counter() - began, 3),
     }
-
-
-def _without_captures(setup: Setup, barred: Mapping[str, str]) -> Setup:
-    """The set-up with barred providers timed eagerly, or failing if they are a graph themselves."""
-
-    def failing(reason: str) -> Callable[[], Run]:
-        def make() -> Run:
-            raise RuntimeError(reason)
-
-        return make
-
-    def without(provider: Provider) -> Provider:
-        # Ours is captured both times or not at all, so what bars one bars the other.
-        name = AGAIN if provider.role == "ours" and AGAIN in barred else provider.name
-        if name not in barred:
-            return provider
-        if provider.capturable:
-            return dataclasses.replace(provider, capturable=False)
-        return dataclasses.replace(provider, make=failing(barred[name]))
-
-    return dataclasses.replace(setup, providers=tuple(without(provider) for provider in setup.providers))
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofline: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +107,7 @@ def _run(problem: Problem, gated: Gated, device: torch.device, scale: str, roofl
     if copy is not None and calls:
         named[COPY] = copy
         capturable.add(COPY)
-        gated.rows[COPY] = _empty_row(Provider(COPY, "copy", list)) | {"status": "ok"}  # type: ignore[arg-type]
+        gated.rows[COPY] = empty_row(Provider(COPY, "copy", list)) | {"status": "ok"}  # type: ignore[arg-type]
     timings: dict[str, Timing] = {}
     if named:
         timings = protocol.measure(named, device, effort, frozenset(capturable))
@@ -161,14 +145,15 @@ def _run_alone(
                     try:
                         timing = protocol.measure({provider.name: call}, device, half)[provider.name]
                         taken.setdefault(provider.name, []).append(timing)
+                        gated.timed.setdefault(provider.name, timing.median)
                         if number == 0:
                             _columns(row, call, problem, timing, device, scale, gated.pools[provider.name])
                     except torch.OutOfMemoryError as error:
                         taken.pop(provider.name, None)
-                        row["status"], row["reason"] = "out of memory", _line(error)
+                        row["status"], row["reason"] = "out of memory", one_line(error)
                 del call
             torch.compiler.reset()
-            _release(device)
+            release(device)
     timings = {}
     ours = next(p.name for p in providers if p.role == "ours")
     twice = [block for name in (ours, AGAIN) for block in taken.get(name, ())]
@@ -181,7 +166,7 @@ def _run_alone(
     if not {ours, AGAIN} <= timings.keys():
         timings = {name: timing for name, timing in timings.items() if name not in (ours, AGAIN)}
         for name in (ours, AGAIN):
-            gated.rows[name] = _empty_row(Provider(name, gated.rows[name]["role"], list)) | {  # type: ignore[arg-type]
+            gated.rows[name] = empty_row(Provider(name, gated.rows[name]["role"], list)) | {  # type: ignore[arg-type]
                 key: gated.rows[name][key] for key in ("status", "reason", "error")
             }
     for name, timing in timings.items():
@@ -229,6 +214,24 @@ def _copy_call(problem: Problem, device: torch.device, roofline: dict[str, Any])
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
+def count_launches(entry: dict[str, Any], problem: Problem, device: torch.device) -> None:
+    """Count the launches of the providers that were timed, for the rows of their entry. Builds each of them anew.
+
+    Call it when all problems are timed, since the profiler slows down what comes after it.
+    """
+    rows = {row["provider"]: row for row in entry["rows"] if row["median_us"] is not None and row["launches"] is None}
+    torch.compiler.reset()
+    with protocol.lane(device):
+        torch.manual_seed(0)
+        for provider in problem.build(device).providers:
+            if provider.name in rows:
+                call = provider.make()
+                call()
+                rows[provider.name]["launches"] = protocol.launches(call, device)
+                del call
+                release(device)
+
+
 def _columns(
     row: dict[str, Any],
     call: Run,
@@ -238,106 +241,13 @@ def _columns(
     scale: str,
     pools: Collection[protocol.Pool],
 ) -> None:
-    """Memory, launches, host time and energy, each measured in calls of its own."""
+    """Memory, host time and energy, each measured in calls of its own."""
     if problem.single:
         return
     row["peak_bytes"] = protocol.peak_bytes(call, device, pools)
-    row["launches"] = protocol.launches(call, device)
     row["host_us"] = _micro(protocol.host_seconds(call, device, 5 if timing.median < 0.05 else 1))
-    if scale == "full" and device.type == "cuda":
+    if scale == "full" and device.type == "cuda" and row["role"] != "again":
         row |= _energy(call, device)
-
-
-def with_again(setup: Setup) -> list[Provider]:
-    """The providers, and ours a second time, built anew, for the A/A row."""
-    ours = [provider for provider in setup.providers if provider.role == "ours"]
-    if len(ours) != 1:
-        raise ValueError(f"providers: expected one with the role 'ours', got {[p.name for p in ours]}")
-    return [*setup.providers, Provider(AGAIN, "again", ours[0].make, ours[0].capturable)]
-
-
-class Gated:
-    """The gate of a problem. It builds a provider, runs it once, and admits its call if its outputs are right."""
-
-    def __init__(self, setup: Setup, device: torch.device, deadline: Deadline) -> None:
-        self.setup = setup
-        self.device = device
-        self.deadline = deadline
-        self.rows = {provider.name: _empty_row(provider) for provider in with_again(setup)}
-        self.pools: dict[str, set[protocol.Pool]] = {}  # private pools that a provider's graphs made
-        self._reference: Outputs | None = setup.reference()
-        self._expression: Outputs | None = None
-
-    def in_order(self, providers: Sequence[Provider]) -> list[Provider]:
-        """The order of building: the plain expression, since ours may have twice its error; ours, without a time limit;
-        rivals.
-        """
-        return sorted(providers, key=lambda p: (p.name != self.setup.expression, p.role not in ("ours", "again")))
-
-    def forget(self) -> None:
-        """Free the reference and the expression's outputs, which only the gate needs."""
-        self._reference = self._expression = None
-
-    def admit(self, provider: Provider, limited: bool = True) -> Run | None:
-        """The provider's call; or None, with the reason in its row.
-
-        limited: a rival must be built before the deadline.
-
-        Raises:
-            CaptureFailed: building or calling it broke a capture.
-        """
-        row = self.rows[provider.name]
-        before = protocol.private_pools(self.device).keys()
-        limited = limited and provider.role not in ("ours", "again")
-        try:
-            if limited and self.deadline.over():
-                raise OutOfTime
-            with self.deadline.enforced() if limited else contextlib.nullcontext():
-                call = provider.make()
-                outputs = call()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-        except OutOfTime:
-            row["status"] = "unavailable"
-            row["reason"] = f"not built in time: the {self.deadline.seconds:.0f} s of this problem were over"
-        except Unavailable as error:
-            row["status"], row["reason"] = "unavailable", str(error)
-        except protocol.CaptureFailed:
-            raise
-        except torch.OutOfMemoryError as error:
-            row["status"], row["reason"] = "out of memory", _line(error)
-        except Exception as error:  # a rival may fail in any way, which is a result and does not end the run
-            if self.device.type == "cuda" and re.search("captur|recorded as a CUDA graph", str(error)):
-                raise protocol.CaptureFailed(provider.name, _line(error)) from error
-            row["status"], row["reason"] = "failed", f"{type(error).__name__}: {_line(error)}"
-        else:
-            self.pools[provider.name] = set(protocol.private_pools(self.device).keys() - before)
-            return call if self._right(provider, outputs) else None
-        _release(self.device)  # free what was built before the failure
-        return None
-
-    def _right(self, provider: Provider, outputs: Outputs) -> bool:
-        assert self._reference is not None, "admit after forget"
-        row = self.rows[provider.name]
-        if provider.name == self.setup.expression:
-            self._expression = outputs
-        held = self._expression if provider.role in ("ours", "again") else None
-        checked = gate.check(outputs, self._reference, self.setup.bounds, held)
-        row["error"] = checked.error
-        row["status"], row["reason"] = ("ok", None) if checked.passed else ("wrong", checked.reason)
-        return checked.passed
-
-
-def _empty_row(provider: Provider) -> dict[str, Any]:
-    times = ("median_us", "p20_us", "p80_us", "samples", "calls", "timer", "eager_us")
-    rates = ("gb_per_s", "tflop_per_s", "roofline_share", "bound_by")
-    rest = ("reason", "peak_bytes", "launches", "host_us", "joules", "watts", "error", "speedup", "verdict")
-    return {
-        "provider": provider.name,
-        "role": provider.role,
-        "status": "failed",
-        **dict.fromkeys((*times, *rates, *rest)),
-    }
 
 
 def _rates(problem: Problem, timing: Timing, roofline: dict[str, Any], copy: Timing | None) -> dict[str, Any]:
@@ -390,8 +300,3 @@ def _energy(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 def _micro(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e6
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else ""

@@ -40,7 +40,7 @@ DEVICE_COLUMNS = ("launches", "host", "energy", "power", "timer")
 
 def columns(problem: Mapping[str, Any]) -> tuple[str, ...]:
     """The table's columns; those of the card only if there was one."""
-    return COLUMNS + DEVICE_COLUMNS if any(row["launches"] is not None for row in problem["rows"]) else COLUMNS
+    return COLUMNS + DEVICE_COLUMNS if any(row["host_us"] is not None for row in problem["rows"]) else COLUMNS
 
 
 def cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:

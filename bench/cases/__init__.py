@@ -6,15 +6,17 @@ from types import ModuleType
 
 from agrepa_fast.errors import UserError
 
-from . import alignment, demo, foga, pooling, residual, sampler, scaling, train_step, trainer
+from . import alignment, demo, foga, foreign, pooling, residual, sampler, scaling, self_alignment, train_step, trainer
 
 CASES: dict[str, ModuleType] = {
     "residual": residual,
     "foga": foga,
+    "foreign": foreign,
     "alignment": alignment,
     "pooling": pooling,
     "train_step": train_step,
     "trainer": trainer,
+    "self_alignment": self_alignment,
     "sampler": sampler,
     "scaling": scaling,
     "demo": demo,

@@ -52,7 +52,7 @@ def _problem(name: str, config: DiTConfig, batch: int, frames: int, points: int,
 
 
 def _build(config: DiTConfig, batch: int, frames: int, points: int, dtype: str, device: torch.device) -> Setup:
-    model = random_dit(config).to(device).eval()
+    model = random_dit(config, device).eval()
     drawn = draw_inputs(config, batch, frames, device)
     noise, cond = drawn["x_t"], drawn["cond"]
     tokens = config.cond - config.mels  # the null condition has no tokens and keeps the reference mel

@@ -27,7 +27,7 @@ from agrepa_fast.training.config import RunConfig, load_config
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.objective import Draws, Objective, StepInputs
 from agrepa_fast.training.optimizer import build_optimizer
-from agrepa_fast.training.step import TrainStep
+from agrepa_fast.training.step import WARMUP, TrainStep
 
 from ..case import Outputs, Problem, Provider, Run, Setup, compiled, dtype_of
 from ..published import published, random_dit
@@ -106,6 +106,8 @@ def _shuffled(buckets: list[Drawn]) -> list[Drawn]:
     count = len(buckets)
 
     def mixed(values: Sequence[Any], step: int) -> Any:
+        if values[0] is None:
+            return None
         if isinstance(values[0], dict):
             return {name: mixed([value[name] for value in values], step) for name in values[0]}
         rows = [value[(step + number) % count :: count] for number, value in enumerate(values)]
@@ -160,30 +162,40 @@ class Watched(TrainStep):
         super()._update(metrics)
 
 
+def trainer_step(
+    objective: Objective, batches: list[Drawn], config: RunConfig, device: torch.device, bf16: bool, engine: str
+) -> Run:
+    """The trainer's steps on the batches. The engine "graph" has recorded them already: no timed call does it."""
+    numbers = {inputs.mel.shape: draws for inputs, draws in batches}
+    objective.draw = lambda inputs, generator=None: numbers[inputs.mel.shape]  # type: ignore[method-assign]
+    optimizer = build_optimizer(objective, config, capturable=engine == "graph")
+    ema = Ema(objective.backbone, config.optimizer.ema_decay)
+    step = Watched(objective, optimizer, ema, config, device, bf16, engine)
+    step.watch = Watch()
+
+    def run() -> Outputs:
+        for inputs, _ in batches:
+            step([inputs], LR)
+        return step.watch.read()
+
+    for _ in range(WARMUP + 1 if engine == "graph" else 0):
+        run()
+    return run
+
+
 def _build(config: RunConfig, batch: int, buckets: list[int], dtype: str, device: torch.device) -> Setup:
     torch.manual_seed(0)
-    origin = Objective(config, TEACHERS, torch.Generator(device)).to(device)
-    origin.backbone.network.load_state_dict(random_dit(config.dit).state_dict())
-    origin.alignment.select(selected(config.model.depth))
+    with device:  # on the CPU a large network takes many seconds to initialise
+        origin = Objective(config, TEACHERS, torch.Generator(device)).to(device)
+    origin.backbone.network.load_state_dict(random_dit(config.dit, device).state_dict())
+    origin.aligner.select(selected(config.model.depth))
+    origin.aligner.align(ALIGN_WEIGHT)
     together = [_draw(config, batch, frames, device) for frames in buckets]
     shuffled = _shuffled(together)
     bf16 = dtype == "bfloat16"
 
     def trainer(engine: str) -> Run:
-        objective = copy.deepcopy(origin)
-        numbers = {inputs.mel.shape: draws for inputs, draws in together}
-        objective.draw = lambda inputs, generator=None: numbers[inputs.mel.shape]  # type: ignore[method-assign]
-        optimizer = build_optimizer(objective, config, capturable=engine == "graph")
-        ema = Ema(objective.backbone, config.optimizer.ema_decay)
-        step = Watched(objective, optimizer, ema, config, device, bf16, engine)
-        step.watch = Watch()
-
-        def run() -> Outputs:
-            for inputs, _ in together:
-                step([inputs], ALIGN_WEIGHT, LR)
-            return step.watch.read()
-
-        return run
+        return trainer_step(copy.deepcopy(origin), together, config, device, bf16, engine)
 
     def straight(**options: Any) -> Run:
         return _straight(copy.deepcopy(origin), shuffled, config, dtype, device, **options)
@@ -223,7 +235,7 @@ def _double(value: Any) -> Any:
     if isinstance(value, tuple):
         parts = [_double(item) for item in value]
         return Draws(*parts) if isinstance(value, Draws) else tuple(parts)
-    return value.double() if value.is_floating_point() else value
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _straight(

@@ -20,6 +20,7 @@ from agrepa_fast.bench.published import foga_loop, published, random_dit
 from agrepa_fast.bench.runner import run_problem
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.dit import DiTConfig
+from agrepa_fast.ops.dispatch import KERNEL_OPS
 
 CPU = torch.device("cpu")
 ROOFLINE = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}
@@ -33,7 +34,7 @@ def test_smoke(case: str, problem: residual.Problem) -> None:
     entry = run_problem(case, problem, CPU, "toy", ROOFLINE)
     absent = [name for name in NEEDS.get(case, ()) if importlib.util.find_spec(name) is None]
     for row in entry["rows"]:
-        if row["provider"] == "Liger" or absent:
+        if row["provider"] in ("Liger", "nnsight") or absent:
             assert row["status"] in ("ok", "unavailable"), row["reason"]
         else:
             assert row["status"] == "ok", f"{row['provider']}: {row['reason']}"
@@ -51,6 +52,14 @@ def test_keys_are_unique(name: str, device: str, scale: str) -> None:
     keys = [problem.key for problem in problems]
     assert keys
     assert len(set(keys)) == len(keys)
+
+
+def test_every_op_with_a_kernel_has_a_problem_on_a_gpu() -> None:
+    """The projection's loss is the problem "op" of the case "alignment"."""
+    params = [p.params for module in CASES.values() for p in module.problems("full", torch.device("cuda"))]
+    named = {each["op"] for each in params if "op" in each}
+    named |= {"projection_cosine_loss" for each in params if each.get("part") == "op"}
+    assert named == set(KERNEL_OPS)
 
 
 def test_residual_counts_its_tensors() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agrepa_fast import graphs
-from agrepa_fast.bench import cli, protocol, results, runner
+from agrepa_fast.bench import cli, gated, protocol, results, runner
 from agrepa_fast.bench.case import Problem, Provider, Setup
 from agrepa_fast.bench.cases import CASES, foga, residual, sampler, train_step
 from agrepa_fast.bench.protocol import CaptureFailed, ColdCache, Effort, Timing, measure_cuda
@@ -97,13 +97,13 @@ def test_long_work_is_not_captured(cuda: Any, clock: Clock) -> None:
 
 def test_a_row_that_cannot_be_captured_is_compared_with_the_eager_call_of_ours() -> None:
     rows = {
-        name: runner._empty_row(Provider(name, role, list))  # type: ignore[arg-type]
-        for name, role in (("ours", "ours"), (runner.AGAIN, "again"), ("captured", "rival"), ("waits", "rival"))
+        name: gated.empty_row(Provider(name, role, list))  # type: ignore[arg-type]
+        for name, role in (("ours", "ours"), (gated.AGAIN, "again"), ("captured", "rival"), ("waits", "rival"))
     }
     graph = Timing((10.0,) * 3, 10, "graph", (40.0,) * 3)
     timings = {
         "ours": graph,
-        runner.AGAIN: graph,
+        gated.AGAIN: graph,
         "captured": Timing((20.0,) * 3, 10, "graph", (50.0,) * 3),
         "waits": Timing((80.0,) * 3, 1, "events"),
     }
@@ -152,9 +152,9 @@ def test_a_replay_needs_the_pool_of_its_graph(monkeypatch: pytest.MonkeyPatch) -
     found = iter([{}, {(0, 7): 340}])
     monkeypatch.setattr(protocol, "private_pools", lambda _: next(found))
     setup = Setup((Provider("ours", "ours", lambda: lambda: (torch.ones(2),)),), lambda: (torch.ones(2),), {"y": 1e-6})
-    gated = runner.Gated(setup, device, runner.Deadline(None))
-    assert gated.admit(setup.providers[0]) is not None
-    assert gated.pools["ours"] == {(0, 7)}
+    admitting = gated.Gated(setup, device, runner.Deadline(None))
+    assert admitting.admit(setup.providers[0]) is not None
+    assert admitting.pools["ours"] == {(0, 7)}
 
 
 def test_a_failed_capture_names_its_provider(cuda: Any, clock: Clock) -> None:
@@ -213,14 +213,14 @@ def test_without_a_new_process_nothing_more_is_measured(tmp_path: Path) -> None:
     result = cli.run({"demo": problems}, CPU, "toy", tmp_path / "r.json")
     assert result["problems"] == []
     assert [item["key"] for item in result["skipped"]] == ["n=2", "n=3"]
-    assert all("nothing in the same process can be trusted" in item["reason"] for item in result["skipped"])
+    assert all("nothing more can be trusted in this process" in item["reason"] for item in result["skipped"])
 
 
 def test_a_barred_provider_that_can_run_eagerly_does() -> None:
-    barred = {"rival": "not permitted", runner.AGAIN: "not permitted"}
+    barred = {"rival": "not permitted", gated.AGAIN: "not permitted"}
     rival = Provider("rival", "rival", list, capturable=True)  # type: ignore[arg-type]
     ours = Provider("ours", "ours", list, capturable=True)  # type: ignore[arg-type]
-    kept = runner._without_captures(Setup((ours, rival), tuple, {}), barred)  # type: ignore[arg-type]
+    kept = gated.without_broken(Setup((ours, rival), tuple, {}), barred)  # type: ignore[arg-type]
     assert [provider.capturable for provider in kept.providers] == [False, False]
 
 

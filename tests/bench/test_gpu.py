@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ STEPS = ("doctor", "headlines", "tests", "others")
 
 # Stands for every module that a step runs. It says its name and its arguments, and hangs where it is told to.
 STAND_IN = """
-import json, os, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 arguments = sys.argv[1:]
 name = {"doctor": "doctor"}.get(arguments[0] if arguments else "", "tests")
 if "run" in arguments:
@@ -30,6 +31,12 @@ if "run" in arguments:
 print(name, "began", json.dumps(arguments), flush=True)
 if os.environ["CUT"] == name:
     time.sleep(60)
+if os.environ.get("CRASHES") == name:
+    os.kill(os.getpid(), signal.SIGSEGV)
+if os.environ.get("RAISES") == name:
+    raise RuntimeError("CUDA error: no kernel image is available")
+if os.environ.get("FAILS") == name == "tests":
+    print("FAILED tests/gpu/test_step.py::test_it - assert 1 == 2", flush=True)
 print(name, "ended", flush=True)
 sys.exit(name == os.environ.get("FAILS"))
 """
@@ -43,7 +50,7 @@ def checkout(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPa
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STAND_IN, encoding="utf-8")
         (path.parent / "__init__.py").touch()
-    for name in ("tests/gpu/test_step.py", "tests/gpu/test_other.py", "tests/kernels/values/test_residual.py"):
+    for name in ("tests/gpu/test_step.py", "tests/kernels/values/test_residual.py", "tests/gpu/test_other.py"):
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -53,7 +60,8 @@ def checkout(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu, "checkout", lambda: tmp_path / "root")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake 9000")
-    for name, seconds in (("DOCTOR", 1.5), ("TESTS", 2.0), ("HEADLINES_BY", 4.0), ("LIMIT", 8.0), ("RESERVE", 0.5)):
+    limits = {"DOCTOR": 1.5, "TESTS": 2.0, "HEADLINES_BY": 4.0, "LIMIT": 8.0, "HEADLINE_RESERVE": 0.5, "RESERVE": 0.5}
+    for name, seconds in limits.items():
         monkeypatch.setattr(gpu, name, seconds)
     return tmp_path / "root"
 
@@ -72,9 +80,12 @@ def test_a_step_cut_short_costs_no_other(
     assert files[0].name.startswith("gpu-fake-9000-")
     assert len(results.read(files[0])["problems"]) == 1
     log = files[1].read_text(encoding="utf-8")
-    assert [log.count(f"{name} began") for name in STEPS] == [1] * 4
-    assert [log.count(f"{name} ended") for name in STEPS] == [int(name != cut) for name in STEPS]
-    assert log.count("KeyboardInterrupt") == log.count("; what it had written is kept") == (cut in STEPS)
+    # The tests are in three parts, which share their time.
+    parts = {name: 3 if name == "tests" else 1 for name in STEPS}
+    assert [log.count(f"{name} began") for name in STEPS] == [1 if name == cut else parts[name] for name in STEPS]
+    assert [log.count(f"{name} ended") for name in STEPS] == [0 if name == cut else parts[name] for name in STEPS]
+    assert log.count("KeyboardInterrupt") == (cut in STEPS)
+    assert log.partition("how it ended")[0].count("; what it had written is kept") == (cut in STEPS)
     assert list((checkout).rglob("*.json")) == []  # nothing is written into the checkout
 
 
@@ -83,13 +94,16 @@ def test_the_order_and_what_each_step_is_given(checkout: Path, tmp_path: Path, m
     assert gpu.main([str(tmp_path / "out")]) == 0
     log = next((tmp_path / "out").glob("*.log")).read_text(encoding="utf-8")
     began = [line for line in log.splitlines() if " began " in line]
-    assert [line.split()[0] for line in began] == list(STEPS)
+    assert [line.split()[0] for line in began] == ["doctor", "headlines", "tests", "tests", "tests", "others"]
     given = [json.loads(line.partition(" began ")[2]) for line in began]
-    assert given[2][-3:] == ["tests/gpu/test_step.py", "tests/kernels/values", "tests/gpu/test_other.py"]
+    paths = [[argument for argument in arguments if argument.startswith("tests/")] for arguments in given[2:5]]
+    assert paths == [["tests/gpu/test_step.py"], ["tests/kernels/values"], ["tests/gpu/test_other.py"]]
     out = str(next((tmp_path / "out").glob("*.json")))
-    assert given[1][given[1].index("--out") + 1] == given[3][given[3].index("--resume") + 1] == out
+    assert given[1][given[1].index("--out") + 1] == given[-1][given[-1].index("--resume") + 1] == out
+    # The last rival of the headlines is built some time before their end.
+    assert float(given[1][given[1].index("--budget") + 1]) <= gpu.HEADLINES_BY - gpu.HEADLINE_RESERVE
     # The first part's seconds are in the file, and count against the budget of the whole.
-    assert 3.0 < float(given[3][-1]) < 3.0 + gpu.LIMIT
+    assert 3.0 < float(given[-1][-1]) < 3.0 + gpu.LIMIT
 
 
 def test_failing_tests_are_the_exit_code_and_do_not_stop_the_rest(
@@ -99,6 +113,69 @@ def test_failing_tests_are_the_exit_code_and_do_not_stop_the_rest(
     monkeypatch.setenv("FAILS", "tests")
     assert gpu.main([str(tmp_path / "out")]) == 1
     assert "others ended" in next((tmp_path / "out").glob("*.log")).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "ended", "cause"),
+    [
+        ("CRASHES", "headlines", "headlines             killed by SIGSEGV after", None),
+        ("RAISES", "headlines", "failed (exit code 1)", "RuntimeError: CUDA error: no kernel image is available"),
+        ("FAILS", "tests", "tests, part 1         failed", "FAILED tests/gpu/test_step.py::test_it - assert 1 == 2"),
+        ("CRASHES", "others", "other problems        killed by SIGSEGV after", None),
+        ("CUT", "tests", "tests, part 2         not begun, the time was over: tests/kernels/values", None),
+    ],
+)
+def test_the_last_lines_say_how_each_step_ended_and_why(
+    how: str,
+    name: str,
+    ended: str,
+    cause: str | None,
+    checkout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUT", "nothing")
+    monkeypatch.setenv(how, name)
+    assert gpu.main([str(tmp_path / "out")]) == 1
+    log = next((tmp_path / "out").glob("*.log")).read_text(encoding="utf-8")
+    end = log.partition("\nhow it ended\n")[2].splitlines()
+    assert end == capsys.readouterr().out.partition("\nhow it ended\n")[2].splitlines()[:-1]
+    steps = [line for line in end if re.match(r"  (doctor|headlines|tests|other)", line)]
+    assert sum(ended in line for line in steps) == 1
+    assert sum("passed in" in line for line in steps) == len(steps) - (1 if name != "tests" else 3)
+    assert "  1 problems measured, 0 skipped" in end
+    assert cause is None or end.count(f"  {cause}") == 1
+    if how == "CRASHES":
+        assert "Fatal Python error: Segmentation fault" in log
+
+
+def test_the_summary_names_what_failed_in_the_figures(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Refused problems, failed providers and what was skipped, each in a line; a shared reason is there once."""
+    fine = make.row("ours", "ours", 9.0)
+    bad = make.row("compiled", "rival", None) | {"status": "failed", "reason": "RuntimeError: nvrtc"}
+    absent = make.row("Liger", "rival", None) | {"status": "unavailable", "reason": "liger_kernel is not installed"}
+    refused = make.problem("residual", {"rows": 4}, 0.02, fine) | {
+        "gate": {"passed": False, "reason": "h: relative error 3.00e-01, allowed 5e-03"}
+    }
+    skipped = [{"case": "foga", "key": f"batch={size}", "reason": "the budget of 9 s was spent"} for size in (2, 4, 8)]
+    result = make.result(make.problem("foga", {"batch": 1}, 0.02, fine, bad, absent), refused) | {"skipped": skipped}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert gpu.summary([gpu.Step("headlines", 0, "passed in 3 s")], path) == [
+        "",
+        "how it ended",
+        "  headlines             passed in 3 s",
+        "  2 problems measured, 3 skipped",
+        "what failed or was left out",
+        "  foga batch=1: compiled failed, RuntimeError: nvrtc",
+        "  residual rows=4: ours is not compared, h: relative error 3.00e-01, allowed 5e-03",
+        "  foga batch=2 and 2 more: the budget of 9 s was spent",
+    ]
+    assert (
+        gpu.summary([], tmp_path / "none.json")[2]
+        == f"  no figures: {tmp_path / 'none.json'}: No such file or directory"
+    )
 
 
 def test_without_pytest_the_tests_are_left_out(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +193,9 @@ def test_the_headlines_end_within_four_minutes_and_all_within_nine() -> None:
 
 
 def test_the_tests_of_this_checkout_by_risk() -> None:
-    paths = gpu.tests_of(ROOT)
+    groups = gpu.tests_of(ROOT)
+    assert groups[0] == ["tests/gpu/test_step.py"]  # it cannot take the others down with it
+    paths = [path for group in groups for path in group]
     assert paths[:2] == ["tests/gpu/test_step.py", "tests/kernels/values"]
     assert {path for path in paths if "/gpu/" in path} == {
         f"tests/gpu/{p.name}" for p in ROOT.glob("tests/gpu/test_*.py")
@@ -159,7 +238,7 @@ print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(
 
 def _logged(module: list[str], root: Path, seconds: float = 1.5) -> str:
     with open(root / "log", "w", encoding="utf-8") as log:
-        gpu.run_step(module, seconds, root, log)
+        gpu.run_step("step", module, seconds, root, log)
     return (root / "log").read_text(encoding="utf-8")
 
 
@@ -228,7 +307,7 @@ def test_gpu_step_keeps_what_a_cut_command_wrote(tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text("import time\nprint('kept', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        assert gpu.run_step(["slow"], 3.0, tmp_path, log) != 0
+        assert gpu.run_step("slow", ["slow"], 3.0, tmp_path, log).code != 0
     said = (tmp_path / "log").read_text(encoding="utf-8")
     assert "kept\n" in said
     assert "ended after 3 s; what it had written is kept" in said

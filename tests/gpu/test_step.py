@@ -76,7 +76,8 @@ def check(engine: str, device: torch.device, bf16: bool) -> TrainStep:
         given = batch(fast.objective.config, device, number)
         means = []
         for step in (eager, fast):
-            step([given], 0.0 if number < WARMUP + 3 else 0.5, 1e-3)
+            step.aligner.align(0.0 if number < WARMUP + 3 else 0.5)
+            step([given], 1e-3)
             means.append(step.read()[0])
         for name, value in means[0].items():
             assert means[1][name] == pytest.approx(value, rel=5e-2 if bf16 else 1e-2, abs=1e-4), (number, name)
@@ -104,14 +105,15 @@ def test_the_captured_step_trains_as_the_eager_one(monkeypatch, bf16: bool) -> N
 def test_a_replayed_step_does_not_wait_for_the_device() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     step = build("graph", device, True)
+    step.aligner.align(0.5)
     given = [batch(step.objective.config, device, seed) for seed in range(WARMUP + 4)]
     for inputs in given[: WARMUP + 2]:
-        step([inputs], 0.5, 1e-3)
+        step([inputs], 1e-3)
     assert step.captures == 1
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for inputs in given[WARMUP + 2 :]:
-            step([inputs], 0.5, 1e-3)
+            step([inputs], 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

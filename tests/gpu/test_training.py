@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agrepa_fast.data.audio import import_soundfile
+from agrepa_fast.data.libraries import import_soundfile
 from agrepa_fast.errors import UserError
 from agrepa_fast.report import read_log
 from agrepa_fast.training.config import load_config

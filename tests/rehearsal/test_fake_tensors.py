@@ -1,7 +1,6 @@
-"""Forward passes on tensors that say they are on a CUDA device: a tensor left on the CPU or a read by the host raises.
+"""Losses, a training step, probes and the sampler on tensors that say they are on a CUDA device.
 
-The tensors are those of FakeTensorMode, which have shapes, dtypes and devices and no values. Autograd's engine asks a
-real device for its streams, so the backward is not run here; tests/training/test_step.py watches it on the CPU.
+A tensor left on the CPU or a read by the host raises; conftest.py says how.
 """
 
 from __future__ import annotations
@@ -10,49 +9,22 @@ import itertools
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
 
 from agrepa_fast import AblationPlan, DiT, DiTConfig
 from agrepa_fast.attribution import native
 from agrepa_fast.models.flow import probe_inputs, sample
 from agrepa_fast.training.config import load_config
+from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.meter import Meter
 from agrepa_fast.training.objective import Draws, Objective, StepInputs
+from agrepa_fast.training.optimizer import build_optimizer
+from agrepa_fast.training.step import TrainStep
 
-TEACHERS = {"speech": 12, "audio": 8}
-SIZES = (
-    "mel.mels=16",
-    "model.depth=2",
-    "model.width=16",
-    "model.heads=2",
-    "model.token_width=8",
-    "model.dropout=0.1",
-    "data.buckets=2",
-    "probe.k=2",
-)
+from .small import SIZES, TEACHERS
+
 BATCH, FRAMES = 4, 12
-
-
-class Ops(TorchDispatchMode):
-    """The names of the library's ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        namespace, _, name = function.overloadpacket._qualified_op_name.partition("::")
-        if namespace == "agrepa_fast":
-            self.seen.add(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def ops():
-    """On a fake CUDA device: new tensors are there, and the fused ops are the kernels' (their fake forms)."""
-    with FakeTensorMode(), Ops() as recorded, torch.device("cuda"):
-        yield recorded
 
 
 def test_the_mode_finds_what_it_is_for(ops):
@@ -88,7 +60,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("pool, head, objective", SETTINGS)
-def test_the_loss_stays_on_the_device(ops, pool, head, objective):
+def test_the_loss_and_its_gradients_stay_on_the_device(ops, backward, pool, head, objective):
     changes = [f"alignment.pool={pool}", f"alignment.head={head}", f"alignment.objective={objective}"]
     if objective == "cosine":
         changes.append("alignment.timestep_weight=middle")
@@ -103,10 +75,14 @@ def test_the_loss_stays_on_the_device(ops, pool, head, objective):
     )
     for dtype in (torch.float32, torch.float16):  # cached features are often half precision
         loss, metrics = step(step_inputs(pool == "mean", dtype), draws, torch.ones(()))
-        step.observe(metrics)
+        step.aligner.observe(metrics)
         meter = Meter()
         meter.add({**metrics, "grad_norm": loss.detach()})
         assert {value.device.type for value in (loss, *metrics.values(), *meter._sums.values())} == {"cuda"}
+        trained = backward(loss)
+        assert {p.grad.device.type for p in trained} == {"cuda"}
+        assert {id(p) for p in step.parameters() if p.requires_grad} >= {id(p) for p in trained}
+        assert len(trained) > len([*step.backbone.network.parameters()])  # a head and the condition besides
     # On the CPU the reference would run, and none of these.
     wanted = {"gated_residual_norm", "layer_norm_modulate"}
     if pool == "mean":
@@ -143,3 +119,33 @@ def test_sampling_stays_on_the_device(ops, method):
     with torch.no_grad():
         mel = sample(model, torch.randn(2, FRAMES, 5), cond, null, mask, points=4, guidance=2.0, method=method)
     assert mel.device.type == "cuda"
+
+
+@pytest.mark.parametrize("pool", ["mean", "null"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_training_step_stays_on_the_device(ops, backward, fake_copies, monkeypatch, pool, bf16):
+    """Forward, backward, clipping, fused AdamW, moving average and meter, unaligned and aligned."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss))
+    adamw = []  # the fused kernel has no fake form: what it is given
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *given, **options: adamw.extend(tree_leaves((given, options))))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    config = load_config("demo", [*SIZES, f"alignment.pool={pool}", "alignment.bitc=true"])
+    objective = Objective(config, TEACHERS, torch.Generator("cpu"))
+    draws = Draws(torch.rand(BATCH), torch.randn(BATCH, FRAMES, 16), *torch.ones(2, BATCH, dtype=torch.bool).unbind())
+    objective.draw = lambda inputs, generator=None: draws
+    optimizer = build_optimizer(objective, config, capturable=False)
+    # As capturable=True makes them; AdamW reads the learning rate once, at its start.
+    for group in optimizer.param_groups:
+        group |= {"lr": torch.tensor(1e-3), "capturable": True}
+    ema = Ema(objective.backbone, 0.9)
+    step = TrainStep(objective, optimizer, ema, config, torch.device("cuda"), bf16, "eager")
+    for weight in (0.0, 0.5):
+        objective.aligner.align(weight)
+        step([step_inputs(pool == "mean", torch.float32)], 1e-3)
+    everything = [*objective.state_dict().values(), *ema.module.state_dict().values(), *step.meter._sums.values()]
+    everything += [value for value in adamw if isinstance(value, torch.Tensor)]
+    assert {value.device.type for value in [*everything, step.skipped]} == {"cuda"}
+    updated = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    assert {id(p) for p in updated} <= {id(value) for value in adamw}
+    assert len(updated) == sum(p.requires_grad for p in objective.parameters())
+    assert {"gated_residual_norm", "residual_backward"} <= ops.seen

@@ -24,7 +24,8 @@ from agrepa_fast.attribution import graph
 from agrepa_fast.attribution import runner as attribution
 from agrepa_fast.bench.case import Problem, Unavailable
 from agrepa_fast.bench.cases import CASES, foga
-from agrepa_fast.bench.runner import with_again
+from agrepa_fast.bench.gated import with_again
+from agrepa_fast.training.step import TrainStep
 
 CARD = 80e9
 FREE = 0.9 * CARD  # the rest is CUDA's own, libraries' workspaces, the cache's buffer, and gaps between blocks
@@ -66,8 +67,10 @@ class HostReads(TorchFunctionMode):
             return True
         if function is Tensor.item:
             return 1.0
-        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            return args[0].clone()
+        if function is Tensor.__getitem__:
+            first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if isinstance(first, Tensor) and first.dtype == torch.bool:
+                return args[0][(slice(None), *rest)].clone()
         return function(*args, **(kwargs or {}))
 
 
@@ -114,8 +117,18 @@ def converted(module: nn.Module, *wanted) -> nn.Module:
     return module
 
 
+class Generator(torch.Generator):
+    """A generator of the fake device; one of a real device needs a driver."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls, "cpu")
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @pytest.fixture
-def paper(monkeypatch) -> Iterator[Memory]:
+def paper(monkeypatch, fake_copies) -> Iterator[Memory]:
     monkeypatch.setattr(nn.Module, "to", converted)
     monkeypatch.setattr(nn.Module, "double", lambda module: converted(module, torch.float64))
     monkeypatch.setattr(Tensor, "backward", backward)
@@ -128,6 +141,9 @@ def paper(monkeypatch) -> Iterator[Memory]:
     attend = lambda q, k, v, **_: Attention.apply(q, k, v)  # noqa: E731
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    # A recording holds the memory of one step, as a step does; the warm-up's is free by then.
+    monkeypatch.setattr(TrainStep, "_replay", lambda step, inputs: step._run([inputs]))
     with FakeTensorMode(), CUDA, HostReads(), Memory() as memory:
         yield memory
 
@@ -160,7 +176,7 @@ def largest(case: str) -> Problem:
     return max(CASES[case].problems("full", CUDA), key=lambda problem: (problem.alone, problem.bytes or 0))
 
 
-PROBLEMS = {case: largest(case) for case in ("residual", "pooling", "alignment", "foga", "train_step")}
+PROBLEMS = {case: largest(case) for case in ("residual", "pooling", "alignment", "foga", "train_step", "trainer")}
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
@@ -181,6 +197,31 @@ def test_the_largest_problem_fits_a_card(paper, monkeypatch, case):
     if case == "train_step":  # the paper is no blank sheet: the released form keeps attention's weights for backward
         assert peaks["released form, float32"] > 50e9
         assert peaks["ours"] < peaks["SDPA form"] < peaks["released form, float32"]
+
+
+class OnHost(TorchDispatchMode):
+    """Bytes of the largest tensor that is made on the host."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [v.nbytes for v in tree_leaves(out) if isinstance(v, Tensor) and v.device.type == "cpu"]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("case", ["foga", "train_step"])
+def test_networks_are_made_on_the_device(monkeypatch, fake_copies, case):
+    """One core takes many seconds for the random weights of the paper's network, and each provider has its own."""
+    monkeypatch.setattr(foga, "_graphed", lambda run: run)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(nn.Module, "to", converted)
+    with FakeTensorMode(), OnHost() as host:
+        for provider in PROBLEMS[case].build(CUDA).providers:
+            with contextlib.suppress(Unavailable):
+                provider.make()
+    assert host.largest < 10_000
 
 
 def test_the_paper_counts_what_is_alive(paper):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import torch
 from agrepa_fast import graphs
 
 DEVICE = torch.device("cuda", 0)
+ORIGINAL_GRAPH = torch.cuda.graph
 
 
 def test_one_side_stream_serves_every_warm_up_and_every_recording(cuda):
@@ -68,6 +71,26 @@ def test_the_fake_refuses_a_dead_pool_as_torch_does(cuda):
     del first, second
     with pytest.raises(RuntimeError, match="use_count"):
         cuda.record(torch.cuda.CUDAGraph(), lambda: None, DEVICE, dead)
+
+
+def test_other_threads_may_use_cuda_while_recording(monkeypatch):
+    """The data loader's thread pins the next batch meanwhile, which torch's default mode takes for an error."""
+    given = []
+
+    @contextlib.contextmanager
+    def graph(recorded, **options):
+        given.append((recorded, options))
+        yield
+
+    current, aside = object(), object()
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(graphs, "side_stream", lambda device: aside)
+    assert graphs._record("graph", lambda: 3, DEVICE, (0, 7)) == 3
+    assert given == [("graph", {"pool": (0, 7), "stream": aside, "capture_error_mode": "thread_local"})]
+    # The real one takes these options.
+    assert given[0][1].keys() <= inspect.signature(ORIGINAL_GRAPH).parameters.keys()
 
 
 def test_a_recording_does_not_import_the_compiler():

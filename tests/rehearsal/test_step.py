@@ -9,24 +9,16 @@ import torch
 from torch._dynamo.utils import counters
 
 from agrepa_fast import LayerSelection
+from agrepa_fast.bench.cases import trainer as trainer_case
 from agrepa_fast.training.config import load_config
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.objective import Objective, StepInputs
 from agrepa_fast.training.optimizer import build_optimizer
 from agrepa_fast.training.step import WARMUP, TrainStep
 
-TEACHERS = {"speech": 12, "audio": 8}
+from .small import SIZES, TEACHERS
+
 DEVICE = torch.device("cpu")
-SIZES = (
-    "mel.mels=16",
-    "model.depth=2",
-    "model.width=16",
-    "model.heads=2",
-    "model.token_width=8",
-    "model.dropout=0.1",
-    "data.buckets=2",
-    "probe.k=2",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +108,8 @@ def test_the_captured_step_is_the_eager_one(cuda, pool):
         given = batch(config, frames=12 + 4 * (number % 2), seed=number)
         for step in (eager, graph):
             torch.manual_seed(number)
-            step([given], weight_at(number), 1e-3 / (number + 1))
+            step.aligner.align(weight_at(number))
+            step([given], 1e-3 / (number + 1))
         compiled[number] = counters["stats"]["unique_graphs"]
     assert graph.captures == cuda.recordings == 4
     assert cuda.compiled_while_recording == 0
@@ -131,12 +124,15 @@ def test_the_learning_rate_and_the_weight_are_read_from_the_device(cuda):
     """A number of Python would be frozen in the recording."""
     step = make(load_config("demo", [*SIZES]), "graph")
     assert all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
-    held = [group["lr"].data_ptr() for group in step.optimizer.param_groups] + [step.align_weight.data_ptr()]
+    read = [step.aligner.strength, *(group["lr"] for group in step.optimizer.param_groups)]
+    held = [tensor.data_ptr() for tensor in read]
     cuda.state = lambda: state(step)
     for number in range(WARMUP + 3):
-        step([batch(step.objective.config, seed=number)], 0.5 / (number + 1), 1e-3 / (number + 1))
-    assert held == [group["lr"].data_ptr() for group in step.optimizer.param_groups] + [step.align_weight.data_ptr()]
-    assert float(step.align_weight) == pytest.approx(0.5 / (WARMUP + 3))
+        step.aligner.align(0.5 / (number + 1))
+        step([batch(step.objective.config, seed=number)], 1e-3 / (number + 1))
+    now = [step.aligner.strength, *(group["lr"] for group in step.optimizer.param_groups)]
+    assert held == [tensor.data_ptr() for tensor in now]
+    assert float(step.aligner.strength) == pytest.approx(0.5 / (WARMUP + 3))
 
 
 def test_two_tensors_where_there_was_one_make_another_recording(cuda):
@@ -150,7 +146,8 @@ def test_two_tensors_where_there_was_one_make_another_recording(cuda):
             given.target_mask[:, :5] = False  # the aligned frames are fewer than the valid ones
         for step in (eager, graph):
             torch.manual_seed(number)
-            step([given], 0.5, 1e-3)
+            step.aligner.align(0.5)
+            step([given], 1e-3)
     assert graph.captures == 2
     same(graph, eager)
 
@@ -175,8 +172,9 @@ def test_recordings_of_one_topology_share_a_pool_that_dies_with_them(cuda):
     cuda.state = lambda: state(step)
     pools = []
     for weight in (0.0, 0.5, 0.0):
+        step.aligner.align(weight)
         for number in range(2 * (WARMUP + 1)):
-            step([batch(config, frames=12 + 4 * (number % 2), seed=number)], weight, 1e-3)
+            step([batch(config, frames=12 + 4 * (number % 2), seed=number)], 1e-3)
         gc.collect()
         pools.append({graph.pool() for graph in cuda.living})
     # Each time both lengths in one pool; the fake, like torch, refuses the pool of recordings that are gone.
@@ -191,9 +189,27 @@ def test_reselection_of_pooled_layers_records_nothing(cuda):
     cuda.state = lambda: state(step)
     for number in range(3 * (WARMUP + 2)):
         if number % (WARMUP + 2) == 0:
-            step.objective.alignment.select(LayerSelection((number // (WARMUP + 2) % 2,), (1.0,)))
-        step([batch(config, seed=number)], 0.5, 1e-3)
+            step.aligner.select(LayerSelection((number // (WARMUP + 2) % 2,), (1.0,)))
+        step.aligner.align(0.5)
+        step([batch(config, seed=number)], 1e-3)
     assert step.captures == 1
+
+
+def test_the_benchmark_times_replays_alone(cuda):
+    """Two lengths, each recorded while the provider is built: a recording takes many times as long as a step."""
+    config = load_config("demo", [*SIZES])
+    drawn = [trainer_case._draw(config, 2, frames, DEVICE) for frames in (8, 12)]
+    objective = Objective(config, trainer_case.TEACHERS, torch.Generator().manual_seed(1))
+    objective.aligner.select(LayerSelection.uniform([0]))
+    objective.aligner.align(0.5)
+    run = trainer_case.trainer_step(objective, drawn, config, DEVICE, False, "graph")
+    assert cuda.recordings == 2
+    for _ in range(3):
+        loss, norm = run()
+    assert cuda.recordings == 2
+    assert loss.isfinite()
+    assert norm > 0
+    assert [graph.replays for graph in cuda.living] == [4, 4]
 
 
 def test_a_recording_that_fails_ends_the_step_with_its_reason(cuda):
@@ -201,7 +217,7 @@ def test_a_recording_that_fails_ends_the_step_with_its_reason(cuda):
     step = make(config, "graph")
     cuda.fail_with = RuntimeError("operation not permitted when stream is capturing")
     for number in range(WARMUP):
-        step([batch(config, seed=number)], 0.0, 1e-3)
+        step([batch(config, seed=number)], 1e-3)
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph: operation not permitted"):
-        step([batch(config)], 0.0, 1e-3)
+        step([batch(config)], 1e-3)
     assert cuda.current is cuda.default

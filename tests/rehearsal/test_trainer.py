@@ -72,8 +72,9 @@ def lines(run_dir) -> list[dict]:
     return [entry for entry in read_log(run_dir / "log.jsonl") if entry["event"] in ("train", "valid", "probe")]
 
 
-def test_a_captured_run_is_the_eager_run(clips, tmp_path, captured, cuda, monkeypatch):
-    changes = [*CHANGES, f"data.train=[{clips}]", f"train.out={tmp_path}"]
+@pytest.mark.parametrize("teacher", ["source: spectral", "source: self-flow"])
+def test_a_captured_run_is_the_eager_run(clips, tmp_path, captured, cuda, monkeypatch, teacher):
+    changes = [*CHANGES, f"data.train=[{clips}]", f"train.out={tmp_path}", f"alignment.teachers={{one: {{{teacher}}}}}"]
     graph = lines(captured(start_run(load_config("demo", [*changes, "train.name=graph"]))).run())
     assert cuda.recordings == 2  # one length, without and with alignment
     assert cuda.compiled_while_recording == 0
