@@ -1,4 +1,4 @@
-"""`agrepa`: extract, train, probe, sample, evaluate, bench, doctor; one file a command.
+"""`agrepa`: extract, train, probe, sample, evaluate, study, bench, doctor; one file a command.
 
 A mistake in what the user gave is one line on stderr and exit code 2.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, one_line
-from . import doctor, evaluate, extract, probe, sample, train
+from . import doctor, evaluate, extract, probe, sample, study, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"agrepa-fast {__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for command in (extract, train, probe, sample, evaluate):
+    for command in (extract, train, probe, sample, evaluate, study):
         added = commands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,

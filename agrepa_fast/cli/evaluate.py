@@ -36,25 +36,42 @@ NONE = "none"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="+", metavar="RUN|FOLDER", help="runs, checkpoints, or folders of sound files")
-    parser.add_argument("--reference", nargs="+", metavar="LIST", default=[], help="recordings: lists or folders")
-    parser.add_argument("--clips", type=int, default=100, help="at most this many clips, from the domains in turn")
-    parser.add_argument("--prompt", type=number, default=0.0, metavar="SECONDS", help="of each clip shown to the model")
-    parser.add_argument("--fad", nargs="+", default=["spectral"], metavar="TEACHER", help="teachers, or none")
-    parser.add_argument("--asr", default="pocketsphinx", help="a transformers model, module:function, or none")
     parser.add_argument(
-        "--text-form", default="plain", help="plain, english, or module:function, before words are compared"
+        "--reference", nargs="+", metavar="LIST", default=[], help="lists or folders of recordings to compare with"
     )
-    parser.add_argument("--mos", default="dnsmos", help="dnsmos, module:function, or none")
-    parser.add_argument("--speaker", default="resemblyzer", help="a transformers model, module:function, or none")
-    parser.add_argument("--speech", nargs="+", default=["speech"], metavar="DOMAIN", help="whose text is what is said")
-    parser.add_argument("--domain", default="speech", help="of a folder without a list (default: speech)")
+    parser.add_argument("--clips", type=int, default=100, help="at most this many clips, from the domains in turn")
+    parser.add_argument(
+        "--prompt", type=number, default=0.0, metavar="SECONDS", help="show the model so much of each clip"
+    )
+    parser.add_argument("--fad", nargs="+", default=["spectral"], metavar="TEACHER", help="teachers for FAD, or none")
+    parser.add_argument(
+        "--asr", default="pocketsphinx", help="recogniser for WER: a transformers model, module:function, or none"
+    )
+    parser.add_argument(
+        "--text-form", default="plain", help="how to normalise texts before WER: plain, english, or module:function"
+    )
+    parser.add_argument("--mos", default="dnsmos", help="predictor of opinion scores: dnsmos, module:function, or none")
+    parser.add_argument(
+        "--speaker", default="resemblyzer", help="speaker encoder: a transformers model, module:function, or none"
+    )
+    parser.add_argument(
+        "--speech", nargs="+", default=["speech"], metavar="DOMAIN", help="domains whose text is a transcript"
+    )
+    parser.add_argument(
+        "--domain", default="speech", help="domain of the files of a folder without a list (default: speech)"
+    )
     parser.add_argument("--imports", nargs="+", metavar="MODULE", default=[], help="modules that register teachers")
     parser.add_argument("--out", type=Path, help="folder to write (default: evaluation, in the first run's folder)")
     parser.add_argument("--points", type=int, help="grid points of the sampler")
     parser.add_argument("--guidance", type=number, help="strength of classifier-free guidance")
-    parser.add_argument("--method", choices=("euler", "midpoint"))
-    parser.add_argument("--weights", choices=("model", "ema"), default="ema", help="of the checkpoints (default: ema)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise and of the resamples")
+    parser.add_argument("--method", choices=("euler", "midpoint"), help="solver of the sampler")
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        default="ema",
+        help="which weights of the checkpoints to use (default: ema)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise and of the resamples (default: 0)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -67,10 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.environment import pick_device
     from ..training.synthesis import open_run
 
-    if arguments.clips < 1:
-        raise UserError(f"--clips: expected at least 1, got {arguments.clips}")
-    if not 0 <= arguments.prompt <= 3600:
-        raise UserError(f"--prompt: expected 0 to 3600 seconds, got {arguments.prompt:g}")
+    check(arguments)
     device = pick_device(arguments.device, "--device")
     for module in arguments.imports:
         import_module(module, "--imports")
@@ -102,6 +116,41 @@ def run(arguments: argparse.Namespace) -> int:
     if runs and arguments.out is None:
         print(f"report: {write_report(out.parent)}")
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that do not fit."""
+    if arguments.clips < 1:
+        raise UserError(f"--clips: expected at least 1, got {arguments.clips}")
+    if not 0 <= arguments.prompt <= 3600:
+        raise UserError(f"--prompt: expected 0 to 3600 seconds, got {arguments.prompt:g}")
+
+
+def rehearse(arguments: argparse.Namespace) -> None:
+    """Find out whether the command can measure all that it is asked to, without a run.
+
+    A study calls this before it trains the runs that are to be evaluated. The metrics are built on the CPU, so that
+    nothing stays on a device.
+
+    Raises:
+        UserError: no such device or module, a metric that cannot be built, a package that is not installed, or a list
+            of recordings that cannot be read.
+    """
+    import torch
+
+    from ..data.manifest import read_manifest
+    from ..training.clips import BUILTIN
+    from ..training.environment import pick_device
+
+    pick_device(arguments.device, "--device")
+    for module in arguments.imports:
+        import_module(module, "--imports")
+    _, missing = _metrics(arguments, torch.device("cpu"))
+    if missing:
+        raise UserError(f"{missing[0]['problem']}, or leave the metric out (none)")
+    for spec in arguments.reference:
+        if spec != BUILTIN:
+            read_manifest(spec, allow_outside=True)
 
 
 def _metrics(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Metric], list[dict[str, Any]]]:
@@ -179,7 +228,7 @@ def _from_folders(
 ) -> Sets:
     """The folders, and their reference with its resynthesis where there is one."""
     from ..data.mel import MEL_PRESETS
-    from ..evaluation.recordings import keyed, read_set, whole_files
+    from ..evaluation.recordings import check_readable, keyed, read_set, whole_files
     from ..training.synthesis import resynthesised
 
     for name in ("points", "guidance", "method"):
@@ -195,6 +244,8 @@ def _from_folders(
         reference = whole_files(keyed(clips), "reference", "reference")
         partners = {clip.key: clip for clip in reference.clips}
     targets = [_folder(path, name, arguments.domain, partners) for path, name in zip(paths, _names(paths, runs))]
+    for recordings in [*targets, *([reference] if reference else [])]:
+        check_readable(recordings)
     if reference is not None:
         # Nobody knows the vocoder that made the folders: a common one stands for it, and is named.
         folder = out / "audio" / "resynthesised"
@@ -233,7 +284,7 @@ def _facts(path: Path, run: Run | None, arguments: argparse.Namespace) -> dict[s
     if run is None:
         return {"kind": "folder", "path": str(path)}
     flow = run.config.flow
-    sampler = {"points": flow.points, "guidance": flow.guidance, "method": flow.method, "sway": flow.sway}
+    sampler = {"points": flow.points, "guidance": flow.guidance, "method": flow.method, "sway": flow.sway_coefficient}
     return {
         "kind": "run",
         "path": str(path),

@@ -36,12 +36,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="probe", help="folder for foga.csv, foga.json, pictures, selection.json")
     parser.add_argument("--samples", type=int, help="clips to score on")
     parser.add_argument("--t", nargs="+", type=number, metavar="T", help="grid of t in [0, 1]")
-    parser.add_argument("--metric", choices=("rms", "squared"))
+    parser.add_argument("--metric", choices=("rms", "squared"), help="distance between velocities (docs/concepts.md)")
     parser.add_argument("--k", type=int, help="layers to select")
-    parser.add_argument("--branches", nargs="+", choices=("attn", "ff"), help="switch branches off, not whole blocks")
-    parser.add_argument("--lasp", action="store_true", help="also what each layer stores of the run's teachers (SCD)")
+    parser.add_argument(
+        "--branches",
+        nargs="+",
+        choices=("attn", "ff"),
+        help="switch these branches off, one at a time, instead of whole blocks",
+    )
+    parser.add_argument(
+        "--lasp", action="store_true", help="also measure what each layer stores of the run's teachers (SCD)"
+    )
     parser.add_argument("--imports", nargs="+", metavar="MODULE", help="with --lasp: modules that register teachers")
-    parser.add_argument("--weights", choices=("model", "ema"), help="of the checkpoint (default: model)")
+    parser.add_argument(
+        "--weights", choices=("model", "ema"), help="which weights of the checkpoint to use (default: model)"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 

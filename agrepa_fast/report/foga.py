@@ -9,15 +9,17 @@ from ..attribution.pictures import plot_layer_t_map, plot_scores, unit_weight
 from ..attribution.scores import LayerScores
 from . import html
 from .folder import RunFolder, Selection
+from .log import scored
 
 
 def section(run: RunFolder) -> str:
     scores, selection = run.scores, run.selection
     if scores is None:
         return run.scores_problem or html.MISSING
+    output = scored(run.log)
     parts = [
-        '<p class="note">Change of the predicted velocity when one layer is switched off, relative to the '
-        f"velocity; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
+        f'<p class="note">Change of the predicted {output} when one layer is switched off, relative to the '
+        f"{output}; {html.count(scores.by_sample.shape[1])} samples, metric {escape(scores.metric)}, layers "
         f"counted from 0. Whiskers and &plusmn; are one standard error.{_noise_note(scores)}</p>",
         html.picture(
             run.path / "foga.png",

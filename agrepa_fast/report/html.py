@@ -48,6 +48,8 @@ def player(run_dir: Path, name: str, label: str) -> str:
     # A log says which files are read into the page; nothing outside the run belongs in it.
     if not path.is_relative_to(run_dir.resolve()):
         return f'<div class="clip">{caption}<p class="missing">{escape(name)} is not in the run folder</p></div>'
+    if path.suffix == ".npy":
+        return f'<div class="clip">{caption}<p class="note">latents, in {escape(name)}</p></div>'
     try:
         sound = base64.b64encode(path.read_bytes()).decode("ascii")
     except (OSError, ValueError):

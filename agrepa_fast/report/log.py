@@ -100,6 +100,21 @@ def group(entry: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+PREDICTED = {"velocity": "velocity", "v": "v", "eps": "noise", "x0": "data"}
+
+
+def process(log: Log) -> tuple[str, str]:
+    """What the run's network predicts, and the path; velocity and rectified in logs that do not say."""
+    facts = group(last_entry(log, "start"), "process")
+    return PREDICTED.get(str(facts.get("parametrisation")), "velocity"), str(facts.get("path", "rectified"))
+
+
+def scored(log: Log) -> str:
+    """What FoG-A's scores of a run are changes of."""
+    facts = group(last_entry(log, "start"), "process")
+    return "velocity" if facts.get("scored") == "velocity" else process(log)[0]
+
+
 def last_step(log: Log) -> float | None:
     return next((step for entry in reversed(log) if (step := number(entry.get("step"))) is not None), None)
 

@@ -7,7 +7,7 @@ from html import escape
 from . import html
 from .curves import plot_losses
 from .folder import RunFolder
-from .log import DOMAIN_LOSS, keys_under, series
+from .log import DOMAIN_LOSS, keys_under, process, series
 
 
 def section(run: RunFolder) -> str:
@@ -30,4 +30,6 @@ def section(run: RunFolder) -> str:
                 ]
             )
     table = html.table(["valid flow loss", "first", "last", "last / first", "lowest"], rows) if rows else ""
-    return html.picture(run.path / "loss.png", plot_losses(log), "Flow loss over the training steps") + table
+    predicted, path = process(log)
+    note = f'<p class="note">Mean squared error of the predicted {predicted} on the path {escape(path)}.</p>'
+    return note + html.picture(run.path / "loss.png", plot_losses(log), "Flow loss over the training steps") + table

@@ -9,7 +9,22 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from . import config, cosine, evaluation, foga, html, loss, samples, scd, selection, skipped, summary, versions, vitals
+from . import (
+    config,
+    cosine,
+    evaluation,
+    foga,
+    html,
+    loss,
+    probes,
+    samples,
+    scd,
+    selection,
+    skipped,
+    summary,
+    versions,
+    vitals,
+)
 from .folder import read_folder
 
 SECTIONS = (
@@ -17,6 +32,7 @@ SECTIONS = (
     ("cosine", "Alignment", cosine.section),
     ("foga", "Layer contribution (FoG-A)", foga.section),
     ("scd", "What layers store (LASP) and what they use (FoG-A)", scd.section),
+    ("probes", "Store and contribute over time", probes.section),
     ("selection", "Selected layers", selection.section),
     ("vitals", "Speed and health", vitals.section),
     ("samples", "Samples", samples.section),
@@ -28,7 +44,7 @@ SECTIONS = (
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write report.html and its pictures (loss, cosine, foga, foga_map, scd .png) into a run's folder.
+    """Write report.html and its pictures (loss, cosine, foga, foga_map, scd, probes .png) into a run's folder.
 
     A section says so where the run has not recorded what it shows. Files are replaced as a whole: nobody reads half
     a report. Returns the path of report.html.
@@ -42,8 +58,9 @@ def write_report(run_dir: str | Path) -> Path:
         f'<section id="{key}"><h2>{escape(title)}</h2>{section(run)}</section>' for key, title, section in SECTIONS
     )
     tiles = f'<section id="summary" class="tiles">{summary.section(run)}</section>'
-    head = f'<p class="status">{summary.status(run)}</p><nav>{links}</nav>'
-    return _write(run.path / "report.html", "Training run", run.path.resolve().name, head, tiles + body)
+    status = "</p><p>".join(filter(None, [summary.status(run), escape(summary.remark(run.path))]))
+    head = f'<p class="status">{status}</p><nav>{links}</nav>'
+    return write_page(run.path / "report.html", "Training run", run.path.resolve().name, head, tiles + body)
 
 
 def write_evaluation_page(folder: str | Path) -> Path:
@@ -54,11 +71,11 @@ def write_evaluation_page(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     body = f'<section id="evaluation">{evaluation.tables(folder / evaluation.FILE)}</section>'
-    return _write(folder / "evaluation.html", "Evaluation", folder.resolve().parent.name, "", body)
+    return write_page(folder / "evaluation.html", "Evaluation", folder.resolve().parent.name, "", body)
 
 
-def _write(target: Path, kind: str, name: str, head: str, body: str) -> Path:
-    """Write a page that needs nothing beside it."""
+def write_page(target: Path, kind: str, name: str, head: str, body: str) -> Path:
+    """Write a page that needs nothing beside it; `head` and `body` are HTML. Returns its path."""
     name = escape(name)
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from html import escape
+from pathlib import Path
 from statistics import median
 
 from . import html
 from .folder import RunFolder, by_teacher
 from .log import SIMILARITIES, Log, group, last_entry, last_step, number, series, similarity_keys, similarity_name
+
+
+def remark(run_dir: Path) -> str:
+    """What a run on the built-in corpus cannot show; empty for a run on other clips."""
+    if not (run_dir / "corpus" / "corpus.json").exists():
+        return ""
+    return (
+        "a run on the built-in corpus shows how training goes, not what alignment gains; "
+        "docs/evidence.md says what was measured"
+    )
 
 
 def status(run: RunFolder) -> str:

@@ -37,8 +37,11 @@ def _rates(log: Log) -> str:
     shares = series(log, "train", "mfu")[1]
     rate = number(start.get("matmul_flops"))
     if len(shares) and rate:
-        of = f"{html.significant(rate / 1e12, 3)} TFLOP/s of a large matrix product, measured when the run began"
-        pairs.append(("MFU, median", f"{median(shares):.1%} of {of}"))
+        share, speed = median(shares), html.significant(rate / 1e12, 3)
+        mfu = f"{share:.1%} of {speed} TFLOP/s of a large matrix product, measured when the run began"
+        if share > 1:
+            mfu = f"unknown: other work slowed the matrix product ({speed} TFLOP/s) that the run is compared with"
+        pairs.append(("MFU, median", mfu))
     memory = series(log, "train", "memory_bytes")[1]
     if len(memory):
         pairs.append(("memory, first and last line", f"{memory[0] / 1e9:.2f} GB, {memory[-1] / 1e9:.2f} GB"))

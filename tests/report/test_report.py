@@ -4,167 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
-import wave
+import math
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.attribution.scd import Stored, write_scd
-from agrepa_fast.attribution.scores import LayerScores
+from agrepa_fast.attribution.scd import write_scd
+from agrepa_fast.data.corpus import write_corpus
 from agrepa_fast.errors import UserError
 from agrepa_fast.report import read_log, write_report
-from agrepa_fast.report.curves import TRAIN, moving_mean, plot_cosines, plot_losses
 from agrepa_fast.report.html import MISSING
-from agrepa_fast.report.log import current_timeline, keys_under, series
+from agrepa_fast.report.probes import plot_probes, read_probes, stability
 from agrepa_fast.report.vitals import tables as vitals_tables
 
-KINDS = ("FoG-A", "LASP", "CKA")
-SECTIONS = {"summary", "loss", "cosine", "foga", "scd", "selection", "vitals", "samples", "evaluation", "skipped"}
-SECTIONS |= {"config", "versions"}
-NOT_RECORDED = "not recorded in this run"
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Text and table rows by section id, every tag with its attributes; fails on tags that do not pair up."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.sections: dict[str, str] = {}
-        self.rows: dict[str, list[list[str]]] = {}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.here = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        if tag == "section":
-            self.here = attributes["id"]
-            self.sections[self.here], self.rows[self.here] = "", []
-        if tag == "tr":
-            self.rows[self.here].append([])
-        if tag in ("td", "th"):
-            self.rows[self.here][-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "section":
-            self.here = ""
-
-    def handle_data(self, data):
-        if self.here:
-            self.sections[self.here] += data
-            if any(tag in ("td", "th") for tag in self.open):
-                self.rows[self.here][-1][-1] += data
-
-    def attribute(self, tag, name):
-        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
-
-
-TEXT = 'He said "1 < 2 & 3" <script>alert(1)</script> $x_{'
-
-
-def write_wav(path: Path, frequency: float) -> None:
-    samples = (8000 * np.sin(np.arange(1600) * 2 * np.pi * frequency / 16000)).astype("<i2")
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(samples.tobytes())
-
-
-def entries() -> list[dict]:
-    log: list[dict] = [
-        {
-            "event": "start",
-            "time": "2025-01-02T03:04:05",
-            "versions": {"torch": "9.8.7", "odd": None},
-            "device": "cpu",
-            "parameters": {"model": 1234567, "conditioner": 8901, "heads": 234},
-            "clips": {"train": 4321, "valid": 56},
-            "domains": {"speech": 4000, "audio": 321},
-        }
-    ]
-    log += [
-        {"event": "skipped", "path": f"clip_{i:03}.wav", "source": "a.csv", "reason": f"broken <{i}>"}
-        for i in range(23)
-    ]
-    for step in (0, 10, 20, 30):
-        log.append(
-            {
-                "event": "train",
-                "step": step,
-                "flow_loss": 2.0 - step / 100,
-                "align_weight": 0.0 if step < 20 else 1.0,
-                "samples_per_second": 40.0 + step,
-                "frames_per_second": 1000.0,
-                "cosine/speech/3": step / 100,
-                "cosine/speech/10": step / 200,
-                "surprise": [1, {}],
-            }
-        )
-    log += [
-        {
-            "event": "valid",
-            "step": 0,
-            "flow_loss": 1.7654,
-            "flow_loss/speech": 1.5,
-            "cosine/speech/3": 0.0123,
-        },
-        {
-            "event": "valid",
-            "step": 30,
-            "flow_loss": 0.4321,
-            "flow_loss/speech": 0.3,
-            "cosine/speech/3": 0.6543,
-        },
-        {"event": "probe", "step": 20, "seconds": 1.5, "block_evaluations": 6},
-        {
-            "event": "probe",
-            "step": 30,
-            "seconds": 2.5,
-            "selection": {"layers": [0, 2], "weights": [0.7, 0.3]},
-        },
-        {"event": "never heard of", "step": "later"},
-    ]
-    for step in range(1, 8):
-        log.append(
-            {
-                "event": "sample",
-                "step": step,
-                "path": f"samples/{step}.wav",
-                "text": TEXT,
-                "domain": "speech",
-                "reference": "samples/reference.wav",
-            }
-        )
-    log.append({"event": "end", "step": 30, "seconds": 3725.0})
-    return log
-
-
-SCORES = LayerScores(
-    layers=(0, 1, 2),
-    by_sample=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.01, 0.03, 0.01, 0.03], [0.5, 0.5, 0.9, 0.9]], dtype=torch.float64),
-    t=torch.tensor([0.25, 0.75, 0.25, 0.75]),
-    domains=("audio", "audio", "speech", "speech"),
-)
-
-
-LASP = torch.tensor([[0.1, 0.3], [0.4, 0.4], [0.2, 0.2]], dtype=torch.float64)
-STORED = [Stored(domain, f"<{domain}>", LASP, torch.tensor([0.5, 0.25, 0.125]), 7) for domain in ("speech", "audio")]
+from .pages import KINDS, NOT_RECORDED, PROBED, SCORES, SECTIONS, STORED, TEXT, Page, entries, write_wav
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +47,12 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(run) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_on_the_built_in_corpus_says_what_it_does_not_show(run, tmp_path):
+    assert "not what alignment gains" not in (run / "report.html").read_text(encoding="utf-8")
+    write_corpus(tmp_path / "corpus", speech=1, audio=1)
+    assert "not what alignment gains" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_every_section_is_there_and_filled(page):
@@ -296,6 +157,8 @@ def test_vitals_are_the_log_s():
     assert said["0.25-0.5"] == ["4.000", "4.000"]
     assert said["3"] == ["0.500", "0.125", "-0.250 at 2"]
     assert vitals_tables([]) == ""
+    start = {"event": "start", "matmul_flops": 5e14}
+    assert "unknown: other work" in vitals_tables([start, {"event": "train", "step": 1, "mfu": 1.5}])
 
 
 def test_samples_carry_their_sound_beside_the_reference(run, page):
@@ -319,10 +182,56 @@ def test_environment_shows_versions_and_parameters(page):
 
 def test_pictures_are_in_the_page_and_in_the_folder(run, page):
     labels = page.attribute("svg", "aria-label")
-    assert len(labels) == 5
-    for name in ("loss.png", "cosine.png", "foga.png", "foga_map.png", "scd.png"):
+    assert len(labels) == 6
+    for name in ("loss.png", "cosine.png", "foga.png", "foga_map.png", "scd.png", "probes.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_probes_over_time(page):
+    """Orders 0 1 2 and 0 2 1 have rho = 1 - 6 (0 + 1 + 1) / (3 (9 - 1)) = 0.5; one of two layers was replaced."""
+    header, first, second, *sizes = page.rows["probes"]
+    assert header[4] == "Spearman <speech>"
+    assert first == ["20", "", "", "75%", "-1.00", "1.50", "25.0%"]
+    assert second == ["30", "0.50", "50%", "62%", "", "2.50", "50.0%"]
+    assert sizes[1:] == [["1", "25%", "60%"], ["2", "62%", "80%"], ["4", "100%", "100%"]]
+
+
+@pytest.mark.parametrize("part", ["foga", "scd", "by_clips", "selection", "step"])
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "x", [None], [{}], 1e400, {"clips": [3], "agreement": [1], "overlap": 2}]
+)
+def test_any_probe_of_a_log_is_drawn_or_left_out(run, part, value):
+    log = [{"event": "probe", "step": step, **PROBED[0]} for step in (1, 2, 3)]
+    log[1] = {**log[1], part: value}
+    drawn = read_probes(log)
+    assert [probe.step for probe in drawn if probe.step != 2] == [1, 3]
+    assert len(stability(drawn)) == len(drawn)
+    assert all(0 <= probe.certainty <= 1 or math.isnan(probe.certainty) for probe in drawn)
+    plot_probes(drawn)
+
+
+@pytest.mark.parametrize(
+    ("foga", "rho", "lowest"), [([1.0, 1.0, 1.0], math.nan, -0.08), ([0.1, 0.5, 0.9], -1.0, -1.08)]
+)
+def test_a_correlation_below_0_or_not_defined_is_drawn(foga, rho, lowest):
+    probes = read_probes([{"event": "probe", "step": 1, **PROBED[0]}, {"event": "probe", "step": 2, "foga": foga}])
+    assert stability(probes)[1][0] == pytest.approx(rho, nan_ok=True)
+    assert plot_probes(probes).axes[-3].get_ylim()[0] == pytest.approx(lowest)
+
+
+def test_the_last_panels_say_how_many_clips_are_enough_and_what_the_probes_cost():
+    """Of the last probe: shares by number of clips; of every probe: the share of the run's time, in per cent."""
+    probes = read_probes([{"event": "probe", "step": 20 + 10 * n, **entry} for n, entry in enumerate(PROBED)])
+    clips, cost = plot_probes(probes).axes[-2:]
+    shared, same = clips.get_lines()
+    assert [*zip(*same.get_data())] == [(1, 0.25), (2, 0.625), (4, 1.0)]
+    assert shared.get_ydata().tolist() == [0.6, 0.8, 1.0]
+    assert [label.get_text() for label in clips.get_xticklabels()] == ["1", "2", "4"]
+    assert clips.get_xlabel() == "number of clips"
+    assert [*zip(*cost.get_lines()[0].get_data())] == [(20, 25.0), (30, 50.0)]
+    assert cost.get_ylabel() == "% of the run so far"
+    assert cost.get_ylim()[0] == 0
 
 
 def test_store_against_contribute(page):
@@ -481,119 +390,3 @@ def test_unreadable_lines_are_named_in_the_page(tmp_path):
 
 
 # --- curves -------------------------------------------------------------------------------------------------
-
-
-def curves(figure):
-    return {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
-
-
-def test_loss_curves_hold_the_logged_points():
-    drawn = curves(plot_losses(entries()))
-    assert drawn["train"].get_xdata().tolist() == [0, 10, 20, 30]
-    assert drawn["train"].get_ydata().tolist() == pytest.approx([2.0, 1.9, 1.8, 1.7])
-    assert drawn["valid"].get_ydata().tolist() == [1.7654, 0.4321]
-    assert drawn["valid, speech"].get_ydata().tolist() == [1.5, 0.3]
-    assert drawn["probes"].get_xdata().tolist() == [20, 30]
-
-
-def test_first_probe_and_alignment_are_marked_where_they_happen():
-    log = [{"event": "train", "step": s, "flow_loss": 1.0, "align_weight": float(20 <= s < 40)} for s in range(60)]
-    log += [{"event": "probe", "step": 20}, {"event": "probe", "step": 30}]
-    axes = plot_losses(log).axes[0]
-    marks = {text.get_text(): text.xy[0] for text in axes.texts}
-    assert marks == {"first probe / alignment starts": 20, "alignment stops": 40}
-    vertical = [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [0, 1]]
-    assert [list(x) for x in vertical] == [[20, 20], [40, 40]]
-
-
-def test_a_long_curve_is_smoothed_over_its_raw_points():
-    values = np.random.default_rng(0).normal(1.0, 0.1, 200)
-    log = [{"event": "train", "step": i, "flow_loss": v} for i, v in enumerate(values.tolist())]
-    raw, smooth = (line for line in plot_losses(log).axes[0].lines if line.get_color() == TRAIN)
-    assert raw.get_ydata().tolist() == values.tolist()
-    assert smooth.get_label() == "train, mean over 11 entries"
-    assert smooth.get_ydata()[100] == pytest.approx(values[95:106].mean())
-
-
-def test_an_early_spike_does_not_flatten_the_curve():
-    log = [{"event": "train", "step": i, "flow_loss": 900.0 if i == 1 else 1.0} for i in range(400)]
-    bottom, top = plot_losses(log).axes[0].get_ylim()
-    assert bottom < 1.0 < top < 100.0
-
-
-def test_moving_mean_is_the_centred_mean():
-    values = np.random.default_rng(1).normal(size=23)
-    expected = [values[max(0, i - 3) : i + 4].mean() for i in range(23)]
-    np.testing.assert_allclose(moving_mean(values, 7), expected, rtol=0, atol=1e-13)
-    assert moving_mean(values, 1) == pytest.approx(values)
-
-
-def test_cosine_curves_one_colour_per_teacher_and_layer():
-    log = [
-        {"event": "train", "step": 1, "cosine/whisper/large/2": 0.25, "cosine/whisper/large/10": 0.5},
-        {"event": "valid", "step": 1, "cosine/whisper/large/2": 0.2, "cosine/beats/2": 0.75},
-    ]
-    figure = plot_cosines(log)
-    drawn = curves(figure)
-    values = {label: line.get_ydata().tolist() for label, line in drawn.items()}
-    assert values == {
-        "beats · layer 2": [0.75],
-        "whisper/large · layer 2": [0.25],
-        "whisper/large · layer 10": [0.5],
-    }
-    assert len({line.get_color() for line in drawn.values()}) == 3
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert sorted(line.get_ydata()[0] for line in points) == [0.2, 0.75]
-    (valid,) = (line for line in points if line.get_ydata()[0] == 0.2)
-    assert valid.get_color() == drawn["whisper/large · layer 2"].get_color()
-
-
-def test_another_objective_is_called_by_its_name(tmp_path):
-    """BiT-C's cosine stands beside it."""
-    log = [
-        {"event": "valid", "step": 1, "relation/voice/3": 0.25, "cosine/voice/tokens": 0.125},
-        {"event": "valid", "step": 2, "relation/voice/3": 0.5, "cosine/voice/tokens": 0.375},
-    ]
-    figure = plot_cosines(log)
-    assert {name: line.get_ydata().tolist() for name, line in curves(figure).items()} == {
-        "relation/voice · layer 3": [0.25, 0.5],
-        "voice · layer tokens": [0.125, 0.375],
-    }
-    assert figure.axes[0].get_ylabel().startswith("similarity (relation)")
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
-    found = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert found.rows["cosine"] == [
-        ["teacher", "layer", "measured in", "first", "last"],
-        ["voice", "tokens", "valid", "0.1250", "0.3750"],
-        ["relation/voice", "3", "valid", "0.2500", "0.5000"],
-    ]
-    assert "0.1875 → 0.4375" in found.sections["summary"]
-
-
-def test_series_leaves_out_what_is_no_finite_number():
-    log = [
-        {"event": "train", "step": 1, "x": 1.0},
-        {"event": "train", "step": 2, "x": float("inf")},
-        {"event": "train", "step": 3, "x": None},
-        {"event": "train", "step": 4, "x": True},
-        {"event": "train", "x": 5.0},
-        {"event": "valid", "step": 6, "x": 6.0},
-        {"event": "train", "step": 7, "x": 7},
-    ]
-    steps, values = series(log, "train", "x")
-    assert (steps.tolist(), values.tolist()) == ([1.0, 7.0], [1.0, 7.0])
-
-
-def test_timeline_keeps_what_a_resume_does_not_replace():
-    log = [{"step": 1}, {"step": 5}, {"path": "x"}, {"step": 9}, {"event": "resume", "step": 5}, {"step": 6}]
-    assert current_timeline(log) == [log[0], log[1], log[2], log[4], log[5]]
-
-
-def test_keys_sort_by_layer_number():
-    log = [{"event": "train", "cosine/s/10": 1, "cosine/s/9": 1, "cosine/a/11": 1, "cosine/": 1, "other": 1}]
-    assert keys_under(log, "cosine/") == ["cosine/a/11", "cosine/s/9", "cosine/s/10"]
-
-
-def test_pictures_of_an_empty_log_are_empty_not_broken():
-    assert curves(plot_losses([])) == {}
-    assert curves(plot_cosines([])) == {}

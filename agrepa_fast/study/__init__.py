@@ -1,0 +1,1 @@
+"""A study: arms (ways to choose the aligned layers) x seeds x settings, trained from shared warm-ups and compared."""
