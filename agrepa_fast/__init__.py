@@ -22,6 +22,7 @@ from .alignment.policy import choose_layers, layer_sensitivity, select_layers  #
 from .alignment.resample import align_time  # noqa: E402
 from .alignment.schedule import AlignmentSchedule, SimilarityStop, timestep_weight  # noqa: E402
 from .alignment.selection import LayerSelection, read_selection, write_selection  # noqa: E402
+from .alignment.self_targets import LayerSync, SelfFlow  # noqa: E402
 from .attribution import export  # noqa: E402
 from .attribution.adaptive import adaptive_scores  # noqa: E402
 from .attribution.files import read_scores  # noqa: E402
@@ -29,15 +30,17 @@ from .attribution.foreign.hidden import HiddenStates  # noqa: E402
 from .attribution.foreign.register import Adapter, register_adapter  # noqa: E402
 from .attribution.gradients import first_order_scores, gradient_norm_scores  # noqa: E402
 from .attribution.graph import release_graphs  # noqa: E402
+from .attribution.metrics import VelocityRatio  # noqa: E402
 from .attribution.plan import AblationPlan  # noqa: E402
 from .attribution.runner import attribute_layers  # noqa: E402
 from .attribution.scd import Stored, plot_scd, write_scd  # noqa: E402
 from .attribution.scores import LayerScores  # noqa: E402
-from .attribution.statistics import bootstrap_top_k, rank_stability  # noqa: E402
+from .attribution.statistics import bootstrap_top_k, rank_stability, top_k_by_clips  # noqa: E402
 from .attribution.stored import dissociation, lasp, linear_cka, pooled_hidden  # noqa: E402
 from .models.conditioning import TokenConditioner  # noqa: E402
 from .models.dit import DiT, DiTConfig  # noqa: E402
 from .models.flow import probe_inputs  # noqa: E402
+from .models.process import Process  # noqa: E402
 
 if TYPE_CHECKING:
     from . import data, integrations, teachers
@@ -54,10 +57,14 @@ __all__ = [
     "InterfaceLoss",
     "LayerScores",
     "LayerSelection",
+    "LayerSync",
     "ProbePlan",
+    "Process",
+    "SelfFlow",
     "SimilarityStop",
     "Stored",
     "TokenConditioner",
+    "VelocityRatio",
     "adaptive_scores",
     "align_time",
     "attribute_layers",
@@ -84,6 +91,7 @@ __all__ = [
     "select_layers",
     "teachers",
     "timestep_weight",
+    "top_k_by_clips",
     "write_scd",
     "write_selection",
 ]

@@ -22,6 +22,10 @@ def one_line(message: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
 
 
+class NotFiniteError(ValueError):
+    """A velocity or a score is nan or infinite: one bad batch, or weights that have diverged."""
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn an OSError into a UserError that names `path`: `write` finds a full disk, but knows no name."""

@@ -1,4 +1,4 @@
-"""Hypothesis' settings; and a stand-in for CUDA's streams, graphs and memory pools on the CPU.
+"""Hypothesis' settings; registries of one test; and a stand-in for CUDA's streams, graphs and memory pools on the CPU.
 
 The stand-in runs the control flow of a GPU run without a GPU. It keeps the rules that a GPU enforces: a recording
 computes nothing, a replay writes into the memory of the recording, a pool dies with its last graph, and nothing may be
@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -20,10 +19,17 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from agrepa_fast import graphs
+from agrepa_fast.attribution.foreign import register as adapter_registry
+from agrepa_fast.teachers import registry as teacher_registry
 
-# Timings say nothing on a loaded machine; and what continuous integration tries is the same in every run.
-hypothesis.settings.register_profile("agrepa", deadline=None, derandomize=bool(os.environ.get("CI")))
-hypothesis.settings.load_profile("agrepa")
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a GPU may have little more than torch, Triton and pytest
+    pass
+else:
+    # Timings say nothing on a loaded machine; and what continuous integration tries is the same in every run.
+    hypothesis.settings.register_profile("agrepa", deadline=None, derandomize=bool(os.environ.get("CI")))
+    hypothesis.settings.load_profile("agrepa")
 
 
 class Stream:
@@ -133,6 +139,13 @@ def _own_verdicts(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGREPA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_registries(monkeypatch):
+    """What a test registers is forgotten after it, so that tests do not depend on their order."""
+    monkeypatch.setattr(teacher_registry, "_FACTORIES", dict(teacher_registry._FACTORIES))
+    monkeypatch.setattr(adapter_registry, "_ADAPTERS", dict(adapter_registry._ADAPTERS))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 
 import agrepa_fast
-from agrepa_fast.attribution.foreign import register
-from agrepa_fast.teachers import registry
+from agrepa_fast import cli
+from agrepa_fast.study.spec import read_study
+from agrepa_fast.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # A block that cannot run by itself says so, and why, in a comment before it.
 BLOCK = re.compile(r"(?<!-->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^(?:\.venv/bin/|torchrun \S+ -m )?agrepa(?:_fast)? (.*)", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -29,9 +33,6 @@ def name(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # docs/teachers.md registers one, docs/attribution/register.md an adapter
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    monkeypatch.setattr(register, "_ADAPTERS", dict(register._ADAPTERS))
     if page.name == "f5-tts.md":
         f5_tts_without_its_trainer(monkeypatch)
     namespace: dict = {"__name__": "example"}
@@ -70,6 +71,30 @@ def test_links_lead_somewhere(page):
     for target in LINK.findall(FENCED.sub("", page.read_text())):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), target
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in BLOCKS.findall(page.read_text()) if language in languages]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=name)
+def test_configurations_are_read(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        (tmp_path / "file.yaml").write_text(block, encoding="utf-8")
+        read = read_study if page.name == "study.md" else load_config
+        read(str(tmp_path / "file.yaml"), [])
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if COMMAND.search(p.read_text())], ids=name)
+def test_command_lines_fit_the_command_line(page):
+    text = "\n".join(blocks(page, "bash", "text", "")).replace("\\\n", " ")
+    for line in COMMAND.findall(text):
+        words = shlex.split(line, comments=True)
+        if words[0] == "bench":  # it has commands of its own
+            continue
+        arguments = cli._parse(words)
+        if getattr(arguments, "config", None) in ("demo", "small", "base", "paper"):
+            load_config(arguments.config, arguments.overrides)
 
 
 def test_readme_commands_exist():

@@ -56,8 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": SIDE | {"teachers", "imports"},
     "report": {"attribution", "errors"},  # it reads what a run's folder holds, and nothing of the training
     "training": TRAINING,
+    "study": TRAINING | {"training"},
     "bench": TRAINING | {"training", "kernels", "reference"},
-    "cli": TRAINING | {"training", "bench"},
+    "cli": TRAINING | {"training", "bench", "study"},
     "__main__": {"cli"},
 }
 # These, only for annotations: under `if TYPE_CHECKING:`.
