@@ -1,6 +1,7 @@
-"""CUDA graphs: run work on a side stream until it is warm, record it once, replay it.
+"""CUDA graphs and streams: run work on a side stream until it is warm, record it once, replay it; or run work beside.
 
 This file holds what all recordings share. `training.step` records a training step with it, `attribution.graph` a probe.
+`training.feed` runs the teachers beside the step.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+T = TypeVar("T")
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -38,6 +42,31 @@ def run_aside(work: Callable[[], Any], device: torch.device) -> None:
     with torch.cuda.stream(aside):
         work()
     current.wait_stream(aside)
+
+
+class Beside:
+    """Runs work at the same time as what the current stream was given before it.
+
+    The work must not depend on what the current stream may still be doing: its inputs come from the host, or were
+    finished before. What the current stream is given later waits for the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, work: Callable[[], T], tensors: Callable[[T], Iterable[Tensor]]) -> T:
+        """What `work` returns; `tensors` gives those of its tensors that the current stream will read."""
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            result = work()
+        current.wait_stream(self.stream)
+        for tensor in tensors(result):
+            # The allocator knows one stream of a tensor, the one it was made on. Without this the next work would get
+            # its memory as soon as Python drops it, while the current stream may have it still to read.
+            tensor.record_stream(current)
+        return result
 
 
 class Recording:

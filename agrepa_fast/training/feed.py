@@ -13,6 +13,7 @@ from ..data.buckets import BucketBatches
 from ..data.features import FeatureSource
 from ..data.loading import iterate
 from ..errors import UserError
+from ..graphs import Beside
 from ..teachers.base import Teacher
 from . import distributed
 from .clips import RunData
@@ -53,6 +54,9 @@ class Feed:
         self.bf16 = bf16
         self.log = log
         self.unreadable: set[Path] = set()
+        # The step before is still running when a batch is asked for: live teachers hear the batch meanwhile.
+        live = any(isinstance(teacher, Teacher) for teacher in teachers.values())
+        self.beside = Beside(device) if live and device.type == "cuda" else None
         self.plan = BucketBatches(
             self.clips.lengths,
             buckets=config.bucket_frames,
@@ -88,6 +92,11 @@ class Feed:
             UserError: more clips than data.unreadable_share cannot be read.
         """
         self._note_unreadable(batch)
+        if with_targets and self.beside is not None:
+            return self.beside(lambda: self._inputs(batch, with_targets), StepInputs.tensors)
+        return self._inputs(batch, with_targets)
+
+    def _inputs(self, batch: Batch, with_targets: bool) -> StepInputs:
         batch = batch.to(self.device, non_blocking=True)
         targets: dict[str, Tensor] = {}
         target_mask = batch.mask

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from agrepa_fast.graphs import Recording
+from agrepa_fast.graphs import Beside, Recording
 from agrepa_fast.training.config import load_config
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.objective import Objective, StepInputs
@@ -117,3 +117,31 @@ def test_a_replayed_step_does_not_wait_for_the_device() -> None:
             step([inputs], 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_work_beside_overlaps_and_is_read_whole():
+    device = torch.device("cuda")
+    beside = Beside(device)
+    made = [torch.full((2048, 2048), float(number)).pin_memory() for number in range(6)]
+
+    def work(host):
+        return host.to(device, non_blocking=True) * 2
+
+    def range_of(result):
+        return torch.stack([result.amin(), result.amax()])
+
+    # Memory for all rounds, and every kernel loaded: either may wait for the device the first time.
+    beside(lambda: [torch.empty_like(made[0], device=device) for _ in range(16)], lambda made: [])
+    range_of(beside(lambda: work(made[0]), lambda result: [result]))
+    torch.cuda.synchronize()
+    seen = []
+    for host in made:
+        torch.cuda._sleep(50_000_000)  # the step before, some tens of milliseconds
+        busy = torch.cuda.Event()
+        busy.record()
+        result = beside(lambda host=host: work(host), lambda result: [result])
+        beside.stream.synchronize()
+        assert not busy.query(), "the work waited for the step before"
+        seen.append(range_of(result))
+        del result  # its memory must not go to the next work before this stream has read it
+    assert torch.stack(seen).tolist() == [[2.0 * number] * 2 for number in range(6)]

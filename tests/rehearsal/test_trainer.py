@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from agrepa_fast.data.corpus import write_corpus
+from agrepa_fast.graphs import Beside
 from agrepa_fast.report import read_log
+from agrepa_fast.teachers.spectral import SpectralTeacher
 from agrepa_fast.training import trainer as trainer_module
 from agrepa_fast.training.config import load_config
 from agrepa_fast.training.start import resume_run, start_run
+from agrepa_fast.training.step import TrainStep
 
 CHANGES = (
     "mel.mels=16",
@@ -89,6 +92,42 @@ def test_a_captured_run_is_the_eager_run(clips, tmp_path, captured, cuda, monkey
     train = [entry for entry in graph if entry["event"] == "train"]
     assert train[-1]["captures"] == 2
     assert "align_loss" in train[-1]
+
+
+def test_live_teachers_hear_a_batch_beside_the_step_before(clips, tmp_path, cuda, monkeypatch):
+    changes = [*CHANGES, f"data.train=[{clips}]", f"train.out={tmp_path}"]
+    alone = start_run(load_config("demo", [*changes, "train.name=alone"]))
+    assert alone.feed.beside is None  # on the CPU
+    expected = [entry.get("flow_loss") for entry in lines(alone.run())]
+
+    trainer = start_run(load_config("demo", [*changes, "train.name=beside"]))
+    trainer.feed.beside = Beside(torch.device("cuda"))
+    side, main = trainer.feed.beside.stream, cuda.default
+    assert side.waited_for == [main]  # for the teachers' weights, and for nothing after
+    read_on: dict[int, object] = {}
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: read_on.update({id(tensor): stream}))
+    heard, stepped = [], []
+    encode, step = SpectralTeacher.encode, TrainStep.__call__
+
+    def listen(self, *arguments):
+        heard.append((cuda.current, len(stepped)))
+        return encode(self, *arguments)
+
+    def follow(self, inputs, lr):
+        assert cuda.current is main
+        if self.aligner.on:
+            assert {read_on.get(id(tensor)) for batch in inputs for tensor in batch.tensors()} == {main}
+            assert main.waited_for.count(side) == len(stepped) + 1
+            stepped.append(len(heard))
+        return step(self, inputs, lr)
+
+    monkeypatch.setattr(SpectralTeacher, "encode", listen)
+    monkeypatch.setattr(TrainStep, "__call__", follow)
+    assert [entry.get("flow_loss") for entry in lines(trainer.run())] == expected
+    assert len(stepped) == 16
+    assert side.waited_for == [main]
+    # Probes and validation hear their clips in the trainer's own order.
+    assert [place for place, (stream, _) in enumerate(heard) if stream is side] == [count - 1 for count in stepped]
 
 
 def test_a_captured_run_goes_on_after_a_resume(clips, tmp_path, captured, cuda):
