@@ -15,7 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Programs without alignment have tests and pages of their own.
-FILES = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "skip_layers.py"})
+OTHERS = {ROOT / "examples" / "skip_layers.py", ROOT / "examples" / "train_teacher.py"}
+FILES = sorted(set((ROOT / "examples").glob("*.py")) - OTHERS)
 # The first step whose loss the alignment of an earlier one can have changed: after the probe, an aligned step.
 FIRST_CHANGE = dict.fromkeys(("f5_tts_cfm", "diffusers_sd3", "lora", "matcha_unet", "voicebox"), 4)
 MARK = re.compile(r"  # align$")
