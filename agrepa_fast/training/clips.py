@@ -22,7 +22,7 @@ from ..errors import UserError, writing
 from .config import RunConfig
 from .distributed import gather, rank
 from .extracted import stored_tokens
-from .identity import Known, compare, drop_duplicates, held_out, identify, list_digest, record
+from .identity import Known, by_identity, compare, drop_duplicates, held_out, identify, list_digest, record
 from .latents import latent_source, with_latents, without_latents
 
 BUILTIN = "builtin"
@@ -117,7 +117,7 @@ def split_clips(
             notes.append(f"the clips are not those that the run began with: {changes}; known ones keep their side")
         held = _kept_sides(clips, held, recorded)
     parts: tuple[list[Known], list[Known]] = ([], [])
-    for known in sorted(clips, key=lambda known: (known.identity, str(known.clip.path))):
+    for known in by_identity(clips):
         parts[known.identity.sound in held].append(known)
     return Split(*parts, len(repeated), tuple(notes))
 

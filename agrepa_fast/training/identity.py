@@ -105,6 +105,11 @@ def identify(clips: Sequence[Clip]) -> list[Known]:
     return list(threaded(known, clips, THREADS))
 
 
+def by_identity(clips: Iterable[Known]) -> list[Known]:
+    """The clips in the order of their digests, which says nothing of their list's order, speakers or texts."""
+    return sorted(clips, key=lambda known: (known.identity, str(known.clip.path)))
+
+
 def drop_duplicates(clips: Iterable[Known]) -> tuple[list[Known], list[tuple[Known, Known]]]:
     """The clips without repetitions, and each repetition with the clip that it repeats.
 

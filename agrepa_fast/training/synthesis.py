@@ -27,7 +27,7 @@ from ..evaluation.recordings import Recording, Recordings, duration, file_key, r
 from .checkpoint import load_checkpoint, write_whole
 from .clips import read_clips, split_clips, spread
 from .config import RunConfig, override_config
-from .identity import Known, drop_duplicates, file_digest, identify
+from .identity import Known, by_identity, drop_duplicates, file_digest, identify
 from .inference import generate, load_backbone
 from .vocoder import build_vocoder
 
@@ -86,7 +86,9 @@ def held_out_clips(runs: Sequence[Run], specs: Sequence[str], count: int) -> tup
     first = runs[0]
     notes = []
     if specs:
-        known, _ = drop_duplicates(identify(read_clips(specs, first.folder, first.config)))
+        listed, _ = drop_duplicates(identify(read_clips(specs, first.folder, first.config)))
+        # The first clips of a list are often those of one speaker or one word.
+        known = by_identity(listed)
     else:
         known = split_clips(first.config, first.folder, first.recorded, accept_changes=True).valid
     kept: list[Known] = []

@@ -111,6 +111,20 @@ def test_held_out_clips_and_no_others_are_generated(evaluated) -> None:
     assert notes == []
 
 
+def test_some_clips_of_a_list_are_not_its_first_ones(evaluated, manifest) -> None:
+    run, _ = evaluated
+    opened = synthesis.open_run(run, [])
+    held_out, _ = synthesis.held_out_clips([opened], [], 100)
+    header, *rows = manifest.read_text().splitlines()
+    chosen = []
+    for name, order in {"forward": rows, "backward": rows[::-1]}.items():
+        manifest.with_name(f"{name}.csv").write_text("\n".join([header, *order]))
+        clips, _ = synthesis.held_out_clips([opened], [str(manifest.with_name(f"{name}.csv"))], 3)
+        chosen.append([clip.path for clip in clips])
+    assert chosen[0] == chosen[1]
+    assert set(chosen[0]) < {clip.path for clip in held_out}
+
+
 def test_the_same_numbers_again_and_in_other_batches(evaluated, capsys) -> None:
     run, result = evaluated
     assert main(["evaluate", str(run), *LIGHT, "--clips", "6", "--out", "again"]) == 0
