@@ -1,4 +1,4 @@
-"""Hypothesis' settings; registries of one test; and a stand-in for CUDA's streams, graphs and memory pools on the CPU.
+"""One thread; Hypothesis' settings; registries of one test; a stand-in for the streams, graphs and pools of CUDA.
 
 The stand-in runs the control flow of a GPU run without a GPU. It keeps the rules that a GPU enforces: a recording
 computes nothing, a replay writes into the memory of the recording, a pool dies with its last graph, and nothing may be
@@ -131,6 +131,16 @@ class Cuda:
         graph.pool_id = self._pools if pool is None else pool
         self.living.add(graph)
         return graph.output
+
+
+# Equal bits are compared, and with more threads sums round otherwise. Here for fixtures that serve several tests.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A run of the trainer sets the threads of its process."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

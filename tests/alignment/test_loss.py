@@ -17,14 +17,6 @@ NAMES = ["speech", "audio", "speech", "audio"]
 MASK = torch.arange(FRAMES) < torch.tensor([[7], [4], [1], [6]])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(pool="mean", selection=SELECTION, teachers=TEACHERS, dtype=torch.float64) -> AlignmentLoss:
     torch.manual_seed(0)
     return AlignmentLoss(WIDTH, teachers, selection, pool).to(dtype)

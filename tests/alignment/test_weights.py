@@ -31,14 +31,6 @@ TWO_TIMES = LayerSelection.by_time((0.25, 0.75), {1: (1, 0), 2: (0, 1)})
 SELECTIONS = {"own": OWN, "by-time": BY_TIME, "one-time": ONE_TIME, "two-times": TWO_TIMES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(selection, pool="mean", objective="cosine", dtype=torch.float64, every_head=False) -> AlignmentLoss:
     torch.manual_seed(0)
     return AlignmentLoss(WIDTH, TEACHERS, selection, pool, "linear", objective, every_head=every_head).to(dtype)

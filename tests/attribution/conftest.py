@@ -10,14 +10,6 @@ from agrepa_fast import DiT, DiTConfig
 DEPTH, WIDTH, HEADS, MELS, COND, BATCH, FRAMES = 3, 16, 2, 5, 3, 3, 9
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def build():
     return build_model

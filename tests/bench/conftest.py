@@ -1,8 +1,7 @@
-"""One thread (two would wait for each other more than they compute at toy sizes), and results made by hand."""
+"""Results made by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +12,6 @@ from agrepa_fast.bench import environment
 from agrepa_fast.bench.roofline import measure_roofline
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def row(provider: str, role: str, median: float | None, speedup: float | None = None, word: str | None = None) -> Any:

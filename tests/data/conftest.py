@@ -1,21 +1,12 @@
-"""One thread for the small tensors of these tests: quicker, and it leaves the other cores alone."""
+"""Sound files, lists and samples of the data tests."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from .clips import HOP, make_clip
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -67,11 +67,7 @@ def toy(models: Path, *changes: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_plan_on_the_page_is_what_the_command_prints(capsys, monkeypatch):

@@ -38,8 +38,6 @@ def surroundings(monkeypatch, tmp_path):
     """One thread; an empty folder; F5-TTS and Voicebox without what their trainers and codecs import."""
     from ..attribution.catalogue.packages import voicebox_stand_ins  # here: as a script this file has no parent
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.find_spec("f5_tts")
     assert spec is not None, "f5-tts is missing: make test installs it"
@@ -47,8 +45,6 @@ def surroundings(monkeypatch, tmp_path):
     package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "model")]
     for name, module in {"f5_tts.model": package, **voicebox_stand_ins()}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(source: str, folder: Path) -> tuple[list[float], dict]:

@@ -17,14 +17,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CHECKPOINT = {"hf_trainer": "checkpoint-6", "lightning_module": "*step=6*.ckpt", "accelerate_loop": "."}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def program(name, tmp_path, framewise=False):
     """The example as a module's globals, frame by frame if asked; a step's noise follows from its batch alone."""
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")

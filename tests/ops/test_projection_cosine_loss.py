@@ -18,14 +18,6 @@ ROWS, WIDTH, TEACHER = 11, 8, 6
 KEPT = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0, 0, 1], dtype=torch.bool)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -22,14 +22,6 @@ DEVICE = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def compiler(monkeypatch, request):
     """torch.compile without its code generator, which takes minutes and on which tracing and guards do not depend.
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from agrepa_fast.data.corpus import write_corpus
 from agrepa_fast.study.plan import make_plan
@@ -58,11 +57,3 @@ def plan_of(study_file):
 def read_results(tmp_path):
     """read_results() -> results.json of the study tiny."""
     return lambda: json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

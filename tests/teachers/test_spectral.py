@@ -18,7 +18,6 @@ RATE = 16_000
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.set_num_threads(1)
     return build_teacher("spectral")
 
 

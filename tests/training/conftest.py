@@ -70,14 +70,6 @@ def tiny_config(tiny):
     return config
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def training_state():
     """training_state(step) -> what state.pt holds after so many steps, of a model without parameters."""

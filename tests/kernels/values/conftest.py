@@ -44,7 +44,6 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that a kernel should have written and did not is nan."""
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
