@@ -25,7 +25,7 @@ class Shown:
     """How the docs show a study.
 
     Attributes:
-        file: the stem of its JSON file. material: its data and its teacher, in words.
+        file: the stem of its JSON file. material, teacher: its data, and its teacher, in words.
         comparisons: (arm, other arm, both in words), in the order in which they are reported. Where there are no words
             the table has the comparison, and the verdict has not.
         choices: (arm, other arm, words): how often the first aligned the layers that the second did.
@@ -34,6 +34,7 @@ class Shown:
 
     file: str
     material: str
+    teacher: str
     comparisons: tuple[tuple[str, str, str, str], ...]
     choices: tuple[tuple[str, str, str], ...]
     numbers: tuple[tuple[str, str], ...] = ()
@@ -46,7 +47,8 @@ CONTROLS = ("middle", "shallowest", "random")
 STUDIES = {
     "study": Shown(
         "study-cpu",
-        "the built-in corpus, the spectral teacher",
+        "the built-in corpus",
+        "the spectral teacher",
         (
             ("even", "none", "alignment of evenly spaced layers, frame by frame,", NONE),
             ("foga", "shallowest", FOGA, "alignment of the shallowest layers"),
@@ -55,7 +57,8 @@ STUDIES = {
     ),
     "self": Shown(
         "study-self",
-        "the built-in corpus, the network as its own teacher",
+        "the built-in corpus",
+        "the network as its own teacher",
         (
             ("layersync-foga", "none", "LayerSync of the layers that FoG-A chose", NONE),
             *(("layersync-foga", f"layersync-{other}", "", "") for other in CONTROLS),
@@ -69,7 +72,8 @@ STUDIES = {
     ),
     "recordings": Shown(
         "study-recordings",
-        "spoken digits and general sounds, the spectral teacher",
+        "spoken digits and general sounds",
+        "the spectral teacher",
         (
             ("foga", "none", f"{FOGA}, frame by frame,", NONE),
             ("foga", "shallowest", FOGA, "alignment of the shallowest layers"),
@@ -80,6 +84,21 @@ STUDIES = {
             ("foga", "deepest", "it chose the deepest ones"),
         ),
         (("FAD", "the Frechet audio distance"), ("WER", "the word error rate")),
+    ),
+    "taught": Shown(
+        "study-taught",
+        "spoken digits",
+        "a teacher that learned to spell the words",
+        (
+            ("foga", "none", f"{FOGA}, frame by frame,", NONE),
+            ("foga", "shallowest", FOGA, "alignment of the shallowest layers"),
+        ),
+        (("foga", "shallowest", "FoG-A chose the shallowest layers themselves"),),
+        (
+            ("WER", "the word error rate"),
+            ("FAD", "the Frechet audio distance"),
+            ("MCD (dB)", "the mel-cepstral distortion"),
+        ),
     ),
 }
 
@@ -124,14 +143,48 @@ def blocks(studies: Mapping[str, Study | None]) -> dict[str, str]:
         "generated": generated,
         "cost": cost,
     }
-    return {
+    texts = {
         f"{prefix}_{name}": f"{UNMEASURED}." if study is None else make(study, STUDIES[prefix])
         for prefix, study in studies.items()
         for name, make in made.items()
     }
+    return texts | {"studies_summary": summary({p: study for p, study in studies.items() if study is not None})}
 
 
 # --- sentences ----------------------------------------------------------------------------------------------
+
+
+def summary(studies: Mapping[str, Study]) -> str:
+    """All studies in three sentences: against no alignment, against the shallowest layers, and the words understood."""
+    if not studies:
+        return f"{UNMEASURED}."
+    outcomes: dict[str, list[str]] = {"none": [], "shallowest": []}
+    words = []
+    for prefix, study in studies.items():
+        shown = STUDIES[prefix]
+        for name, other, *_ in shown.comparisons:
+            against = other.rpartition("-")[2]
+            if against in outcomes:
+                outcomes[against].append(_change(_compared(study, name, other)))
+        if any(column == "WER" for column, _ in shown.numbers):
+            changed = _generated_sentence(study, "WER", "the word error rate", f"with {shown.teacher}")
+            words += [changed] if changed else []
+    sentences = [
+        f"in {len(studies)} studies at the scale of two CPU cores, alignment {_tally(outcomes['none'])}, compared with "
+        "no alignment",
+        f"the layers that FoG-A chose {_tally(outcomes['shallowest'])}, compared with the shallowest layers",
+        *words,
+    ]
+    return " ".join(f"{_capital(sentence, wanted=True)}." for sentence in sentences)
+
+
+def _tally(changes: Sequence[str]) -> str:
+    """How many of these changes of the validation loss went which way."""
+    lowered, raised = changes.count("lowered"), changes.count("raised")
+    return (
+        f"lowered the validation loss in {lowered} of {len(changes)} comparisons, raised it in {raised}, and did not "
+        f"measurably change it in {len(changes) - lowered - raised}"
+    )
 
 
 def verdict(study: Study, shown: Shown) -> str:
@@ -142,7 +195,7 @@ def verdict(study: Study, shown: Shown) -> str:
     told += [_generated_sentence(study, *number) for number in shown.numbers]
     first, *rest = (sentence for sentence in told if sentence)
     return " ".join(
-        [f"In runs of {config['train']['steps']} steps ({model}, {shown.material}), {first}."]
+        [f"In runs of {config['train']['steps']} steps ({model}, {shown.material}, {shown.teacher}), {first}."]
         + [f"{'There, ' if number == 0 else ''}{_capital(each, number > 0)}." for number, each in enumerate(rest)]
     )
 
@@ -179,8 +232,11 @@ def _unclear(difference: Mapping[str, Any]) -> bool:
     return low is None or high is None or low <= 0 <= high
 
 
-def _generated_sentence(study: Study, column: str, words: str) -> str:
-    """What the arm foga changed in one number of the evaluations; empty where there is no such number."""
+def _generated_sentence(study: Study, column: str, words: str, teacher: str = "") -> str:
+    """What the arm foga changed in one number of the evaluations; empty where there is no such number.
+
+    teacher: words that say which one, where studies of several stand side by side.
+    """
     for number in _generated(study):
         arms = {arm["arm"]: arm for arm in number["arms"]}
         if number["column"] == column and "foga" in arms and arms["foga"]["less_none"] is not None:
@@ -188,8 +244,9 @@ def _generated_sentence(study: Study, column: str, words: str) -> str:
             base = arms["none"]["mean"]["value"]
             recordings = number["recordings"]["reference"]
             own = "" if recordings is None else f"; {recordings['value']:.4g} for recordings"
+            aligned = f"alignment of FoG-A's layers {teacher}".rstrip()
             return (
-                f"alignment of FoG-A's layers {_change(difference)} {words} of what a run generates "
+                f"{aligned} {_change(difference)} {words} of what a run generates "
                 f"({_numbers(study, difference, base)}; {base:.4g} without alignment{own})"
             )
     return ""

@@ -1,7 +1,7 @@
 """A teacher from transcripts: a small Whisper encoder learns to spell recordings (CTC), in minutes on a CPU.
 
     python examples/train_teacher.py recordings/fsdd teacher
-    agrepa train demo data.train=recordings/fsdd 'alignment.teachers={speech: {source: teacher}}'
+    agrepa train demo data.train=recordings/fsdd data.max_seconds=1 'alignment.teachers={speech: {source: teacher}}'
 
 The folder holds the encoder and its preprocessing, and is read as any published one. It hears one second at a time.
 """
