@@ -57,7 +57,7 @@ class Beside:
         self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def __call__(self, work: Callable[[], T], tensors: Callable[[T], Iterable[Tensor]]) -> T:
-        """What `work` returns; `tensors` gives those of its tensors that the current stream will read."""
+        """Run `work` and return its result. `tensors(result)` lists all tensors that the current stream will read."""
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):
             result = work()

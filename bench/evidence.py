@@ -163,6 +163,7 @@ def summary(studies: Mapping[str, Study]) -> str:
     for prefix, study in studies.items():
         shown = STUDIES[prefix]
         for name, other, *_ in shown.comparisons:
+            # The arms without a teacher have the name of their method in front: "self-flow-shallowest".
             against = other.rpartition("-")[2]
             if against in outcomes:
                 outcomes[against].append(_change(_compared(study, name, other)))
@@ -170,9 +171,10 @@ def summary(studies: Mapping[str, Study]) -> str:
             changed = _generated_sentence(study, "WER", "the word error rate", f"with {shown.teacher}")
             words += [changed] if changed else []
     sentences = [
-        f"in {len(studies)} studies at the scale of two CPU cores, alignment {_tally(outcomes['none'])}, compared with "
-        "no alignment",
-        f"the layers that FoG-A chose {_tally(outcomes['shallowest'])}, compared with the shallowest layers",
+        f"{len(studies)} studies at the scale of two CPU cores compare alignment with no alignment "
+        f"{len(outcomes['none'])} times: it {_tally(outcomes['none'])}",
+        f"they compare the layers that FoG-A chose with the shallowest layers {len(outcomes['shallowest'])} times: "
+        f"FoG-A's {_tally(outcomes['shallowest'])}",
         *words,
     ]
     return " ".join(f"{_capital(sentence, wanted=True)}." for sentence in sentences)
@@ -182,8 +184,8 @@ def _tally(changes: Sequence[str]) -> str:
     """How many of these changes of the validation loss went which way."""
     lowered, raised = changes.count("lowered"), changes.count("raised")
     return (
-        f"lowered the validation loss in {lowered} of {len(changes)} comparisons, raised it in {raised}, and did not "
-        f"measurably change it in {len(changes) - lowered - raised}"
+        f"lowered the validation loss in {lowered}, raised it in {raised}, and did not measurably change it in "
+        f"{len(changes) - lowered - raised}"
     )
 
 

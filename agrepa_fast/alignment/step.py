@@ -1,4 +1,4 @@
-"""What alignment computes in one training step: `AlignmentStep`, the part of an `Aligner` that knows no network."""
+"""`AlignmentStep`: the alignment loss of one training step. It takes hidden states and knows no network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AlignmentStep:
 
     @property
     def topology(self) -> Hashable:
-        """What a step depends on beside shapes: which heads run, and toward which layers."""
+        """Which heads run, and toward which layers. When this changes, a step is compiled or recorded anew."""
         targets = self.self_targets.layers
         return self.on and tuple((name, layer, targets.get(name)) for name, layer in self.loss_fn.active_heads)
 

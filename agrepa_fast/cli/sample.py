@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.decoder is not None:
         if not config.data.latents:
             raise UserError(f"--decoder: only for a run of latents; {arguments.checkpoint} models mels")
-        # What the checkpoint names is not imported: it may come from somebody else.
+        # The checkpoint names a decoder, too. It is not imported, because the checkpoint may come from somebody else.
         decode = load_decoder(arguments.decoder, "--decoder")
     batch = text_batch(
         config,

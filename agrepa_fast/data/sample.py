@@ -1,4 +1,4 @@
-"""What a data set gives for a clip, and where its extracted tokens come from."""
+"""`Sample`: the tensors of one clip; `TokenSource`: reads the extracted tokens of a clip."""
 
 from __future__ import annotations
 

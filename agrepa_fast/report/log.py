@@ -104,13 +104,13 @@ PREDICTED = {"velocity": "velocity", "v": "v", "eps": "noise", "x0": "data"}
 
 
 def process(log: Log) -> tuple[str, str]:
-    """What the run's network predicts, and the path; velocity and rectified in logs that do not say."""
+    """(what the network predicts, name of the path). Logs that name neither are of a velocity on the rectified path."""
     facts = group(last_entry(log, "start"), "process")
     return PREDICTED.get(str(facts.get("parametrisation")), "velocity"), str(facts.get("path", "rectified"))
 
 
 def scored(log: Log) -> str:
-    """What FoG-A's scores of a run are changes of."""
+    """The quantity whose change FoG-A measured: the velocity, or the network's own output."""
     facts = group(last_entry(log, "start"), "process")
     return "velocity" if facts.get("scored") == "velocity" else process(log)[0]
 

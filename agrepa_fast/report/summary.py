@@ -13,7 +13,7 @@ from .log import SIMILARITIES, Log, group, last_entry, last_step, number, series
 
 
 def remark(run_dir: Path) -> str:
-    """What a run on the built-in corpus cannot show; empty for a run on other clips."""
+    """A warning that a run on the built-in corpus does not show a gain; empty for a run on other clips."""
     if not (run_dir / "corpus" / "corpus.json").exists():
         return ""
     return (

@@ -15,7 +15,7 @@ from ..training.config import RunConfig, override_config
 
 Changes = list[tuple[str, Any]]  # ("section.field", value)
 
-# What each built-in arm sets; "random" and "foga-reselected" add what depends on the run.
+# The fields that each built-in arm sets. "random" and "foga-reselected" set more, which depends on the run.
 BUILT_IN: dict[str, dict[str, Any]] = {
     "none": {"alignment.enabled": False},
     "shallowest": {"alignment.policy": "shallowest"},

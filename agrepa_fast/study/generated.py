@@ -1,4 +1,4 @@
-"""What a study measures of generated audio: `agrepa evaluate` on a trained run, and the numbers that are kept."""
+"""Generated audio in a study: runs `agrepa evaluate` on each trained run, and keeps the numbers of its tables."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def is_evaluated(folder: Path, options: Sequence[str]) -> bool:
 
 
 def read_numbers(folder: Path) -> list[Number]:
-    """What was kept of a run's evaluation.
+    """The numbers that `evaluate` kept of a run.
 
     Raises:
         UserError: the file is not what `evaluate` writes."""

@@ -63,7 +63,7 @@ def clip_losses(
     bf16: bool,
     count: int,
 ) -> tuple[list[Clip], Tensor, list[dict[str, Tensor]]]:
-    """What `validate` averages, of up to `count` clips: the clips, their losses [N] on the CPU, and the cosines."""
+    """Up to `count` clips, their losses [N] on the CPU, and the cosines by layer. `validate` averages both."""
     objective.eval()
     losses: list[Tensor] = []
     records: list[dict[str, Tensor]] = []

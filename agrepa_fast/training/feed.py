@@ -97,6 +97,7 @@ class Feed:
         return self._inputs(batch, with_targets)
 
     def _inputs(self, batch: Batch, with_targets: bool) -> StepInputs:
+        """As `inputs`, all of it on the current stream."""
         batch = batch.to(self.device, non_blocking=True)
         targets: dict[str, Tensor] = {}
         target_mask = batch.mask

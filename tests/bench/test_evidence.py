@@ -150,12 +150,12 @@ def test_generated_audio_is_told_with_what_the_recordings_give(study: dict) -> N
         "-12.00 % to -8.00 %; lower for 2 of 2 seeds; 0.5 without alignment; 0.25 for recordings)."
     )
     assert evidence.summary({"study": study, "recordings": study}) == (
-        "In 2 studies at the scale of two CPU cores, alignment lowered the validation loss in 1 of 2 "
-        "comparisons, raised it in 1, and did not measurably change it in 0, compared with no alignment. The "
-        "layers that FoG-A chose lowered the validation loss in 0 of 2 comparisons, raised it in 0, and did "
-        "not measurably change it in 2, compared with the shallowest layers. Alignment of FoG-A's layers with "
-        "the spectral teacher lowered the word error rate of what a run generates (-10.00 %, 95% interval "
-        "-12.00 % to -8.00 %; lower for 2 of 2 seeds; 0.5 without alignment; 0.25 for recordings)."
+        "2 studies at the scale of two CPU cores compare alignment with no alignment 2 times: it lowered the "
+        "validation loss in 1, raised it in 1, and did not measurably change it in 0. They compare the layers "
+        "that FoG-A chose with the shallowest layers 2 times: FoG-A's lowered the validation loss in 0, "
+        "raised it in 0, and did not measurably change it in 2. Alignment of FoG-A's layers with the spectral "
+        "teacher lowered the word error rate of what a run generates (-10.00 %, 95% interval -12.00 % to "
+        "-8.00 %; lower for 2 of 2 seeds; 0.5 without alignment; 0.25 for recordings)."
     )
     assert evidence.generated(study, RECORDINGS).splitlines()[2:] == [
         "| WER, speech (lower is better) | reference | 0.2500 | – | – |",

@@ -42,7 +42,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def prefix_of(model: nn.Module) -> str:
-    """What the wrappers of a network put before the names of its modules: "module.", say."""
+    """The prefix that wrappers give the names of a network's modules, such as "module." of DDP."""
     network = unwrap(model)
     return next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
 
